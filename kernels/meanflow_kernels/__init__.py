@@ -1,0 +1,26 @@
+"""Forward-mode operators for diffusion transformers: each on a tensor, and on an explicit (primal, tangent) pair."""
+
+from .adaln import adaln, adaln_jvp
+from .attention import attention, attention_jvp
+from .bias_gelu import bias_gelu, bias_gelu_jvp
+from .gate_adaln import gate_adaln, gate_adaln_jvp
+from .linear import linear, linear_jvp
+from .silu import silu, silu_jvp
+from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
+
+__all__ = [
+    "adaln",
+    "adaln_jvp",
+    "attention",
+    "attention_jvp",
+    "bias_gelu",
+    "bias_gelu_jvp",
+    "gate_adaln",
+    "gate_adaln_jvp",
+    "linear",
+    "linear_jvp",
+    "silu",
+    "silu_jvp",
+    "timestep_embedding",
+    "timestep_embedding_jvp",
+]

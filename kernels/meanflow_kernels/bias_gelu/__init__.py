@@ -1,0 +1,5 @@
+"""The bias_gelu operator."""
+
+from .op import bias_gelu, bias_gelu_jvp
+
+__all__ = ["bias_gelu", "bias_gelu_jvp"]

@@ -1,0 +1,5 @@
+"""The gate_adaln operator."""
+
+from .op import gate_adaln, gate_adaln_jvp
+
+__all__ = ["gate_adaln", "gate_adaln_jvp"]
