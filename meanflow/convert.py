@@ -1,0 +1,52 @@
+"""Weights of the official JAX implementation in this project's DiT."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# DiT's module names hide behind flax's wrappers: layers_<i> for a list entry, and one level for the wrapped layer
+_WRAPPERS = re.compile(r"/(_flax_linear|_flax_embedding)/")
+_LIST_ENTRY = re.compile(r"layers_(\d+)")
+_LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
+
+
+def from_official(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Official parameters as a state dict of :class:`meanflow.dit.DiT`.
+
+    Args:
+        params: {flax path: array}, for instance ``blocks/layers_0/attn/qkv/_flax_linear/kernel``. A leading ``params/``
+            and ``net/``, as in the released checkpoints, is dropped. Gradients convert the same way.
+
+    Returns:
+        {name: tensor}, in the arrays' dtype. Linear kernels (in, out) are transposed, the patch kernel (p, p, in, out)
+        becomes (out, in, p, p).
+
+    Raises:
+        ValueError: for a path that is not of the official network.
+    """
+    return {_name(path): _tensor(path, np.asarray(array)) for path, array in params.items()}
+
+
+def _name(path: str) -> str:
+    path = path.removeprefix("params/").removeprefix("net/")
+    *modules, leaf = _LIST_ENTRY.sub(r"\1", _WRAPPERS.sub("/", path)).split("/")
+    if leaf not in _LEAVES or not modules:
+        raise ValueError(
+            f"params: got the path {path!r}, wanted official MeanFlow paths that end in kernel, bias or embedding; "
+            "pass the flattened parameter tree of the network alone"
+        )
+    if modules[0] == "blocks" or modules[0].endswith("_layer") or modules[0].endswith("_embedder"):
+        return ".".join([*modules, _LEAVES[leaf]])
+    raise ValueError(
+        f"params: got the path {path!r}, wanted one of the official DiT (blocks, x/t/h/y_embedder, final_layer); "
+        "pass the flattened parameter tree of the network alone"
+    )
+
+
+def _tensor(path: str, array: np.ndarray) -> Tensor:
+    if path.endswith("kernel"):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return torch.from_numpy(np.array(array))  # a contiguous copy
