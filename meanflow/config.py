@@ -1,0 +1,250 @@
+"""Everything a run is made of, as frozen dataclasses that check themselves."""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .errors import require
+
+DIT_SIZES = {  # depth, width, heads (METHOD: DiT, Peebles & Xie, Table 1; M is MeanFlow's own)
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "M": (16, 1024, 16),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+DIT_PATCHES = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The DiT. Defaults are those shared by all official sizes."""
+
+    depth: int
+    """Number of transformer blocks."""
+    hidden_size: int
+    """Model width C."""
+    num_heads: int
+    """Attention heads."""
+    patch_size: int
+    """Side of a patch in latent pixels."""
+    input_size: int = 32
+    """Height and width of the latents."""
+    in_channels: int = 4
+    """Channels of the latents."""
+    num_classes: int = 1000
+    """Classes, without the null class."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP over the model width."""
+    time_embedding: Literal["t,h", "t,r", "t,r,h", "h"] = "t,h"
+    """Which times are embedded, h = t - r (paper, Table 1c)."""
+
+    def __post_init__(self):
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name}", value, "a positive whole number", "change it")
+        require(
+            self.hidden_size % self.num_heads == 0,
+            "model.num_heads", self.num_heads, f"a divisor of the width {self.hidden_size}", "change one of them",
+        )  # fmt: skip
+        require(
+            self.hidden_size % 4 == 0,
+            "model.hidden_size", self.hidden_size, "a multiple of 4", "the sin-cos position table needs it",
+        )  # fmt: skip
+        require(
+            self.input_size % self.patch_size == 0,
+            "model.patch_size", self.patch_size, f"a divisor of the input size {self.input_size}", "change one of them",
+        )  # fmt: skip
+
+    @classmethod
+    def official(cls, name: str, **overrides) -> "ModelConfig":
+        """One of the official sizes by its name, for instance "XL/2"."""
+        size, _, patch = name.partition("/")
+        known = [f"{s}/{p}" for s in DIT_SIZES for p in DIT_PATCHES]
+        require(name in known, "model", name, "one of " + " ".join(known), "name a size and a patch")
+        depth, hidden_size, num_heads = DIT_SIZES[size]
+        return cls(depth, hidden_size, num_heads, int(patch), **overrides)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The training target. Defaults are the official code's; each of its peculiarities is an option."""
+
+    time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of the two times that are drawn and sorted (paper, Table 1d)."""
+    time_mean: float = -0.4
+    """Mean of the logit."""
+    time_std: float = 1.0
+    """Standard deviation of the logit."""
+    share_equal: float = 0.75
+    """Share of samples with r = t; the paper's Table 1a counts the others. 1 is flow matching."""
+    equal_placement: Literal["first", "bernoulli"] = "first"
+    """Which samples get r = t: the first int(batch * share) of a device's batch (official), or each by a coin of its own."""
+    equal_time: Literal["max", "single"] = "max"
+    """Their time: the larger of the two draws (official), or the first draw."""
+    tangent: tuple[float, float] = (0.0, 1.0)
+    """(r_dot, t_dot) of the derivative's direction (v, r_dot, t_dot); (0, 1) is right, others are Table 1b's ablation."""
+    clip_gap: bool = True
+    """Clip t - r to [0, 1] in the target (official); it matters only for r > t."""
+    norm_p: float = 1.0
+    """Power p of the adaptive weight 1 / (loss + c)^p (paper, Table 1e)."""
+    norm_c: float = 0.01
+    """Constant c of the adaptive weight (0.01 in the official code; the paper's text says about 1e-3)."""
+    omega: float = 1.0
+    """Guidance: weight of the sample's own velocity."""
+    kappa: float = 0.0
+    """Guidance: weight of the class-conditional prediction. The effective scale is omega / (1 - kappa)."""
+    guidance_start: float = 0.0
+    """Guidance acts where guidance_start <= t <= guidance_end; elsewhere omega is 1 and kappa 0."""
+    guidance_end: float = 1.0
+    """See guidance_start; both ends count."""
+    guidance_weights: Literal["current", "ema"] = "current"
+    """Weights that predict the guidance: the ones in training (official) or their EMA."""
+    label_drop: float = 0.1
+    """Probability of training a sample on the null class."""
+    drop_placement: Literal["first", "bernoulli"] = "first"
+    """Which labels are dropped: the first n of a device's batch, n binomial (official), or each by a coin of its own."""
+    guide_dropped: bool = False
+    """Whether samples without a label are guided too; officially they take the plain velocity."""
+
+    def __post_init__(self):
+        for name in ("share_equal", "label_drop", "guidance_start", "guidance_end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"objective.{name}", value, "a number in [0, 1]", "change it")
+        require(
+            self.guidance_start <= self.guidance_end,
+            "objective.guidance_start", self.guidance_start,
+            f"at most objective.guidance_end = {self.guidance_end}", "order the interval",
+        )  # fmt: skip
+        require(self.time_std > 0, "objective.time_std", self.time_std, "a positive number", "change it")
+        require(self.norm_c > 0, "objective.norm_c", self.norm_c, "a positive number", "change it")
+        require(self.norm_p >= 0, "objective.norm_p", self.norm_p, "zero or more", "0 is the plain squared error")
+        require(
+            0 <= self.kappa < 1,
+            "objective.kappa", self.kappa, "a number in [0, 1)", "0 leaves the conditional prediction out",
+        )  # fmt: skip
+        require(self.omega >= 0, "objective.omega", self.omega, "zero or more", "1 with kappa 0 is no guidance")
+
+    @property
+    def guided(self) -> bool:
+        """Whether any sample is guided at all."""
+        return self.omega != 1 or self.kappa != 0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and the moving average of the weights."""
+
+    lr: float = 1e-4
+    """Learning rate, constant after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.95
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average, which starts as a copy of the weights at step 0."""
+
+    def __post_init__(self):
+        require(self.lr > 0, "optim.lr", self.lr, "a positive number", "change it")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name}", value, "a number in [0, 1)", "change it")
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optim.{name}", value, "zero or more", "change it")
+        require(self.eps > 0, "optim.eps", self.eps, "a positive number", "change it")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learnt."""
+
+    name: Literal["digits", "latents"] = "latents"
+    """scikit-learn's handwritten digits, or a folder of cached VAE latents."""
+    path: str = ""
+    """Folder of the latents: mean.npy, std.npy (N, channels, size, size) and labels.npy (N,)."""
+    vae: str = "stabilityai/sd-vae-ft-mse"
+    """The autoencoder the latents are of, to decode samples with."""
+    scale: float = 0.18215
+    """Factor on the latents (official: no shift)."""
+    sample_posterior: bool = True
+    """Draw the latent anew from the posterior at each step (official), or take its mean."""
+    drop_last: bool = True
+    """Leave out the samples of an epoch that do not fill a batch (official); otherwise they open the next epoch's."""
+    flip: bool = False
+    """Mirror half of the samples. The official code sets its flag and never uses it; other code bases flip."""
+
+    def __post_init__(self):
+        require(self.scale > 0, "data.scale", self.scale, "a positive number", "change it")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what, and what is written down."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch: int = 256
+    """Samples a step."""
+    seed: int = 0
+    """Seed of the initial weights, the data's order and all draws."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of matrix products and attention. Weights, residual stream, target and loss stay in fp32."""
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    """What fp32 matrix products may round their inputs to: nothing, TF32, bf16 (torch.set_float32_matmul_precision)."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms: a resumed run is bit-exact on CUDA too (on the CPU it always is)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    log_every: int = 100
+    """Steps between two log lines."""
+    sample_every: int = 10_000
+    """Steps between two grids of one-step samples."""
+    save_every: int = 5_000
+    """Steps between two checkpoints."""
+    keep_last: int = 3
+    """Checkpoints that are kept."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "log_every", "sample_every", "save_every", "keep_last"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name}", value, "a positive whole number", "change it")
+        require(0 <= self.seed < 2**63, "train.seed", self.seed, "a number in [0, 2^63)", "change it")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    data: DataConfig
+    train: TrainConfig
+    out: Path = field(default=Path())
+    """The run folder; repeating a command with the same folder resumes it. Default: runs/<preset>."""
+
+    def __post_init__(self):
+        if self.objective.equal_placement == "first":
+            batch, share = self.train.batch, self.objective.share_equal
+            require(
+                _divides(batch, share),
+                "train.batch", batch, f"one that a share of r = t of {share:g} divides to within 5 %",
+                f"take {next(b for b in itertools.count(batch) if _divides(b, share))} samples, "
+                "or objective.equal_placement bernoulli",
+            )  # fmt: skip
+
+
+def _divides(batch: int, share: float) -> bool:
+    """Whether the first int(batch share) samples are about that share, and neither group is empty by rounding."""
+    equal = int(batch * share)
+    return abs(equal / batch - share) <= 0.05 and (equal > 0) == (share > 0) and (equal < batch) == (share < 1)
