@@ -1,18 +1,116 @@
-"""The explicit (primal, tangent) pair: which samples carry a tangent, and that nothing differentiates it."""
+"""The two doors to a dual operator, and the guard on its tangents.
 
+The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
+``torch.autograd.forward_ad``): the plain ``op`` unpacks dual inputs, calls the explicit pair, and packs its results again, on every
+route. A registered operator alone would lose the tangent without a word.
+
+How an op uses this module:
+
+    def silu(x):
+        (x,), tangents = unpack(x)
+        if absent(tangents):
+            return _silu(x)                                  # plain op, differentiable
+        return pack(*silu_jvp((x,), tangents))
+
+    def silu_jvp(primals, tangents, *, tangent_start=None):
+        if absent(tangents):
+            return silu(*primals), None
+        ...checks...
+        if runs_kernel(primals[0]):
+            return torch.ops.meanflow_kernels.silu_jvp(...)  # its backward starts with refuse_tangent_gradient(dy_dot)
+        y = silu_ref(x)
+        with torch.no_grad():
+            y_dot = silu_tangent_ref(...)
+        return y, guard(y_dot, *primals, *tangents)
+
+The registered op calls ``ctx.set_materialize_grads(False)`` in its setup_context, so that an unused tangent's cotangent is None.
+"""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+REFUSAL = (
+    "a gradient was asked for through a tangent: the *_jvp operators differentiate their primal result only. "
+    "Detach the tangent before it enters the loss (x_dot.detach()), and before it leaves a compiled region."
+)
 
-def tangent_rows(primals: tuple, tangents: tuple, start: int | None) -> tuple:
-    """The detached slice of each primal that the tangents belong to: samples ``start`` to ``start + n``.
 
-    ``start=None`` says that the tangents cover the whole batch.
+class TangentGradientError(RuntimeError):
+    """Reverse-mode differentiation reached the tangent output of a dual operator."""
+
+    def __init__(self):
+        super().__init__(REFUSAL)
+
+
+def refuse_tangent_gradient(*cotangents: Tensor | None) -> None:
+    """Raise :class:`TangentGradientError` unless every cotangent of a tangent output is None.
+
+    The first line of a dual op's registered backward; that needs ``ctx.set_materialize_grads(False)`` in setup_context.
     """
-    n = next(x.shape[0] for x in tangents if x is not None)
-    start = 0 if start is None else start
-    return tuple(x.detach()[start : start + n] for x in primals)
+    if any(g is not None for g in cotangents):
+        raise TangentGradientError
+
+
+class _Guard(torch.autograd.Function):
+    """Identity on a tangent computed under no_grad; a gradient that comes back through it raises."""
+
+    @staticmethod
+    def forward(x_dot, *anchors):
+        return x_dot.view_as(x_dot)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.n_inputs = len(inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_tangent_gradient(g)
+        return (None,) * ctx.n_inputs
+
+
+@torch.compiler.allow_in_graph
+def _guard(x_dot, *anchors):
+    # Dynamo would trace the raising backward whether or not anything reaches it; AOTAutograd traces it only when something does
+    return _Guard.apply(x_dot, *anchors)
+
+
+def guard(x_dot: Tensor, *inputs: Tensor | None) -> Tensor:
+    """``x_dot``, computed under no_grad from ``inputs``, as a tangent through which a gradient raises instead of vanishing.
+
+    A view, not a copy; ``x_dot`` itself where no gradient is recorded. ``inputs`` are all tensors the tangent depends on
+    (primals, tangents, weights; None is ignored). Compiled, a tangent that is detached or consumed inside the region costs nothing,
+    and one returned while it requires grad raises :class:`TangentGradientError` when the region is compiled.
+    """
+    anchors = [x for x in inputs if x is not None and x.requires_grad]
+    return _guard(x_dot, *anchors) if torch.is_grad_enabled() and anchors else x_dot
+
+
+def unpack(*inputs: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Primals and tangents of inputs that may be forward-mode duals; tangents are None where structurally zero.
+
+    Outside forward-mode AD the inputs come back as they are, with no tangents.
+    """
+    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
+    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
+    """The dual tensor of a primal and its tangent at the current forward-mode level; ``x`` where the tangent is None."""
+    return x if x_dot is None else forward_ad.make_dual(x, x_dot)
 
 
 def absent(tangents: tuple[Tensor | None, ...]) -> bool:
     """Whether every tangent is structurally zero."""
     return all(x is None for x in tangents)
+
+
+def tangent_rows(primals: tuple, tangents: tuple, start: int | None) -> tuple:
+    """The detached slice of each primal that the tangents belong to: samples ``start`` to ``start + n``.
+
+    ``start=None`` says that the tangents cover the whole batch. Check first: ``checks.check_tangents``.
+    """
+    n = next(x.shape[0] for x in tangents if x is not None)
+    start = 0 if start is None else start
+    return tuple(x.detach()[start : start + n] for x in primals)

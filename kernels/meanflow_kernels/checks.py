@@ -1,0 +1,79 @@
+"""Argument checks: every failure is a ValueError that names the argument, what it got, what it wants and what to do.
+
+All helpers are traceable by Dynamo and accept symbolic sizes; ``name`` is the argument's name as the caller wrote it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fail(name: str, got: object, wanted: object, remedy: str) -> None:
+    """Raise the ValueError of this package's one form."""
+    raise ValueError(f"{name}: got {got}, wanted {wanted}; {remedy}")
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int | None], letters: str) -> None:
+    """``x`` has ``shape``, where None stands for any size; ``letters`` is its legend, such as "(B, L, C)"."""
+    if not isinstance(x, Tensor):
+        fail(name, f"a {type(x).__name__}", f"a tensor {letters}", "pass a tensor")
+    fits = x.dim() == len(shape)
+    if fits:
+        for size, wanted in zip(x.shape, shape, strict=True):
+            fits = fits and (wanted is None or size == wanted)
+    if not fits:
+        sizes = ", ".join("any" if s is None else str(s) for s in shape)
+        fail(name, f"shape {tuple(x.shape)}", f"{letters} = ({sizes})", "reshape or expand it; nothing is broadcast")
+
+
+def check_alike(names: Sequence[str], tensors: Sequence[Tensor | None], *, dtype: bool = True) -> None:
+    """Every tensor that is not None shares the first one's device and, unless ``dtype=False``, its dtype."""
+    first = tensors[0]
+    for name, x in zip(names[1:], tensors[1:], strict=True):
+        if x is None:
+            continue
+        if x.device != first.device:
+            fail(name, f"device {x.device}", f"{first.device}, the device of {names[0]}", f"move it with .to({first.device})")
+        if dtype and x.dtype != first.dtype:
+            fail(name, x.dtype, f"{first.dtype}, the dtype of {names[0]}", f"cast it with .to({first.dtype})")
+
+
+def check_kernel_dtype(name: str, x: Tensor) -> None:
+    """``x`` has a dtype that the Triton kernels take: bf16, fp16 or fp32."""
+    if x.dtype not in KERNEL_DTYPES:
+        fail(name, x.dtype, "bfloat16, float16 or float32", "cast it, or use force_route(Route.REFERENCE), which takes float64")
+
+
+def check_tangents(
+    names: Sequence[str],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    tangent_start: int | None,
+) -> tuple[int, int]:
+    """Each tangent matches its primal (dtype, device, all sizes but the batch), and all cover the same samples.
+
+    ``names`` are the primals' names; every primal is batched along dim 0 and at least one tangent is not None.
+    Returns (start, n): the tangents belong to samples start .. start + n of the primals.
+    """
+    if len(tangents) != len(primals):
+        fail("tangents", f"{len(tangents)} entries", f"{len(primals)}, one a primal", "pass None for a tangent that is zero")
+    n = next(x.shape[0] for x in tangents if x is not None)
+    for name, x, x_dot in zip(names, primals, tangents, strict=True):
+        if x_dot is None:
+            continue
+        if x_dot.dtype != x.dtype or x_dot.device != x.device:
+            got, wanted = f"{x_dot.dtype} on {x_dot.device}", f"{x.dtype} on {x.device}, as {name}"
+            fail(f"{name}_dot", got, wanted, f"convert it with .to({name})")
+        check_shape(f"{name}_dot", x_dot, (n, *x.shape[1:]), f"{name}'s shape with the tangents' batch")
+    batch = primals[0].shape[0]
+    if tangent_start is None and n != batch:
+        remedy = "pass tangent_start=s if the tangents belong to samples s, s + 1, ... only"
+        fail(f"{names[0]}_dot", f"a tangent batch of {n}", f"{batch}, the primal batch", remedy)
+    start = 0 if tangent_start is None else tangent_start
+    if start < 0 or start + n > batch:
+        remedy = "0 for a leading slice, B - n for a trailing one"
+        fail("tangent_start", f"{start} with a tangent batch of {n}", f"0 <= tangent_start <= {batch} - {n}", remedy)
+    return start, n

@@ -1,0 +1,116 @@
+"""One Triton launch as data: run it on tensors, or cross-compile it without a GPU exactly as Triton's launcher would.
+
+Contract of an op's folder:
+
+- ``config.py`` holds frozen dataclasses of tile sizes, warps and stages, keyed by architecture (80, 90; ``ANY`` for all others, within
+  99 KB of shared memory), each with the reason in a comment.
+- a launcher builds :class:`Launch` objects from tensors and calls ``.run()``.
+- ``compile_cases(arch)``, exported by the folder's ``__init__.py``, returns a :class:`CompileCase` for each shipped config and dtype. It builds the
+  launches by the same launcher, from meta tensors, so that what is compiled in a test is what runs.
+
+Nothing here imports Triton before a launch is run or compiled.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ANY = 0
+"""Key of the configs for architectures without a tuned table."""
+
+_TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and its arguments."""
+
+    kernel: object
+    """the @triton.jit function"""
+    grid: tuple[int, ...]
+    args: dict[str, Tensor | int | float | None]
+    """run-time arguments by parameter name"""
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launch on the device of the tensors; CPU tensors need Triton's interpreter.
+
+        Raises:
+            RuntimeError: CPU tensors while Triton is not interpreting.
+        """
+        import triton
+
+        device = next(x.device for x in self.args.values() if isinstance(x, Tensor))
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise RuntimeError(
+                f"the Triton kernel was asked for {device} tensors: set TRITON_INTERPRET=1 before the first import of triton to run "
+                "it in the interpreter, or use force_route(Route.REFERENCE)"
+            )
+        with torch.cuda.device_of(next(x for x in self.args.values() if isinstance(x, Tensor))):
+            self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A shipped launch config to be cross-compiled: ``launch`` holds meta tensors."""
+
+    op: str
+    """the op's stem, such as "attention_jvp" """
+    label: str
+    """the config in words, such as "64x64 w4 s2" """
+    dtype: torch.dtype
+    width: int
+    """head dim for attention, model width for the others"""
+    launch: Launch
+
+    @property
+    def num_warps(self) -> int:
+        return self.launch.num_warps
+
+    @property
+    def num_stages(self) -> int:
+        return self.launch.num_stages
+
+    def source(self):
+        """Triton's ASTSource, specialised as the launcher does: pointers 16-byte aligned, integers divisible by 16 or equal to 1 so marked.
+
+        For ``triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options={"num_warps": ..., "num_stages": ...})``, in a
+        process without TRITON_INTERPRET.
+        """
+        from triton.compiler import ASTSource
+
+        signature, constants, attrs = {}, {}, {}
+        for i, param in enumerate(self.launch.kernel.params):
+            if param.is_constexpr:
+                signature[param.name], constants[(i,)] = "constexpr", self.launch.constexprs[param.name]
+                continue
+            value = self.launch.args[param.name]
+            kind = _argument_type(value, param.do_not_specialize)
+            signature[param.name] = kind
+            if kind == "constexpr":
+                constants[(i,)] = value
+            elif isinstance(value, Tensor) or (isinstance(value, int) and not param.do_not_specialize and value % 16 == 0):
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.launch.kernel, signature, constants, attrs)
+
+
+def _argument_type(value: Tensor | int | float | None, plain: bool) -> str:
+    """The type Triton's launcher gives an argument; None, and 1 unless ``plain``, become constants."""
+    if value is None or (isinstance(value, int) and value == 1 and not plain):
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return "*" + _TRITON_TYPE[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def arch_of(device: torch.device) -> int:
+    """80 for sm_80, 90 for sm_90, ...; ``ANY`` where there is no GPU (the interpreter, fake tensors)."""
+    if device.type != "cuda":
+        return ANY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

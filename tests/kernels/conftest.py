@@ -1,0 +1,60 @@
+"""Kernels are tested on the GPU where there is one, elsewhere on the CPU in Triton's interpreter (fp32 and fp16; its bf16 is wrong).
+
+The interpreter has to be chosen before the first import of triton. Cross-compilation needs a process without it: run it in a subprocess
+whose environment lacks TRITON_INTERPRET.
+"""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)
+
+from meanflow_kernels.routing import Route, force_route  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests where there is no GPU."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run here."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def kernel_route():
+    """Every op of the test runs its Triton kernel."""
+    with force_route(Route.TRITON):
+        yield
+
+
+@pytest.fixture
+def reference_route():
+    """Every op of the test runs its reference."""
+    with force_route(Route.REFERENCE):
+        yield
+
+
+@pytest.fixture(params=["reference", "triton"])
+def each_route(request):
+    """The test runs once a route."""
+    with force_route(Route(request.param)):
+        yield Route(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers in every run; compiled graphs of one test do not meet the next."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
