@@ -1,0 +1,63 @@
+"""Where and when a number was taken: what stands beside it in every row."""
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _nvml(read) -> tuple[dict, dict]:
+    """What ``read`` makes of NVML's handle of the current GPU, and why it is missing where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+        return read(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)), {}
+    except (ImportError, pynvml.NVMLError) as error:
+        return {}, {"nvml": str(error)}
+
+
+def clocks() -> dict:
+    """SM and memory clocks in MHz and NVML's throttle bits at this moment, or why they cannot be read."""
+
+    def read(pynvml, gpu) -> dict:
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+            "throttle_bits": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu),
+        }
+
+    if not torch.cuda.is_available():
+        return {}
+    found, missing = _nvml(read)
+    return found | ({"missing": missing} if missing else {})
+
+
+def environment(device: str, commit: str | None = None) -> dict:
+    """Hardware, driver, versions, commit and date. ``commit`` is for a tree that is no git checkout."""
+    import triton
+
+    row = {
+        "device": device,
+        "gpu": None,
+        "driver": None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if device == "cpu":
+        return row | {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found, missing = _nvml(lambda pynvml, gpu: {"driver": pynvml.nvmlSystemGetDriverVersion()})
+    return row | {"gpu": torch.cuda.get_device_name()} | found | ({"missing": missing} if missing else {})

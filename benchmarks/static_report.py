@@ -1,0 +1,161 @@
+"""What the compiler says of every launch config, with no GPU: ``python -m benchmarks.static_report``.
+
+Every operator's configs are compiled for each architecture, and a table shows registers, spills, shared memory,
+occupancy, matrix instructions and the width of global accesses. The exit code is 1 where a config breaks a rule:
+
+- it spills registers, or does not compile;
+- it asks for more shared memory than a block may have (99 KB on architectures without a table of their own);
+- its elements are of 16 bits and some vector load of theirs moves 2 bytes a thread;
+- it is 16-bit attention on sm_90, multiplies matrices, and has no wgmma.
+
+A load counts as a vector load where threads use different addresses. One address for all threads is a scalar, and
+loads of other element sizes (the fp32 row statistics of a 16-bit kernel) are listed by argument in the JSON rows.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+import time
+from pathlib import Path
+
+from .occupancy import KB, LIMITS
+from .table import table
+
+TUNED = (80, 90)
+"""Architectures with launch configs of their own; the others share configs that fit any of them."""
+FALLBACK_SHARED = 99 * KB
+_WORK: list = []
+
+
+def folders() -> dict:
+    """The operators' packages that list launch configs, by name."""
+    import meanflow_kernels
+
+    names = sorted(m.name for m in pkgutil.iter_modules(meanflow_kernels.__path__) if m.ispkg)
+    packages = {name: importlib.import_module(f"meanflow_kernels.{name}") for name in names}
+    return {name: package for name, package in packages.items() if hasattr(package, "compile_cases")}
+
+
+def _row(index: int) -> dict:
+    """One launch config compiled: its row, with the rules it breaks under ``problems``."""
+    from .compiled import inspect
+
+    folder, arch, case = _WORK[index]
+    row = {
+        "op": case.op,
+        "folder": folder,
+        "arch": f"sm_{arch}",
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "head_dim" if folder == "attention" else "width": case.width,
+        "config": case.label,
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+    }
+    start = time.perf_counter()
+    try:
+        row |= inspect(case, arch)
+    except Exception as error:  # a config that does not compile is a row of the report, not the end of it
+        row["error"] = f"{type(error).__name__}: {error}"
+    return row | {"compile_seconds": round(time.perf_counter() - start, 2), "problems": problems(row)}
+
+
+def problems(row: dict) -> list[str]:
+    """The rules that a row breaks, in words."""
+    if "error" in row:
+        return [f"does not compile: {row['error'].splitlines()[-1]}"]
+    found = []
+    arch = int(row["arch"].removeprefix("sm_"))
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    limit = row["shared_limit_bytes"] if arch in TUNED else min(FALLBACK_SHARED, row["shared_limit_bytes"])
+    if row["shared_bytes"] > limit:
+        found.append(f"asks for {row['shared_bytes']} bytes of shared memory, a block may have {limit}")
+    half = row["dtype"] in ("float16", "bfloat16")
+    if half and (row["narrowest_global_load_bytes"] or 16) <= 2:
+        narrow = [name for name, width in row["global_loads"].items() if width <= 2]
+        found.append(f"loads 2 bytes a thread from {', '.join(narrow)}")
+    if half and arch == 90 and row["folder"] == "attention" and row["dots"] and not row["wgmma"]:
+        found.append("multiplies matrices without wgmma")
+    return found
+
+
+def report(work: list[tuple], jobs: int) -> list[dict]:
+    """The rows of ``work``, a list of (folder, architecture, CompileCase), compiled by ``jobs`` processes.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET was set when Triton was imported, and kernels cannot be compiled.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET: got 1, wanted it unset; interpreted kernels cannot be compiled: unset it")
+    if not work:
+        return []
+    _WORK[:] = work
+    rows: list[dict] = []
+    start = time.perf_counter()
+    # the cases reach the workers by fork: kernels do not pickle
+    with multiprocessing.get_context("fork").Pool(min(jobs, len(work))) as pool:
+        for row in pool.imap(_row, range(len(work))):
+            rows.append(row)
+            _progress(len(rows), len(work), time.perf_counter() - start, row)
+    return rows
+
+
+def _progress(done: int, total: int, seconds: float, row: dict) -> None:
+    line = f"[{done}/{total}] {seconds:4.0f} s  {row['op']} {row['arch']} {row['dtype']} {row['config']}"
+    if sys.stderr.isatty():
+        # one line that rewrites itself
+        print(f"\r{line[:100]:100}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done % 25 == 0 or done == total:
+        print(line, file=sys.stderr, flush=True)
+
+
+_HEADER = "op arch dtype size config warps regs spill_B shared_KB occupancy wgmma mma load_B store_B problems".split()
+
+
+def _cells(row: dict) -> list[object]:
+    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(row["dtype"], row["dtype"])
+    size = row.get("head_dim", row.get("width"))
+    cells = [row["op"], row["arch"], dtype, size, row["config"], row["num_warps"]]
+    if "error" in row:
+        return cells + ["-"] * (len(_HEADER) - len(cells) - 1) + row["problems"]
+    cells += [row["registers"], row["spill_bytes"], f"{row['shared_bytes'] / KB:.1f}", f"{row['occupancy']:.0%}"]
+    cells += [row["wgmma"], row["mma"] or row["tcgen05"]]
+    cells += [row[f"narrowest_global_{kind}_bytes"] or "-" for kind in ("load", "store")]
+    return [*cells, "; ".join(row["problems"])]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 1 where a config breaks a rule."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a JSON list")
+    known = [f"sm_{arch}" for arch in LIMITS]
+    parser.add_argument("--arch", nargs="+", default=known, metavar="SM", help=f"default: {' '.join(known)}")
+    parser.add_argument("--op", nargs="+", metavar="OP", help="operators to compile (default: all that have kernels)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    options = parser.parse_args(argv)
+    archs = [int(a.removeprefix("sm_")) for a in options.arch]
+    if unknown := set(archs) - set(LIMITS):
+        parser.error(f"--arch: got sm_{min(unknown)}, wants some of {', '.join(known)}")
+    rooms = folders()
+    names = options.op or list(rooms)
+    if unknown := set(names) - set(rooms):
+        parser.error(f"--op: got {min(unknown)}, wants some of {', '.join(rooms)}")
+    work = [(name, arch, case) for name in names for arch in archs for case in rooms[name].compile_cases(arch)]
+    rows = report(work, options.jobs)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(_HEADER, [_cells(row) for row in rows]))
+    broken = [row for row in rows if row["problems"]]
+    print(f"\n{len(rows)} configs, {len(broken)} with a problem")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Rows as text."""
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """Columns as wide as their widest cell, two spaces apart."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)

@@ -1,0 +1,126 @@
+"""The static report: its rules can fail, and every shipped launch config keeps them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the report compiles Triton kernels")
+
+from benchmarks.occupancy import KB, LIMITS, occupancy, resident_blocks  # noqa: E402
+from benchmarks.ptx import Access, global_accesses  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess:
+    """Run Python from the repository's root without the interpreter, in which nothing can be compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def broken() -> dict:
+    """Rows of configs that break a rule each, by (config, architecture)."""
+    run = _python("-m", "tests.kernels.broken_configs", "80", "90", "120")
+    assert run.returncode == 0, run.stderr
+    return {(row["config"], row["arch"]): row for row in json.loads(run.stdout)}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("spills", "spills"),
+        ("narrow", "2 bytes a thread from q_ptr, k_ptr"),
+        ("much shared memory", "shared memory"),
+        ("does not compile", "does not compile: arange's range must be a power of 2"),
+    ],
+)
+def test_broken_rule_is_found(broken, config, words, arch):
+    problems = broken[config, arch]["problems"]
+    assert len(problems) == 1 and words in problems[0]
+
+
+def test_missing_wgmma_is_found_on_hopper_only(broken):
+    assert broken["no wgmma", "sm_90"]["problems"] == ["multiplies matrices without wgmma"]
+    assert broken["no wgmma", "sm_90"]["mma"] > 0
+    assert broken["no wgmma", "sm_80"]["problems"] == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_sound_config_has_no_problem(broken, arch):
+    row = broken["sound", arch]
+    assert row["problems"] == []
+    # the fp32 row statistics are listed, and neither they nor the scalar timestep are the narrowest load
+    assert row["global_loads"] == {"q_ptr": 16, "k_ptr": 16, "lse_ptr": 4}
+    assert row["narrowest_global_load_bytes"] == 16
+    assert row["global_stores"] == {"o_ptr": 16}
+    assert (row["wgmma"] > 0) == (arch == "sm_90")
+
+
+def test_narrow_loads_of_single_precision_are_no_problem(broken):
+    row = broken["single precision", "sm_90"]
+    assert row["narrowest_global_load_bytes"] == 4
+    assert row["problems"] == []
+
+
+def test_interpreted_kernels_are_refused():
+    code = "from benchmarks.static_report import report; report([('attention', 90, None)], 1)"
+    run = _python("-c", f"import os; os.environ['TRITON_INTERPRET'] = '1'; {code}")
+    assert run.returncode != 0
+    assert "TRITON_INTERPRET: got 1, wanted it unset" in run.stderr
+
+
+PTX = """
+    .param .u64 .ptr .global .align 1 f_param_0,
+    ld.param.b64    %rd1, [f_param_0];
+    ld.param.b64    %rd2, [f_param_1];
+    ld.param.b32    %r9, [f_param_2];
+    mov.u32         %r1, %ctaid.x;
+    mov.u32         %r2, %tid.x;
+    mul.wide.s32    %rd3, %r1, 4;
+    add.s64         %rd4, %rd1, %rd3;
+    ld.global.b16 { %rs1 }, [ %rd4 + 0 ];
+    mad.wide.s32    %rd5, %r2, 16, %rd2;
+    @%p1 ld.global.L1::evict_last.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd5 + 0 ];
+    mov.b64         %rd6, %rd5;
+$L__BB0_1:
+    @%p2 cp.async.ca.shared.global [ %r7 + 0 ], [ %rd6 + 0 ], 0x8, %r8;
+    add.s64         %rd6, %rd6, 64;
+    @%p3 bra        $L__BB0_1;
+    ld.shared.b64   %rd7, [%r7];
+    st.global.v2.b32 [ %rd7 + 0 ], { %r3, %r4 };
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r7], [%rd1, {%r1, %r2}], [%r8];
+    ret;
+"""
+
+
+def test_accesses_are_known_by_argument_width_and_sharing():
+    assert global_accesses(PTX, ["scale_ptr", "x_ptr", ""]) == [
+        Access("scale_ptr", 2, is_store=False, is_scalar=True),
+        Access("x_ptr", 16, is_store=False, is_scalar=False),
+        Access("x_ptr", 8, is_store=False, is_scalar=False),
+        Access("?", 8, is_store=True, is_scalar=False),
+        Access("tma", 16, is_store=False, is_scalar=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "blocks"),
+    [
+        (90, 168, 48 * KB, 4, 3),  # 12 warps of 168 registers fill the register file
+        (90, 32, 112 * KB, 4, 2),  # two blocks and their reserved kilobytes fill the shared memory
+        (90, 32, 0, 1, 32),  # the most blocks
+        (80, 64, 0, 8, 4),  # 32 warps of 64 registers
+        (86, 32, 0, 8, 6),  # 48 warps
+        (120, 255, 100 * KB, 4, 0),  # more shared memory than a block may have
+    ],
+)
+def test_occupancy_by_hand(arch, registers, shared, warps, blocks):
+    assert resident_blocks(arch, registers=registers, shared_bytes=shared, warps=warps) == blocks
+    assert occupancy(arch, registers=registers, shared_bytes=shared, warps=warps) == blocks * warps / LIMITS[arch].warps
