@@ -1,11 +1,10 @@
 """Everything a run is made of, as frozen dataclasses that check themselves."""
 
 import itertools
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from .errors import require
+from .errors import UserError, require
 
 DIT_SIZES = {  # depth, width, heads (METHOD: DiT, Peebles & Xie, Table 1; M is MeanFlow's own)
     "S": (12, 384, 6),
@@ -230,8 +229,6 @@ class RunConfig:
     optim: OptimConfig
     data: DataConfig
     train: TrainConfig
-    out: Path = field(default=Path())
-    """The run folder; repeating a command with the same folder resumes it. Default: runs/<preset>."""
 
     def __post_init__(self):
         if self.objective.equal_placement == "first":
@@ -248,3 +245,33 @@ def _divides(batch: int, share: float) -> bool:
     """Whether the first int(batch share) samples are about that share, and neither group is empty by rounding."""
     equal = int(batch * share)
     return abs(equal / batch - share) <= 0.05 and (equal > 0) == (share > 0) and (equal < batch) == (share < 1)
+
+
+def to_dict(config: RunConfig) -> dict:
+    """As plain values for JSON."""
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in asdict(config).items()
+    }
+
+
+def from_dict(values: dict) -> RunConfig:
+    """A configuration from :func:`to_dict`'s values.
+
+    Raises:
+        UserError: for a name that is not an option, a missing one, or a value out of range.
+    """
+    sections = {}
+    for section in fields(RunConfig):
+        options = dict(values.get(section.name, {}))
+        unknown = options.keys() - {option.name for option in fields(section.type)}
+        require(not unknown, f"config.{section.name}", sorted(unknown), "known options", "was it written by this version?")
+        try:
+            sections[section.name] = section.type(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+            )
+        except TypeError as error:
+            raise UserError(
+                f"config.{section.name}: got {options!r}, wanted all its options ({error}); was it written by this version?"
+            ) from None
+    return RunConfig(**sections)

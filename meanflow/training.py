@@ -1,3 +1,273 @@
+"""The training loop of one process: draw, differentiate, step, log, save. Repeating a run resumes it."""
+
+import copy
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint as ckpt
+from .config import ModelConfig, ObjectiveConfig, RunConfig, to_dict
+from .data import Dataset, Order, draw_latents, open_dataset
 from .dit import DiT
-def build_net(c):
-    return DiT(depth=c.depth,hidden_size=c.hidden_size,num_heads=c.num_heads,patch_size=c.patch_size,input_size=c.input_size,in_channels=c.in_channels,num_classes=c.num_classes,mlp_ratio=c.mlp_ratio,time_embedding=tuple(c.time_embedding.split(',')))
+from .draws import Draws, Stream
+from .errors import TrainingStopped, UserError
+from .images import make_decoder, to_uint8
+from .objective import Terms, draw_noise, drop_mask, meanflow_terms
+from .optim import learning_rate, make_optimizer, update_ema
+from .runlog import RunLog
+from .sampling import sample
+from .times import draw_times
+
+GRID_CLASSES, GRID_ROWS = 10, 8
+# what may change between a run and its continuation
+CONTINUABLE = ("steps", "log_every", "sample_every", "save_every", "keep_last")
+
+
+def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None) -> DiT:
+    """The network of a configuration."""
+    return DiT(
+        input_size=config.input_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        hidden_size=config.hidden_size,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+        time_embedding=tuple(config.time_embedding.split(",")),
+        compute_dtype=compute_dtype,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: for a GPU that is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: got 'cuda', but torch sees no GPU, wanted one; take auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """A run: its networks, optimizer and data, at some step.
+
+    Args:
+        config: of the run.
+        out: run folder. What it holds is continued.
+
+    Raises:
+        UserError: for a folder that holds another run, a damaged checkpoint, data that does not fit.
+    """
+
+    def __init__(self, config: RunConfig, out: Path):
+        self.config, self.out = config, out
+        self.device = choose_device(config.train.device)
+        torch.set_float32_matmul_precision(config.train.matmul)
+        torch.use_deterministic_algorithms(config.train.deterministic)
+        self.dataset: Dataset = open_dataset(config.data, config.model)
+        self.order = Order(len(self.dataset), config.train.batch, config.train.seed, config.data.drop_last)
+
+        compute_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        net = build_net(config.model, compute_dtype)
+        net.init_weights(torch.Generator().manual_seed(config.train.seed))
+        self.net = net.to(self.device)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = make_optimizer(config.optim, self.net)
+        self.run_net: Callable = torch.compile(self.net, dynamic=False) if config.train.compile else self.net
+        self.step = 0
+        self.first_bad = torch.tensor(-1, device=self.device)
+        self.last_checkpoint: Path | None = None
+        self.log = RunLog(out)
+        self._resume()
+
+    # --- a step ---
+
+    def draws(self, step: int) -> Draws:
+        """The random numbers of a step for this process's samples."""
+        return Draws(self.config.train.seed, step, torch.arange(self.config.train.batch, device=self.device))
+
+    def compute_terms(self, step: int) -> tuple[Terms, Tensor]:
+        """The loss of a step, and which of its samples have r = t."""
+        config, draws = self.config, self.draws(step)
+        batch = self.dataset.read(self.order.indices(step))
+        batch = type(batch)(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
+        x = draw_latents(batch, draws, config.data)
+        r, t = draw_times(config.objective, draws)
+        drop = drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP))
+        guide = self.ema if config.objective.guidance_weights == "ema" else None
+        terms = meanflow_terms(
+            config.objective, self.run_net, x, draw_noise(x, draws), r, t, batch.labels, drop, guide=guide
+        )
+        return terms, r == t
+
+    def train_step(self) -> None:
+        """One optimizer step."""
+        terms, equal = self.compute_terms(self.step)
+        self.optimizer.zero_grad()
+        terms.loss.backward()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in self.net.parameters())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, self.step)
+        self.optimizer.step()
+        update_ema(list(self.ema.parameters()), list(self.net.parameters()), self.config.optim.ema_decay)
+
+        bad = ~(torch.isfinite(terms.raw).all() & torch.isfinite(grad_norm))
+        self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
+        self.log.add(terms, equal, grad_norm)
+        self.step += 1
+
+    # --- the run ---
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step, or until stop() says so; whether the end was reached.
+
+        Raises:
+            TrainingStopped: for a loss or gradient that is not finite.
+        """
+        train = self.config.train
+        bar = tqdm(total=train.steps * train.batch, initial=self.step * train.batch, unit="img", unit_scale=True,
+                   desc=self.out.name, mininterval=1.0, dynamic_ncols=True)  # fmt: skip
+        with bar:
+            while self.step < train.steps and not stop():
+                self.train_step()
+                bar.update(train.batch)
+                done = self.step == train.steps
+                if self.step % train.log_every == 0 or done:
+                    self.check_finite()
+                    row = self.log.write(self.step, self.order.epoch(self.step), self.rate(self.step - 1))
+                    bar.set_postfix_str(f"raw {row['raw']:.4g}")
+                if self.step % train.sample_every == 0 or done:
+                    self.log.picture(self.step, self.sample_grid(), GRID_CLASSES)
+                if self.step % train.save_every == 0 or done:
+                    self.save()
+        if self.step < train.steps:
+            self.save()
+        return self.step == train.steps
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(self.config.optim, step)
+
+    def check_finite(self) -> None:
+        """Raise if a loss or gradient was not finite. Waits for the device."""
+        step = int(self.first_bad)
+        if step < 0:
+            return
+        batch = self.config.train.batch
+        indices = self.order.indices(step)
+        raise TrainingStopped(
+            f"loss or gradient: not finite at step {step} (seed {self.config.train.seed}, draws of samples 0 to {batch - 1} "
+            f"of step {step}, data {indices[0]}, {indices[1]} ... {indices[-1]}); last good checkpoint: "
+            f"{self.last_checkpoint or 'none'}; lower optim.lr or train in fp32, and repeat the command in a new folder"
+        )
+
+    def sample_grid(self) -> Tensor:
+        """One-step samples of the averaged weights, uint8 (80, channels, height, width): a column a class."""
+        model, count = self.config.model, GRID_CLASSES * GRID_ROWS
+        draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
+        noise = draws.normal(Stream.NOISE, self.dataset.shape)
+        labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, model.num_classes)
+        if not hasattr(self, "_decode"):
+            self._decode = make_decoder(self.config.data, self.device)
+        return to_uint8(self._decode(sample(self.ema, noise, labels))).cpu()
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the last step's numbers are not finite."""
+        self.check_finite()
+        if self.last_checkpoint is not None and self.last_checkpoint.name == f"step_{self.step:08d}.safetensors":
+            return
+        tensors = {f"model.{name}": x for name, x in self.net.state_dict().items()}
+        tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
+        for name, p in self.net.named_parameters():
+            for key, x in self.optimizer.state[p].items():
+                tensors[f"optimizer.{key}.{name}"] = x
+        tensors |= {f"log.{name}": x for name, x in self.log.sums().items()}
+        state = ckpt.Checkpoint(self.step, to_dict(self.config), tensors)
+        self.log.flush()
+        self.last_checkpoint = ckpt.save(self.out / "checkpoints", state, self.config.train.keep_last)
+
+    def _resume(self) -> None:
+        self.log.open(to_dict(self.config), CONTINUABLE, self.device)
+        found = ckpt.checkpoints(self.out / "checkpoints")
+        if found:
+            self._restore(found[-1])
+        self.log.rewind(self.step)
+
+    def _restore(self, path: Path) -> None:
+        state = ckpt.load(path)
+        try:
+            self.net.load_state_dict(state.part("model"))
+            self.ema.load_state_dict(state.part("ema"))
+            for name, p in self.net.named_parameters():
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[p] = {
+                    # torch keeps the fused step counter beside the weights
+                    key: state.tensors[f"optimizer.{key}.{name}"].to(self.device) for key in keys
+                }
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"checkpoint: got {path}, which does not fit the model ({reason}), wanted one of this run; "
+                "name another folder by --out"
+            ) from None
+        if state.step > self.config.train.steps:
+            raise UserError(
+                f"train.steps: got {self.config.train.steps}, wanted at least the {state.step} already done in {self.out}; "
+                "raise it, or name another folder by --out"
+            )
+        self.step, self.last_checkpoint = state.step, path
+        self.log.restore_sums(state.part("log"))
+
+
+def flow_matching(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """The same objective with r = t always."""
+    return replace(objective, share_equal=1.0)
+
+
+@contextmanager
+def stop_on_signal():
+    """SIGINT and SIGTERM ask the loop to stop after its step: yields a list that then holds the signal's number."""
+    received: list[int] = []
+
+    def note(number, frame):
+        received.append(number)
+        if len(received) == 1:
+            print(f"\n{signal.Signals(number).name}: stopping after this step; a second one stops at once", flush=True)
+        else:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: RunConfig, out: Path) -> int:
+    """Train a run to its end, resuming what the folder holds; the exit code: 0, or 128 + the signal that stopped it."""
+    trainer = Trainer(config, out)
+    if trainer.step == config.train.steps:
+        print(f"{out}: finished at step {trainer.step}")
+        return 0
+    if trainer.step:
+        print(f"{out}: resuming from step {trainer.step}")
+    start, first = time.perf_counter(), trainer.step
+    with stop_on_signal() as received:
+        finished = trainer.run(lambda: bool(received))
+    seconds = time.perf_counter() - start
+    images = (trainer.step - first) * config.train.batch
+    state = "finished" if finished else "stopped and saved"
+    print(f"{out}: {state} at step {trainer.step}, {images / max(seconds, 1e-9):.0f} img/s in {seconds:.0f} s")
+    return 0 if finished else 128 + received[0]

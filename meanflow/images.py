@@ -1,0 +1,60 @@
+"""From latents to pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import DataConfig
+from .errors import UserError
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8 as the official evaluation does it: 127.5 x + 128, clipped and truncated."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity for digits.
+
+    Raises:
+        UserError: where the autoencoder cannot be loaded.
+    """
+    if config.name == "digits":
+        return lambda latents: latents
+    from diffusers import AutoencoderKL  # nine seconds to import
+
+    try:
+        vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.vae: got {config.vae!r}, which cannot be loaded ({reason}), wanted a diffusers AutoencoderKL; "
+            "name a local folder by --data.vae FOLDER"
+        ) from None
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return torch.cat([vae.decode(part / config.scale).sample for part in latents.split(16)])
+
+    return decode
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """uint8 images (N, channels, height, width) as one picture (height, width, channels) with a pixel between them."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    picture = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, dtype=torch.uint8)
+    for i, image in enumerate(images.cpu().permute(0, 2, 3, 1)):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def save_png(path: Path, picture: Tensor, zoom: int = 1) -> None:
+    """A uint8 picture (height, width, 1 or 3) as a PNG, each pixel repeated zoom times."""
+    from PIL import Image
+
+    picture = picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    Image.fromarray(picture.squeeze(-1).numpy()).save(path)

@@ -1,0 +1,53 @@
+"""Train a MeanFlow model. The same command again resumes the run.
+
+    python scripts/train.py PRESET [--out FOLDER] [--dry-run] [--SECTION.OPTION VALUE ...]
+    python scripts/train.py PRESET --help        all options of a preset, explained
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from meanflow import cli
+from meanflow.config import RunConfig, to_dict
+from meanflow.presets import PRESETS, preset
+
+
+@dataclass(frozen=True)
+class Options:
+    config: Annotated[RunConfig, arg(name="")]
+    out: Path
+    """The run folder. What it holds is continued."""
+    dry_run: bool = False
+    """Print the whole configuration as JSON and exit."""
+
+
+def main(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        print("presets:")
+        for name, recipe in PRESETS.items():
+            fid = "" if recipe.fid is None else f" (paper: FID {recipe.fid})"
+            print(f"  {name:22s} {recipe.summary}{fid}")
+        return 0 if args else 2
+    name, *overrides = args
+    options = cli.parse(
+        Options,
+        overrides,
+        prog=f"train.py {name}",
+        description=f"Train the preset {name}. The same command again resumes the run.",
+        default=Options(preset(name), Path("runs") / name),
+    )
+    if options.dry_run:
+        print(json.dumps(to_dict(options.config), indent=2))
+        return 0
+    from meanflow.training import train  # seconds to import
+
+    return train(options.config, options.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)
