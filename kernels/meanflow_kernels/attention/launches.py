@@ -1,0 +1,146 @@
+"""From tensors to launches: alignment, column tiles, strides and the config's tiles, the same for a run and for a cross-compilation."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..launch import CompileCase, Launch
+from .config import AttentionConfig, backward_configs, dual_config, plain_config
+
+_SIXTEEN_BYTES = 16
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` (B, L, H, D) itself where the kernels can read it with 16-byte loads, else a contiguous copy.
+
+    That needs contiguous columns, and the start and all other strides on 16-byte boundaries: true of every slice of a packed projection
+    whose head dim is a multiple of 8.
+    """
+    fits = x.shape[-1] == 1 or x.stride(-1) == 1
+    fits = fits and x.data_ptr() % _SIXTEEN_BYTES == 0
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        fits = fits and (size == 1 or stride * x.element_size() % _SIXTEEN_BYTES == 0)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def column_tiles(head_dim: int) -> tuple[int, int]:
+    """Widths of the column tiles: (64, 0) for 64, (64, 16) for 72, (64, 32) for 96, (128, 0) for 104, where a split saves nothing."""
+    whole = 1 << (head_dim - 1).bit_length()
+    first = 1 << (head_dim.bit_length() - 1)
+    if first == head_dim:
+        return head_dim, 0
+    rest = max(16, 1 << (head_dim - first - 1).bit_length())
+    return (whole, 0) if first + rest >= whole else (first, rest)
+
+
+def _layout(tensors: dict[str, Tensor | None]) -> tuple[dict[str, Tensor | int | None], dict[str, int]]:
+    """Pointers with batch and head strides in vectors (run-time arguments), and token strides (constants)."""
+    args, constants = {}, {}
+    for name, x in tensors.items():
+        args[f"{name}_ptr"] = x
+        # a size of 1 may carry any stride: it is never stepped over
+        stride_b, stride_l, stride_h = (0, 0, 0) if x is None else (s * (n > 1) for s, n in zip(x.stride()[:3], x.shape, strict=False))
+        vec = 1 if x is None else _SIXTEEN_BYTES // x.element_size()
+        args[f"stride_{name}_b"], args[f"stride_{name}_h"] = stride_b // vec, stride_h // vec
+        constants[f"STRIDE_{name.upper()}_L"] = stride_l
+    return args, constants
+
+
+def _shape_constants(q: Tensor, k: Tensor, config: AttentionConfig) -> dict[str, object]:
+    """The constants all kernels share."""
+    block_d0, block_d1 = column_tiles(q.shape[-1])
+    return {
+        "D": q.shape[-1],
+        "BLOCK_D0": block_d0,
+        "BLOCK_D1": block_d1,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "EVEN_M": q.shape[1] % config.block_m == 0,
+        "EVEN_N": k.shape[1] % config.block_n == 0,
+        "VEC": _SIXTEEN_BYTES // q.element_size(),
+        # ieee for fp32: tl.dot would round its operands to TF32; 16-bit operands have one precision
+        "PRECISION": "ieee",
+    }
+
+
+def forward_launch(
+    primals: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outputs: tuple[Tensor, Tensor | None, Tensor],
+    scale: float,
+    config: AttentionConfig,
+) -> Launch:
+    """The forward of :func:`aligned` primals and tangents of one batch into (o, o_dot, lse); plain where all tangents are None."""
+    from .kernel import attention_kernel
+
+    (q, k, v), (q_dot, k_dot, v_dot), (o, o_dot, lse) = primals, tangents, outputs
+    args, constants = _layout({"q": q, "k": k, "v": v, "q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot})
+    batch, m, heads, _ = q.shape
+    args |= {"o_ptr": o, "o_dot_ptr": o_dot, "lse_ptr": lse, "scale": scale, "H": heads, "M": m, "N": k.shape[1]}
+    constants |= {"HAS_Q_DOT": q_dot is not None, "HAS_K_DOT": k_dot is not None, "HAS_V_DOT": v_dot is not None}
+    constants |= _shape_constants(q, k, config)
+    grid = (-(-m // config.block_m) * batch * heads,)
+    return Launch(attention_kernel, grid, args, constants, config.num_warps, config.num_stages)
+
+
+def backward_launches(
+    do: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    delta: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    configs: tuple[AttentionConfig, AttentionConfig],
+) -> Iterator[Launch]:
+    """dq and delta, then dk and dv, of :func:`aligned` ``do`` and ``saved`` = (q, k, v, o, lse) with contiguous o."""
+    from .backward_kernel import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
+
+    (q, k, v, o, lse), (dq, dk, dv) = saved, gradients
+    layout, strides = _layout({"q": q, "k": k, "v": v, "do": do})
+    batch, m, heads, _ = q.shape
+    n = k.shape[1]
+    layout |= {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "H": heads, "M": m, "N": n}
+
+    config = configs[0]
+    grid = (-(-m // config.block_m) * batch * heads,)
+    constants = strides | _shape_constants(q, k, config)
+    args = layout | {"o_ptr": o, "dq_ptr": dq}
+    yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages)
+
+    config = configs[1]
+    grid = (-(-n // config.block_n) * batch * heads,)
+    constants = strides | _shape_constants(q, k, config)
+    args = layout | {"dk_ptr": dk, "dv_ptr": dv}
+    yield Launch(attention_bwd_dkdv_kernel, grid, args, constants, config.num_warps, config.num_stages)
+
+
+_CASE_HEAD_DIMS = (32, 64, 72, 96, 128)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every shipped config as its launches, on meta tensors: packed (B, L, 3, H, D) inputs, even lengths and, suffix "ragged", odd ones."""
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in _CASE_HEAD_DIMS:
+            cases += head_dim_cases(arch, dtype, head_dim, 1024, "")
+            cases += head_dim_cases(arch, dtype, head_dim, 1023, " ragged")
+    return cases
+
+
+def head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int, suffix: str) -> list[CompileCase]:
+    """The dual and plain forward and both backward kernels of one head dim."""
+    q, k, v = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta").unbind(2)
+    o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
+
+    def case(op, config, launch):
+        return CompileCase(op, f"{config}{suffix}", dtype, head_dim, launch)
+
+    dual, plain = dual_config(arch, dtype, head_dim), plain_config(arch, dtype, head_dim)
+    configs = backward_configs(arch, dtype, head_dim)
+    dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, (o, o, o), 1.0, configs)
+    return [
+        case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)),
+        case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
+        case("attention_bwd_dq", configs[0], dq),
+        case("attention_bwd_dkdv", configs[1], dkdv),
+    ]
