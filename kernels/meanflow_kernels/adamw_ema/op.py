@@ -1,0 +1,131 @@
+"""adamw_ema: checks, the choice between the native operator and the reference, and the public function."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from .native import MISSING, warn_missing
+from .reference import adamw_ema_ref
+
+MAX_EMAS = 4
+"""Averages kept at a time; kMaxEmas in csrc."""
+
+
+def adamw_ema_bytes(numel: int, *, emas: int, copies: bool) -> int:
+    """Bytes that a step on ``numel`` fp32 parameters moves at least: each tensor read once, each result written once."""
+    return numel * (4 * 4 + 3 * 4 + emas * 2 * 4 + copies * 2)
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's shards of DTensors; other tensors as they are."""
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+
+
+def _check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, emas: Mapping) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        fail("lr", f"a tensor of {lr.numel()} elements", "a float or a tensor of one element", "pass one learning rate")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        fail("betas", betas, "two numbers in [0, 1)", "pass for instance (0.9, 0.95)")
+    if not eps >= 0:
+        fail("eps", eps, "a number >= 0", "pass for instance 1e-8")
+    if not weight_decay >= 0:
+        fail("weight_decay", weight_decay, "a number >= 0", "pass 0.0 for none")
+    if len(emas) > MAX_EMAS:
+        fail("emas", f"{len(emas)} decays", f"at most {MAX_EMAS}", "drop some, or keep the others in a loop of your own")
+    for decay in emas:
+        if not 0 <= decay <= 1:
+            fail("emas", f"decay {decay}", "a decay in [0, 1]", "pass for instance {0.9999: tensors}")
+
+
+def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """One tensor a parameter, of its shape, on its device and, if a DTensor, with its placements."""
+    if len(tensors) != len(params):
+        fail(name, f"{len(tensors)} tensors", f"{len(params)}, one a parameter", "pass the lists in the same order")
+    for i, (x, p) in enumerate(zip(tensors, params, strict=True)):
+        if x.shape != p.shape:
+            fail(f"{name}[{i}]", f"shape {tuple(x.shape)}", f"{tuple(p.shape)}, as params[{i}]", "nothing is broadcast")
+        if x.device != p.device:
+            fail(f"{name}[{i}]", f"device {x.device}", f"{p.device}, as params[{i}]", f"move it with .to('{p.device}')")
+        if x.is_sparse:
+            fail(f"{name}[{i}]", "a sparse tensor", "a dense one", "build the embedding with sparse=False")
+        if getattr(x, "placements", None) != getattr(p, "placements", None):
+            got, wanted = (getattr(y, "placements", "a plain tensor") for y in (x, p))
+            fail(f"{name}[{i}]", got, f"{wanted}, as params[{i}]", "shard it like its parameter (fully_shard does)")
+
+
+def _is_native(lists: Sequence[Sequence[Tensor]], copies: Sequence[Tensor]) -> bool:
+    """Whether csrc takes these tensors: fp32 and contiguous, bf16 copies, all on one device that has a library."""
+    device = lists[0][0].device
+    for x in chain.from_iterable(lists):
+        if x.dtype != torch.float32 or x.device != device or not x.is_contiguous():
+            return False
+    for x in copies:
+        if x.dtype != torch.bfloat16 or x.device != device or not x.is_contiguous():
+            return False
+    if device.type in MISSING and not torch.compiler.is_compiling():
+        warn_missing(device.type)
+    return device.type in ("cpu", "cuda") and device.type not in MISSING
+
+
+@torch.no_grad()
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    emas: Mapping[float, Sequence[Tensor]] | None = None,
+    copies: Sequence[Tensor] = (),
+) -> None:
+    """One optimizer step, in place: AdamW with torch's mathematics, then the averages and low-precision weights of the result.
+
+    Contiguous fp32 tensors on one device go through memory once (csrc/): the CPU result equals that of torch's unfused AdamW and
+    ``torch._foreach_lerp_`` to the last bit, but for the few elements behind torch's last full vector, where it is within rounding;
+    it does not depend on the number of threads. All other tensors, and those of a device without a native library, take plain torch.
+    On a GPU nothing waits for the host; keep ``lr`` in a tensor on the device to change it in a captured CUDA graph.
+
+    Args:
+        params: n tensors of any shape. DTensors are stepped on their local shards.
+        grads, exp_avgs, exp_avg_sqs: n tensors each, shaped as the parameters.
+        steps: n scalar fp32 tensors on the parameters' device, the steps taken so far; each is counted up by one.
+        lr: the learning rate, a number or a scalar tensor.
+        emas: for each decay (at most 4) n tensors that follow ema <- ema + (1 - decay) (p - ema).
+        copies: n tensors that receive the new parameters, rounded to bf16; or none.
+
+    Raises:
+        ValueError: an argument out of range, or a list that does not match the parameters.
+    """
+    emas = emas or {}
+    _check_numbers(lr, betas, eps, weight_decay, emas)
+    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_list(name, tensors, params)
+    for decay, tensors in emas.items():
+        _check_list(f"emas[{decay}]", tensors, params)
+    if copies:
+        _check_list("copies", copies, params)
+    if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
+        fail("steps", f"{len(steps)} tensors", f"{len(params)} scalar tensors, one a parameter", "pass torch.zeros(()) for each at first")
+    if not params:
+        return
+
+    lists = [_local(x) for x in (params, grads, exp_avgs, exp_avg_sqs, steps, *emas.values())]
+    copies = _local(copies)
+    if not _is_native(lists, copies):
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        adamw_ema_ref(*lists[:5], emas=dict(zip(emas, lists[5:], strict=True)), copies=copies, **settings)
+        return
+    torch._foreach_add_(lists[4], 1)
+    flat_emas = [x for ema in lists[5:] for x in ema]
+    rate = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    torch.ops.meanflow_kernels.adamw_ema(*lists[:5], flat_emas, copies, rate, *betas, eps, weight_decay, list(emas))
+    if not torch.compiler.is_compiling():
+        # so that autograd notices a backward through weights that have changed since its forward
+        torch.autograd.graph.increment_version([*lists[0], *lists[2], *lists[3], *flat_emas, *copies])
