@@ -1,0 +1,107 @@
+"""Softmax attention: ours, SDPA's backends, math attention under torch.func.jvp, and the peers that are installed."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from meanflow_kernels import attention, attention_jvp
+from meanflow_kernels.counts import attention_bwd_flops, attention_flops, attention_tangent_flops
+
+from .dual_op import VARIANTS, Case, measure
+from .shapes import ATTENTION, Shape, naming, on
+
+
+def _math(q, k, v):
+    # (B, N, H, D) -> (B, H, N, D), and back
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    p = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+    return (p @ v).transpose(1, 2)
+
+
+def _sdpa(backend: SDPBackend) -> Callable:
+    def run(q, k, v):
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    return run
+
+
+def _sdpa_primal(backend: SDPBackend, case: Case) -> Callable:
+    run = functools.partial(_sdpa(backend), *case.primals)
+    try:
+        run()
+    except RuntimeError as error:
+        pytest.skip(f"SDPA has no {backend.name} here: {error}")
+    return run
+
+
+def _sdpa_backward(backend: SDPBackend, case: Case) -> Callable:
+    _sdpa_primal(backend, case)
+    inputs = [x.detach().requires_grad_() for x in case.primals]
+    o = _sdpa(backend)(*inputs)
+    do = torch.randn_like(o)
+    return lambda: (torch.autograd.grad(o, inputs, do, retain_graph=True), [do])
+
+
+def _sdpa_func_jvp(case: Case) -> Callable:
+    # what the public trainers run: SDPA has forward AD in this backend alone
+    return lambda: torch.func.jvp(_sdpa(SDPBackend.MATH), case.primals, case.tangents)
+
+
+def _flash_attn(case: Case) -> Callable:
+    interface = pytest.importorskip("flash_attn.flash_attn_interface", reason="flash-attn is not installed")
+    return lambda: interface.flash_attn_func(*case.primals)
+
+
+def _xformers(case: Case) -> Callable:
+    ops = pytest.importorskip("xformers.ops", reason="xformers is not installed")
+    return lambda: ops.memory_efficient_attention(*case.primals)
+
+
+def _jvp_flash_attention(case: Case) -> Callable:
+    peer = pytest.importorskip("jvp_flash_attention.jvp_attention", reason="jvp_flash_attention is not installed")
+    if case.primals[0].shape[-1] not in (16, 32, 64, 128, 256):
+        pytest.skip(f"jvp_flash_attention has no head dim {case.primals[0].shape[-1]}")
+    # its layout, (B, H, N, D) contiguous, is made before the clock starts
+    primals, tangents = (tuple(x.transpose(1, 2).contiguous() for x in xs) for xs in (case.primals, case.tangents))
+    return lambda: tuple(x.transpose(1, 2) for x in torch.func.jvp(peer.JVPAttn.fwd_dual, primals, tangents))
+
+
+PEERS = {
+    "sdpa math, func.jvp": ("dual", _sdpa_func_jvp),
+    "jvp_flash_attention": ("dual", _jvp_flash_attention),
+    "sdpa flash": ("primal", functools.partial(_sdpa_primal, SDPBackend.FLASH_ATTENTION)),
+    "sdpa cudnn": ("primal", functools.partial(_sdpa_primal, SDPBackend.CUDNN_ATTENTION)),
+    "sdpa math": ("primal", functools.partial(_sdpa_primal, SDPBackend.MATH)),
+    "flash-attn": ("primal", _flash_attn),
+    "xformers": ("primal", _xformers),
+    "sdpa flash, backward": ("backward", functools.partial(_sdpa_backward, SDPBackend.FLASH_ATTENTION)),
+    "sdpa cudnn, backward": ("backward", functools.partial(_sdpa_backward, SDPBackend.CUDNN_ATTENTION)),
+}
+
+
+def _flops(shape: Shape) -> dict[str, int]:
+    sizes = (shape.heads, shape.tokens, shape.tokens, shape.head_dim)
+    primal = attention_flops(shape.batch, *sizes)
+    return {
+        "primal": primal,
+        "dual": primal + attention_tangent_flops(shape.batch, *sizes),
+        "quarter": primal + attention_tangent_flops(max(1, shape.batch // 4), *sizes),
+        "backward": attention_bwd_flops(shape.batch, *sizes),
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS | PEERS)
+@pytest.mark.parametrize("regime", ATTENTION)
+def test_attention(benchmark, stopwatch, device, regime, variant):
+    shape = on(device, ATTENTION[regime])
+    # q, k and v are read where the qkv projection left them
+    size = (2, shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+    packed, packed_dot = torch.randn(size, device=device, dtype=torch.bfloat16)
+    case = Case(attention, attention_jvp, _math, packed.unbind(2), packed_dot.unbind(2), flops=_flops(shape))
+    name = naming("attention", regime, shape, packed.dtype, variant)
+    measure(stopwatch, benchmark, case, name, *(VARIANTS | PEERS)[variant])

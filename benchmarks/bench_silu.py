@@ -1,0 +1,18 @@
+"""SiLU on the conditioning vectors: so small that the launch is what it costs."""
+
+import pytest
+import torch
+
+from meanflow_kernels import silu, silu_jvp
+
+from .dual_op import VARIANTS, Case, measure
+from .shapes import MODELS, naming, on
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_silu(benchmark, stopwatch, device, model, variant):
+    shape = on(device, MODELS[model])
+    x, x_dot = torch.randn(2, shape.batch, shape.width, device=device, dtype=torch.bfloat16)
+    case = Case(silu, silu_jvp, torch.nn.functional.silu, (x,), (x_dot,))
+    measure(stopwatch, benchmark, case, naming("silu", model, shape, x.dtype, variant), *VARIANTS[variant])

@@ -1,0 +1,51 @@
+"""Kernel benches under pytest-benchmark: ``pytest benchmarks/bench_*.py --rows FILE``.
+
+On a GPU the shapes are those of the models; on a CPU they are tiny, and show only that the benches run.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from .environment import environment
+from .stopwatch import Stopwatch
+from .timing import measure_ceilings
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("stopwatch")
+    group.addoption("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    group.addoption("--rows", type=Path, metavar="FILE", help="append the rows to FILE as JSON lines")
+    group.addoption("--commit", help="what the rows say of the source, where it is no git checkout")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> str:
+    """Where the benches run."""
+    return pytestconfig.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def stopwatch(pytestconfig, device):
+    """The rows of this session, the ceilings of its device measured first."""
+    found = environment(device, pytestconfig.getoption("--commit"))
+    pytestconfig.stopwatch = Stopwatch(device, found, measure_ceilings(device))
+    return pytestconfig.stopwatch
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Compiled graphs of one bench do not meet the next."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    stopwatch = getattr(config, "stopwatch", None)
+    if stopwatch is None or not stopwatch.rows:
+        return
+    terminalreporter.section("device time, cold cache")
+    terminalreporter.write_line(stopwatch.summary())
+    if path := config.getoption("--rows"):
+        stopwatch.write(path)

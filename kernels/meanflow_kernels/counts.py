@@ -1,0 +1,63 @@
+"""FLOPs and bytes of the operators.
+
+FLOPs are the multiplications and additions of matrix products, the convention of torch's FLOP counter and of every
+published MFU: a pointwise operator counts none, and what it costs is its bytes. With B batch, H heads, M queries,
+N keys, D head width, K and C in and out channels, R rows (all leading sizes of a linear's input together):
+
+    attention                   4 B H M N D       q k^T and p v
+    its tangent                 8 B' H M N D      q_dot k^T, q k_dot^T, p v_dot and (p s_dot) v, of B' samples;
+                                                  a product with a structurally zero tangent is not there
+    attention and its tangent  12 B H M N D       six products, where every sample has a tangent
+    its backward               10 B H M N D       q k^T again, dv, dp, dq and dk: 2.5 times the forward
+    linear                      2 R K C           of the primal's rows and of the tangent's
+    its backward                4 R K C           dx and dweight, of the primal's rows alone
+    all others                  0
+
+Bytes are the fewest that must move: each tensor read once, each result written once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call has to do at least."""
+
+    flops: int
+    """Multiplications and additions of its matrix products."""
+    bytes: int
+    """Each input read once, each output written once."""
+
+
+def attention_flops(batch: int, heads: int, m: int, n: int, d: int) -> int:
+    """FLOPs of the primal alone."""
+    return 4 * batch * heads * m * n * d
+
+
+def attention_tangent_flops(batch: int, heads: int, m: int, n: int, d: int, *, q=True, k=True, v=True) -> int:
+    """FLOPs that the tangents of ``batch`` samples add; ``q``, ``k`` and ``v`` say which inputs have one."""
+    products = int(q) + int(k) + int(v) + int(q or k)
+    return 2 * products * batch * heads * m * n * d
+
+
+def attention_bwd_flops(batch: int, heads: int, m: int, n: int, d: int) -> int:
+    """FLOPs of the primal's backward, which computes q k^T anew."""
+    return 10 * batch * heads * m * n * d
+
+
+def linear_flops(rows: int, k: int, c: int) -> int:
+    """FLOPs of ``rows`` rows, primal or tangent, through a (c, k) weight."""
+    return 2 * rows * k * c
+
+
+def linear_bwd_flops(rows: int, k: int, c: int) -> int:
+    """FLOPs of the gradients of the input and the weight."""
+    return 4 * rows * k * c
+
+
+def moved_bytes(read: Iterable[Tensor | object], written: Iterable[Tensor | object]) -> int:
+    """Bytes of the tensors among ``read`` and ``written``; a view counts the elements that it shows."""
+    return sum(x.numel() * x.element_size() for x in [*read, *written] if isinstance(x, Tensor))

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Checks and measures this source tree on a machine with an NVIDIA GPU; nothing is installed and no network is used.
+set -uo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/gpu_check.sh [--list] [--help] [--commit HASH] [PART...]
+
+Runs the parts in this order (default: all), each within 9 minutes, from the source tree as it is:
+
+  static     registers, spills, shared memory and load widths of every launch config, on this machine's Triton
+  tests      the tests of the operators with their kernels on the GPU, and every other test that needs one
+  attention  attention timed against SDPA, math attention under torch.func.jvp, and the peers that are installed
+  pointwise  the other operators timed against plain torch, eager and compiled
+
+Logs, the result rows (rows.jsonl, appended) and summary.txt go to the folder $OUT (default: gpu_check).
+--commit says what the rows are of, where the tree is no git checkout.
+Needs python3 with torch, triton, numpy, pytest, pytest-benchmark, hypothesis and nvidia-ml-py.
+Exit code: 0 all parts passed, 1 a part failed, 2 no GPU or a wrong argument.
+TEXT
+}
+
+PARTS=(static tests attention pointwise)
+LIMIT=540
+
+static() {
+    run python3 -m benchmarks.static_report
+}
+
+tests() {
+    # several processes, because compiling the kernels takes longer than running them
+    local workers=()
+    python3 -c 'import xdist' 2>/dev/null && workers=(-n 6)
+    run python3 -m pytest -q "${workers[@]}" tests/kernels
+    local kernels=$?
+    run python3 -m pytest -q -m gpu --ignore=tests/kernels tests
+    local others=$?
+    # pytest's 5: there are no other tests that need a GPU
+    [[ $kernels -eq 0 && ($others -eq 0 || $others -eq 5) ]]
+}
+
+attention() {
+    bench attention
+}
+
+pointwise() {
+    bench adaln gate_adaln bias_gelu silu linear timestep_embedding
+}
+
+# a process a bench, so that a peer that breaks the process breaks no other
+bench() {
+    local failed=0 op
+    for op in "$@"; do
+        run python3 -m pytest -q -rs --benchmark-quiet --rows "$OUT/rows.jsonl" "${COMMIT[@]}" \
+            "benchmarks/bench_$op.py" || failed=1
+    done
+    return $failed
+}
+
+# a command within what is left of the part's time
+run() {
+    local left=$((DEADLINE - SECONDS))
+    if ((left <= 0)); then
+        echo "gpu_check: out of time before: $*"
+        return 124
+    fi
+    timeout -k 10 "$left" "$@"
+}
+
+COMMIT=()
+chosen=()
+while (($#)); do
+    case $1 in
+    --help | -h) usage && exit 0 ;;
+    --list) printf '%s\n' "${PARTS[@]}" && exit 0 ;;
+    --commit)
+        [[ $# -ge 2 ]] || { echo "gpu_check: --commit wants a hash" >&2 && exit 2; }
+        COMMIT=(--commit "$2")
+        shift
+        ;;
+    *)
+        [[ " ${PARTS[*]} " == *" $1 "* ]] || {
+            echo "gpu_check: no part '$1', wanted some of: ${PARTS[*]}" >&2
+            exit 2
+        }
+        chosen+=("$1")
+        ;;
+    esac
+    shift
+done
+((${#chosen[@]})) || chosen=("${PARTS[@]}")
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=$(realpath -m "${OUT:-gpu_check}")
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
+python3 -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)' || {
+    echo "gpu_check: python3's torch sees no NVIDIA GPU here; run it on a machine that has one" >&2
+    exit 2
+}
+
+mkdir -p "$OUT"
+{
+    date -u +%FT%TZ
+    nvidia-smi --format=csv --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks_throttle_reasons.active
+    python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+} >>"$OUT/summary.txt" 2>&1
+
+failed=0
+table=$(printf '%-10s %-8s %8s  %s' part result seconds log)
+for part in "${chosen[@]}"; do
+    echo "gpu_check: $part ..."
+    begin=$SECONDS DEADLINE=$((SECONDS + LIMIT))
+    if "$part" >"$OUT/$part.log" 2>&1; then
+        result=passed
+    else
+        result=FAILED failed=1
+        tail -n 25 "$OUT/$part.log" | cut -c1-200
+    fi
+    table+=$'\n'$(printf '%-10s %-8s %8d  %s' "$part" "$result" $((SECONDS - begin)) "$OUT/$part.log")
+done
+echo "$table" | tee -a "$OUT/summary.txt"
+exit $failed

@@ -1,0 +1,81 @@
+"""scripts/gpu_check.sh: what it says without a GPU, and what it makes of parts that pass, fail and run late."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/gpu_check.sh"
+
+# stands in for python3: it "sees" a GPU, and fails the commands that contain the word in FAILING
+STUB = """#!/bin/bash
+[[ -n "$FAILING" && "$*" == *"$FAILING"* ]] && { echo "broken: $*"; exit 1; }
+[[ "$*" == *"-m gpu"* ]] && exit 5
+echo "ran $*"
+"""
+
+
+def _run(tmp_path: Path, *arguments: str, failing: str = "") -> subprocess.CompletedProcess:
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir(exist_ok=True)
+    for name in ("python3", "nvidia-smi"):
+        path = bin_dir / name
+        path.write_text(STUB)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    env = os.environ | {"PATH": f"{bin_dir}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "FAILING": failing}
+    return subprocess.run(["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path):
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    run = subprocess.run(["bash", str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout == "" and len(run.stderr.splitlines()) == 1 and "no NVIDIA GPU" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_and_help_teach(tmp_path):
+    parts = _run(tmp_path, "--list").stdout.split()
+    text = _run(tmp_path, "--help").stdout
+    assert parts == ["static", "tests", "attention", "pointwise"]
+    assert all(f"\n  {part} " in text for part in parts)
+
+
+def test_wrong_part_is_refused(tmp_path):
+    run = _run(tmp_path, "attentoin")
+    assert run.returncode == 2
+    assert "no part 'attentoin', wanted some of: static tests attention pointwise" in run.stderr
+
+
+def test_parts_that_pass(tmp_path):
+    run = _run(tmp_path, "--commit", "abc")
+    assert run.returncode == 0, run.stdout + run.stderr
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["attention.log", "pointwise.log", "static.log", "summary.txt", "tests.log"]
+    assert "--commit abc benchmarks/bench_attention.py" in (tmp_path / "out/attention.log").read_text()
+    table = run.stdout.splitlines()[-5:]
+    assert table[0].split() == ["part", "result", "seconds", "log"]
+    parts = ("static", "tests", "attention", "pointwise")
+    assert [line.split()[:2] for line in table[1:]] == [[part, "passed"] for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("failing", "part"), [("tests/kernels", "tests"), ("bench_silu.py", "pointwise"), ("static_report", "static")]
+)
+def test_part_that_fails(tmp_path, failing, part):
+    run = _run(tmp_path, failing=failing)
+    assert run.returncode == 1
+    assert "broken: -m" in run.stdout
+    assert [line.split()[0] for line in run.stdout.splitlines() if "FAILED" in line] == [part]
+
+
+def test_every_bench_is_in_a_part():
+    script = SCRIPT.read_text()
+    for path in ROOT.glob("benchmarks/bench_*.py"):
+        assert f" {path.stem.removeprefix('bench_')}" in script

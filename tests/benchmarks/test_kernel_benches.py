@@ -1,0 +1,55 @@
+"""Every operator has its bench, and each runs on a CPU with rows that say so."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import meanflow_kernels
+
+ROOT = Path(__file__).parents[2]
+BENCHES = sorted(ROOT.glob("benchmarks/bench_*.py"))
+COLUMNS = "op shape dtype variant call ms ms_20 ms_80 flops bytes tflops gbps share_of_ceiling error commit".split()
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-quiet"]
+    command += arguments
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_every_operator_has_a_bench_of_its_name():
+    ops = {name for name in meanflow_kernels.__all__ if name + "_jvp" in meanflow_kernels.__all__}
+    assert ops and {path.stem.removeprefix("bench_") for path in BENCHES} == ops
+
+
+def test_benches_run_on_a_cpu_and_say_so(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    # compiling takes too long for this test
+    run = _run(*map(str, BENCHES), "--rows", str(rows), "-k", "not compiled", "--commit", "abc", "-rs")
+    assert run.returncode == 0, run.stdout[-3000:]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {row["op"] for row in found} == {path.stem.removeprefix("bench_") for path in BENCHES}
+    for row in found:
+        assert not [column for column in COLUMNS if column not in row], row
+        assert row["device"] == "cpu" and row["gpu"] is None and row["commit"] == "abc"
+        assert row["tflops"] == pytest.approx(row["flops"] / row["ms"] / 1e9)
+        assert "share_of_peak" not in row
+    (dual,) = (r for r in found if (r["op"], r["variant"]) == ("attention", "ours") and "hd72 " in r["shape"])
+    assert dual["flops"] == 12 * dual["batch"] * dual["heads"] * dual["tokens"] ** 2 * 72
+    assert "no measure of a GPU" in run.stdout
+    for peer in ("jvp_flash_attention", "xformers"):
+        if importlib.util.find_spec(peer) is None:
+            assert f"{peer} is not installed" in run.stdout
+
+
+@pytest.mark.slow
+def test_compiled_variants_run_on_a_cpu():
+    run = _run(*map(str, BENCHES), "-k", "compiled and not N1024 and not B/4")
+    assert run.returncode == 0, run.stdout[-3000:]

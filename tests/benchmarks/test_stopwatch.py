@@ -1,0 +1,124 @@
+"""The stopwatch: its numbers follow from its rows, and it times nothing that is wrong."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.bench_silu import VARIANTS, Case, measure
+from benchmarks.environment import environment
+from benchmarks.peaks import PEAKS
+from benchmarks.shapes import MODELS, naming, on
+from benchmarks.stopwatch import Stopwatch, check, relative_error
+from benchmarks.timing import Ceilings, measure_ceilings, quantiles
+from meanflow_kernels import silu, silu_jvp
+from meanflow_kernels.counts import Work
+
+
+class Benchmark:
+    """pytest-benchmark's fixture, with times that are known."""
+
+    disabled = False
+    stats = SimpleNamespace(stats=SimpleNamespace(data=[0.001 * i for i in range(1, 12)]))
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, fn, **_):
+        fn()
+
+
+def _stopwatch(gpu=None) -> Stopwatch:
+    found = environment("cpu") | {"gpu": gpu}
+    return Stopwatch("cpu", found, Ceilings(copy_gbps=2000.0, gemm_tflops=500.0, gemm="8192x8192x8192 bfloat16"))
+
+
+def _silu_case(op_jvp) -> Case:
+    x, x_dot = torch.randn(2, 4, 128, dtype=torch.bfloat16)
+    return Case(silu, op_jvp, torch.nn.functional.silu, (x,), (x_dot,))
+
+
+def _name(variant: str) -> dict:
+    return naming("silu", "XL/2", on("cpu", MODELS["XL/2"]), torch.bfloat16, variant)
+
+
+def test_row_follows_from_its_times():
+    watch = _stopwatch("NVIDIA H200")
+    work = Work(flops=12 * 10**9, bytes=10**6)
+    watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=work, errors={"error": 0.0})
+    (row,) = watch.rows
+    assert row["ms"] == pytest.approx(6.0) and row["ms_20"] == pytest.approx(3.0) and row["ms_80"] == pytest.approx(9.0)
+    assert row["tflops"] == pytest.approx(12e9 / 6e-3 / 1e12)
+    assert row["gbps"] == pytest.approx(1e6 / 6e-3 / 1e9)
+    assert row["share_of_ceiling"] == pytest.approx(2 / 500)
+    assert row["share_of_peak"] == pytest.approx(2 / PEAKS["NVIDIA H200"].tflops)
+    assert row["peak_source"]
+
+
+def test_pointwise_work_is_held_against_the_copy():
+    watch = _stopwatch()
+    watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(flops=0, bytes=6 * 10**9), errors={})
+    assert watch.rows[0]["bound"] == "copy"
+    assert watch.rows[0]["share_of_ceiling"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA GeForce RTX 9090"])
+def test_unknown_gpu_gets_no_share_of_a_peak(gpu):
+    watch = _stopwatch(gpu)
+    watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(1, 1), errors={})
+    assert "share_of_peak" not in watch.rows[0]
+
+
+def test_row_says_where_and_when(tmp_path):
+    watch = _stopwatch()
+    measure(watch, Benchmark(), _silu_case(silu_jvp), _name("ours"), *VARIANTS["ours"])
+    watch.write(tmp_path / "deep" / "rows.jsonl")
+    row = json.loads((tmp_path / "deep" / "rows.jsonl").read_text())
+    assert row["device"] == "cpu" and row["gpu"] is None and row["cpu"]
+    assert row["torch"] == torch.__version__ and row["triton"] and row["date"].endswith("+00:00") and "commit" in row
+    assert row["op"] == "silu" and row["call"] == "dual" and row["batch"] == 2
+    # x, x_dot, y and y_dot, once each
+    assert row["bytes"] == 4 * 4 * 128 * 2
+    assert "tiny" in watch.summary() and "no measure of a GPU" in watch.summary()
+
+
+@pytest.mark.parametrize(
+    ("variant", "broken"),
+    [
+        ("ours", lambda primals, tangents: (silu(*primals), 1.01 * tangents[0])),
+        ("ours", lambda primals, tangents: (silu(*primals) + 0.1, silu_jvp(primals, tangents)[1])),
+        ("ours", lambda primals, tangents: (silu(*primals), math.nan * tangents[0])),
+    ],
+    ids=["wrong tangent", "wrong primal", "NaN"],
+)
+def test_no_number_on_a_red_check(variant, broken):
+    watch = _stopwatch()
+    with pytest.raises(AssertionError, match="may be timed"):
+        measure(watch, Benchmark(), _silu_case(broken), _name(variant), *VARIANTS[variant])
+    assert watch.rows == []
+
+
+def test_wrong_tangent_of_the_last_quarter_is_found():
+    def broken(primals, tangents, *, tangent_start):
+        return silu(*primals), silu_jvp((primals[0][:1],), tangents)[1]
+
+    with pytest.raises(AssertionError, match="may be timed"):
+        variant = "ours, tangent of a quarter"
+        measure(_stopwatch(), Benchmark(), _silu_case(broken), _name(variant), *VARIANTS[variant])
+
+
+def test_error_bound_is_tighter_for_ours():
+    exact = torch.randn(100, dtype=torch.float64)
+    near = {"error": ((exact * 1.01).bfloat16(), exact)}
+    assert check(near, torch.bfloat16, strict=False)["error"] == pytest.approx(0.01, rel=0.2)
+    with pytest.raises(AssertionError):
+        check(near, torch.bfloat16, strict=True)
+    assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+
+
+def test_quantiles_and_ceilings():
+    assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
+    ceilings = measure_ceilings("cpu")
+    assert ceilings.copy_gbps > 0 and ceilings.gemm_tflops > 0 and ceilings.gemm == "512x512x512 float32"

@@ -1,0 +1,84 @@
+"""Kernels, benches and GPU tests run where the trainer's other dependencies and the peers cannot be imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+BLOCK = """
+import importlib.abc, sys
+
+ABSENT = {"tyro", "diffusers", "flash_attn", "xformers", "apex", "jvp_flash_attention"}
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+OPERATORS = """
+import torch
+import meanflow_kernels as mk
+
+def pair(*size):
+    return torch.randn(2, *size)
+
+q, k, v = (pair(2, 8, 2, 16) for _ in range(3))
+x, y, hidden = (pair(2, 8, 32) for _ in range(3))
+gate, shift, scale = (pair(2, 32) for _ in range(3))
+t = pair(2)
+weight, bias = torch.randn(16, 32), torch.randn(32)
+
+def zip_pairs(*pairs):
+    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+results = [
+    mk.attention_jvp(*zip_pairs(q, k, v)),
+    mk.adaln_jvp(*zip_pairs(x, shift, scale)),
+    *mk.gate_adaln_jvp(*zip_pairs(x, y, gate, shift, scale)),
+    mk.bias_gelu_jvp(*zip_pairs(hidden), bias),
+    mk.silu_jvp(*zip_pairs(hidden)),
+    mk.linear_jvp(*zip_pairs(hidden), weight),
+    mk.timestep_embedding_jvp(*zip_pairs(t), 16),
+]
+assert len(results) == len([name for name in mk.__all__ if name.endswith("_jvp")]) + 1
+assert all(tensor.isfinite().all() for result in results for tensor in result)
+"""
+
+
+def _run(code: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["tyro", "diffusers", "flash_attn.flash_attn_interface"])
+def test_the_block_blocks(name):
+    assert f"No module named {name.partition('.')[0]!r}" in _run(f"import {name}").stderr
+
+
+def test_operators_run():
+    run = _run(OPERATORS)
+    assert run.returncode == 0, run.stderr
+
+
+def test_benches_run():
+    arguments = ["-q", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-quiet"]
+    arguments += ["-k", "not compiled and not N1024 and not B/4"]
+    benches = sorted(str(path) for path in ROOT.glob("benchmarks/bench_*.py"))
+    run = _run(f"import pytest; sys.exit(pytest.main({[*arguments, *benches]!r}))")
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "failed" not in run.stdout and "no measure of a GPU" in run.stdout
+
+
+def test_gpu_tests_are_collected():
+    arguments = ["-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu", str(ROOT / "tests")]
+    run = _run(f"import pytest; sys.exit(pytest.main({arguments!r}))")
+    # 5: no test is marked so
+    assert run.returncode in (0, 5) and "error" not in run.stdout.lower(), run.stdout[-3000:]
