@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .transforms import check_pair_transforms
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -56,10 +58,11 @@ def check_tangents(
     """Each tangent matches its primal (dtype, device, all sizes but the batch), and all cover the same samples.
 
     ``names`` are the primals' names; every primal is batched along dim 0 and at least one tangent is not None.
-    Returns (start, n): the tangents belong to samples start .. start + n of the primals.
+    None of them may be a forward-mode dual (see ``transforms``). Returns (start, n): the tangents belong to samples start .. start + n of the primals.
     """
     if len(tangents) != len(primals):
         fail("tangents", f"{len(tangents)} entries", f"{len(primals)}, one a primal", "pass None for a tangent that is zero")
+    check_pair_transforms(names, primals, tangents)
     n = next(x.shape[0] for x in tangents if x is not None)
     for name, x, x_dot in zip(names, primals, tangents, strict=True):
         if x_dot is None:

@@ -1,21 +1,24 @@
 """The two doors to a dual operator, and the guard on its tangents.
 
 The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
-``torch.autograd.forward_ad``): the plain ``op`` unpacks dual inputs, calls the explicit pair, and packs its results again, on every
-route. A registered operator alone would lose the tangent without a word.
+``torch.autograd.forward_ad``): on the reference route the plain ``op`` is torch code, which carries tangents itself; on the kernel route it
+unpacks dual inputs, calls the explicit pair, and packs the results again. A registered operator alone would lose the tangent without a word.
 
 How an op uses this module:
 
     def silu(x):
+        ...checks...
+        if not runs_kernel(x):
+            return silu_ref(x)
         (x,), tangents = unpack(x)
         if absent(tangents):
-            return _silu(x)                                  # plain op, differentiable
+            return torch.ops.meanflow_kernels.silu(x)
         return pack(*silu_jvp((x,), tangents))
 
     def silu_jvp(primals, tangents, *, tangent_start=None):
         if absent(tangents):
             return silu(*primals), None
-        ...checks...
+        ...checks, with check_tangents...
         if runs_kernel(primals[0]):
             return torch.ops.meanflow_kernels.silu_jvp(...)  # its backward starts with refuse_tangent_gradient(dy_dot)
         y = silu_ref(x)

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from .transforms import check_kernel_transforms
+
 
 class Route(enum.Enum):
     """An implementation that can serve a call."""
@@ -61,7 +63,11 @@ def runs_kernel(x: Tensor) -> bool:
     """Whether a call whose tensors live with ``x`` runs the Triton kernel (through the registered op) or the reference.
 
     Without Triton installed every call runs the reference.
+
+    Raises:
+        RuntimeError: the kernel would lose a derivative of the torch.func transforms around the call (see ``transforms``).
     """
-    if _override.route is not None:
-        return _override.route is Route.TRITON
-    return HAS_TRITON and x.is_cuda
+    kernel = HAS_TRITON and x.is_cuda if _override.route is None else _override.route is Route.TRITON
+    if kernel:
+        check_kernel_transforms(x)
+    return kernel

@@ -7,6 +7,7 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import arch_of
 from ..routing import runs_kernel
+from ..transforms import check_no_duals
 from .backward import attention_backward
 from .config import dual_config, plain_config
 from .launches import aligned, forward_launch
@@ -15,8 +16,8 @@ from .reference import attention_ref, attention_tangent_ref
 _NAMES = ("q", "k", "v")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    """Shapes, dtypes and devices of the primals; returns the scale."""
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[float, bool]:
+    """Shapes, dtypes and devices of the primals; returns the scale and whether the kernel runs."""
     check_shape("q", q, (None, None, None, None), "(B, M, H, D)")
     batch, _, heads, head_dim = q.shape
     check_shape("k", k, (batch, None, heads, head_dim), "(B, N, H, D)")
@@ -27,12 +28,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
     scale = head_dim**-0.5 if scale is None else scale
     if not scale > 0:
         fail("scale", scale, "a positive number", "negate q for a negative scale")
-    if runs_kernel(q):
+    kernel = runs_kernel(q)
+    if kernel:
         check_kernel_dtype("q", q)
         if head_dim % 8 or not 16 <= head_dim <= 128:
             remedy = "pad it with zeros, or use force_route(Route.REFERENCE)"
             fail("q", f"head dim {head_dim}", "a multiple of 8 from 16 to 128", remedy)
-    return scale
+    return scale, kernel
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +45,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    check_no_duals(_NAMES, (q, k, v))
     o, lse = _empty_outputs(q)
     config = plain_config(arch_of(q.device), q.dtype, q.shape[-1])
     forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config).run()
@@ -66,6 +69,7 @@ def _attention_jvp_op(
     tangent_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
+    check_no_duals(_NAMES, (q, k, v))
     primals = aligned(q), aligned(k), aligned(v)
     tangents = tuple(None if x is None else aligned(x) for x in (q_dot, k_dot, v_dot))
     n = next(x.shape[0] for x in tangents if x is not None)
@@ -158,13 +162,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     Raises:
         ValueError: a shape, dtype, device, head dim or scale outside the above.
     """
+    scale, kernel = _check(q, k, v, scale)
+    if not kernel:
+        return attention_ref(q, k, v, scale=scale)[0]
     (q, k, v), tangents = unpack(q, k, v)
     if not absent(tangents):
         return pack(*attention_jvp((q, k, v), tangents, scale=scale))
-    scale = _check(q, k, v, scale)
-    if runs_kernel(q):
-        return torch.ops.meanflow_kernels.attention(q, k, v, scale)[0]
-    return attention_ref(q, k, v, scale=scale)[0]
+    return torch.ops.meanflow_kernels.attention(q, k, v, scale)[0]
 
 
 def attention_jvp(
@@ -193,9 +197,9 @@ def attention_jvp(
     if absent(tangents):
         return attention(*primals, scale=scale), None
     q, k, v = primals
-    scale = _check(q, k, v, scale)
+    scale, kernel = _check(q, k, v, scale)
     start, _ = check_tangents(_NAMES, primals, tangents, tangent_start)
-    if runs_kernel(q):
+    if kernel:
         o, o_dot, _ = torch.ops.meanflow_kernels.attention_jvp(q, k, v, *tangents, scale, start)
         return o, o_dot
     o, _ = attention_ref(q, k, v, scale=scale)

@@ -1,0 +1,79 @@
+"""Which transforms a call may stand under, so that no tangent is ever lost without a word.
+
+A Triton kernel sees tensors with every wrapper of ``torch.func`` taken off, and an explicit pair takes its tangents as arguments. Both therefore
+carry one level of differentiation: the one that ``dual.unpack`` opens, or none. What lies beyond raises here. The plain ops of the reference
+route are ordinary torch code and stand under anything.
+"""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+
+def _levels() -> list[str]:
+    """Names of the active torch.func transforms, outermost first: "Vmap", "Grad", "Jvp", "Functionalize"."""
+    # torch.func has no public way to ask
+    stack = torch._C._functorch.get_interpreter_stack()
+    names = [] if stack is None else [level.key().name for level in stack]
+    return [name for name in names if name != "Functionalize"]
+
+
+def _refuse(what: str, levels: list[str]) -> None:
+    raise RuntimeError(
+        f"{what} was called under torch.func transforms {' > '.join(levels)} (outermost first), through which it would lose a derivative: "
+        "it carries one forward-mode level, innermost. Use force_route(Route.REFERENCE) with the plain op, which carries any"
+    )
+
+
+@torch.compiler.allow_in_graph
+def _check_kernel(x: Tensor) -> Tensor:
+    levels = _levels()
+    inside_dual = forward_ad._current_level >= 0
+    if "Grad" in levels or levels.count("Jvp") > 1 or (inside_dual and levels and levels[-1] != "Jvp"):
+        _refuse("a Triton operator", levels)
+    return x
+
+
+@torch.compiler.allow_in_graph
+def _check_pair(x: Tensor) -> Tensor:
+    levels = [name for name in _levels() if name != "Vmap"]
+    if len(levels) > 1:
+        _refuse("an explicit (primals, tangents) operator", levels)
+    return x
+
+
+def check_kernel_transforms(x: Tensor) -> None:
+    """Raise RuntimeError where a kernel called on ``x`` would drop a derivative of the active transforms."""
+    if torch._C._are_functorch_transforms_active():
+        _check_kernel(x)
+
+
+def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tuple) -> None:
+    """Raise where a *_jvp call would drop a derivative: its arguments carry a forward-mode tangent of their own, or transforms are nested.
+
+    Raises:
+        ValueError: an argument is a forward-mode dual tensor.
+        RuntimeError: more than one torch.func level differentiates.
+    """
+    for name, pair in zip(names, zip(primals, tangents, strict=True), strict=True):
+        for suffix, x in zip(("", "_dot"), pair, strict=True):
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise ValueError(
+                    f"{name}{suffix}: got a forward-mode dual tensor, wanted a plain one; call the plain op, which unpacks duals itself, "
+                    "or unpack them first"
+                )
+    if torch._C._are_functorch_transforms_active():
+        _check_pair(primals[0])
+
+
+def check_no_duals(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    """The first line of a registered op's implementation: raise where a dual tensor reached it by another way than the package's functions.
+
+    That is a direct call through ``torch.ops``, or a compiled function that is given duals from outside, which loses their tangents.
+    """
+    for name, x in zip(names, tensors, strict=True):
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name}: got a forward-mode dual tensor in a registered operator, which would lose its tangent; make and unpack duals "
+                "(torch.func.jvp) inside the compiled function, and call the operators through meanflow_kernels"
+            )
