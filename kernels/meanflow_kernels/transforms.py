@@ -64,16 +64,3 @@ def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tupl
                 )
     if torch._C._are_functorch_transforms_active():
         _check_pair(primals[0])
-
-
-def check_no_duals(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
-    """The first line of a registered op's implementation: raise where a dual tensor reached it by another way than the package's functions.
-
-    That is a direct call through ``torch.ops``, or a compiled function that is given duals from outside, which loses their tangents.
-    """
-    for name, x in zip(names, tensors, strict=True):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise ValueError(
-                f"{name}: got a forward-mode dual tensor in a registered operator, which would lose its tangent; make and unpack duals "
-                "(torch.func.jvp) inside the compiled function, and call the operators through meanflow_kernels"
-            )

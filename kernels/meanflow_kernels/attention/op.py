@@ -7,7 +7,6 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import arch_of
 from ..routing import runs_kernel
-from ..transforms import check_no_duals
 from .backward import attention_backward
 from .config import dual_config, plain_config
 from .launches import aligned, forward_launch
@@ -45,7 +44,6 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    check_no_duals(_NAMES, (q, k, v))
     o, lse = _empty_outputs(q)
     config = plain_config(arch_of(q.device), q.dtype, q.shape[-1])
     forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config).run()
@@ -69,7 +67,6 @@ def _attention_jvp_op(
     tangent_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
-    check_no_duals(_NAMES, (q, k, v))
     primals = aligned(q), aligned(k), aligned(v)
     tangents = tuple(None if x is None else aligned(x) for x in (q_dot, k_dot, v_dot))
     n = next(x.shape[0] for x in tangents if x is not None)
