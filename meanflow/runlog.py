@@ -17,7 +17,7 @@ from .objective import Terms
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "safetensors")
 
 
-def environment(device: torch.device) -> dict:
+def environment() -> dict:
     """Versions, commit and hardware."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"versions": versions, "commit": commit(), "gpu": gpu, "cpu": platform.machine(), "cores": os.cpu_count()}
 
 
@@ -45,29 +45,28 @@ class RunLog:
 
     def __init__(self, out: Path):
         self.out = out
+        self.config_path = out / "config.json"
         self._sums: dict[str, Tensor] = {}
         self._tensorboard = None
         self._clock = time.perf_counter()
 
     # --- the folder ---
 
-    def open(self, config: dict, continuable: tuple[str, ...], device: torch.device) -> None:
-        """Create the folder, or check that it holds the same run.
+    def check(self, config: dict, continuable: tuple[str, ...]) -> None:
+        """Raise unless the folder is new or holds the same run, and can be written.
 
         Raises:
-            UserError: for a folder of another run, or one that cannot be written.
+            UserError: otherwise; the folder is as it was.
         """
-        path = self.out / "config.json"
         try:
-            if path.exists():
-                self._compare(json.loads(path.read_text()), config, continuable)
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(config, indent=2) + "\n")
-            write_atomically(self.out / "environment.json", json.dumps(environment(device), indent=2) + "\n")
+            write_atomically(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            held = json.loads(self.config_path.read_text()) if self.config_path.exists() else config
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(
                 f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; name another by --out"
             ) from None
+        self._compare(held, config, continuable)
 
     def _compare(self, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
         for section, options in config.items():
@@ -81,10 +80,11 @@ class RunLog:
                     "name another folder by --out to start a new run",
                 )  # fmt: skip
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after a step: the run goes on from there."""
+    def start(self, config: dict, step: int) -> None:
+        """Record the configuration and drop the lines after a step: the run goes on from there."""
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
+        write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
         path = self.out / "log.jsonl"
         if path.exists():
             kept = []

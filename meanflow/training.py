@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint as ckpt
-from .config import ModelConfig, ObjectiveConfig, RunConfig, to_dict
+from .config import ModelConfig, RunConfig, from_dict, to_dict
 from .data import Dataset, Order, draw_latents, open_dataset
 from .dit import DiT
 from .draws import Draws, Stream
@@ -86,6 +85,7 @@ class Trainer:
         self.step = 0
         self.first_bad = torch.tensor(-1, device=self.device)
         self.last_checkpoint: Path | None = None
+        self.decode: Callable[[Tensor], Tensor] | None = None
         self.log = RunLog(out)
         self._resume()
 
@@ -176,9 +176,9 @@ class Trainer:
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
         noise = draws.normal(Stream.NOISE, self.dataset.shape)
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, model.num_classes)
-        if not hasattr(self, "_decode"):
-            self._decode = make_decoder(self.config.data, self.device)
-        return to_uint8(self._decode(sample(self.ema, noise, labels))).cpu()
+        if self.decode is None:
+            self.decode = make_decoder(self.config.data, self.device)
+        return to_uint8(self.decode(sample(self.ema, noise, labels))).cpu()
 
     # --- checkpoints ---
 
@@ -198,29 +198,21 @@ class Trainer:
         self.last_checkpoint = ckpt.save(self.out / "checkpoints", state, self.config.train.keep_last)
 
     def _resume(self) -> None:
-        self.log.open(to_dict(self.config), CONTINUABLE, self.device)
+        self.log.check(to_dict(self.config), CONTINUABLE)
         found = ckpt.checkpoints(self.out / "checkpoints")
         if found:
             self._restore(found[-1])
-        self.log.rewind(self.step)
+        self.log.start(to_dict(self.config), self.step)
 
     def _restore(self, path: Path) -> None:
         state = ckpt.load(path)
-        try:
-            self.net.load_state_dict(state.part("model"))
-            self.ema.load_state_dict(state.part("ema"))
-            for name, p in self.net.named_parameters():
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[p] = {
-                    # torch keeps the fused step counter beside the weights
-                    key: state.tensors[f"optimizer.{key}.{name}"].to(self.device) for key in keys
-                }
-        except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"checkpoint: got {path}, which does not fit the model ({reason}), wanted one of this run; "
-                "name another folder by --out"
-            ) from None
+        load_weights(self.net, state.part("model"), path)
+        load_weights(self.ema, state.part("ema"), path)
+        for name, p in self.net.named_parameters():
+            moments = {key: state.tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if any(x is None for x in moments.values()):
+                raise UserError(f"checkpoint: got {path}, which lacks the optimizer's state, wanted one of this run")
+            self.optimizer.state[p] = {key: x.to(self.device) for key, x in moments.items()}
         if state.step > self.config.train.steps:
             raise UserError(
                 f"train.steps: got {self.config.train.steps}, wanted at least the {state.step} already done in {self.out}; "
@@ -230,9 +222,19 @@ class Trainer:
         self.log.restore_sums(state.part("log"))
 
 
-def flow_matching(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """The same objective with r = t always."""
-    return replace(objective, share_equal=1.0)
+def load_weights(net: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        UserError: where they do not fit the network.
+    """
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:24])
+        raise UserError(
+            f"checkpoint: got {path}, which does not fit the model ({reason} ...), wanted one of this run; name another"
+        ) from None
 
 
 @contextmanager
@@ -271,3 +273,21 @@ def train(config: RunConfig, out: Path) -> int:
     state = "finished" if finished else "stopped and saved"
     print(f"{out}: {state} at step {trainer.step}, {images / max(seconds, 1e-9):.0f} img/s in {seconds:.0f} s")
     return 0 if finished else 128 + received[0]
+
+
+def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:
+    """The averaged weights of a checkpoint or of a run folder's last one: network, configuration, file and step.
+
+    Raises:
+        UserError: where there is none, or a damaged or foreign one.
+    """
+    if path.is_dir():
+        found = ckpt.checkpoints(path / "checkpoints") or ckpt.checkpoints(path)
+        if not found:
+            raise UserError(f"checkpoint: got {path}, a folder without any, wanted a run folder; train first")
+        path = found[-1]
+    state = ckpt.load(path)
+    config = from_dict(state.config)
+    net = build_net(config.model)
+    load_weights(net, state.part("ema"), path)
+    return net.to(device).eval().requires_grad_(False), config, path, state.step

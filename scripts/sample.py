@@ -1,0 +1,77 @@
+"""Generate images from a trained model: a PNG grid and an .npz."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tyro.conf import Positional
+
+from meanflow import cli
+from meanflow.draws import Draws, Stream
+from meanflow.errors import UserError, require
+from meanflow.images import grid, make_decoder, save_png, to_uint8
+from meanflow.sampling import check_times, even_times, sample
+from meanflow.training import choose_device, load_ema
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Positional[Path]
+    """A run folder, whose last checkpoint is taken, or a checkpoint file."""
+    count: int = 80
+    """How many images."""
+    steps: int = 1
+    """Evaluations of the network an image, evenly spaced in time."""
+    times: tuple[float, ...] = ()
+    """A schedule of one's own instead, falling from 1 to 0."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, repeated in turn; default: all of the model's, in turn."""
+    seed: int = 0
+    """Seed of the noise: the same seed gives the same images, however many are drawn."""
+    batch: int = 64
+    """Images generated at a time."""
+    columns: int = 10
+    """Columns of the grid."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    out: Path | None = None
+    """Where to write, without the ending (default: RUN/generated/stepN_nfeN_seedN)."""
+
+
+def main(args: list[str]) -> None:
+    options = cli.parse(Options, args, prog="sample.py", description=__doc__)
+    for name in ("count", "batch", "columns"):
+        require(getattr(options, name) >= 1, name, getattr(options, name), "a positive whole number", "change it")
+    times = check_times(options.times) if options.times else even_times(options.steps)
+    device = choose_device(options.device)
+    net, config, path, step = load_ema(options.checkpoint, device)
+
+    classes = config.model.num_classes
+    for label in options.labels:
+        require(0 <= label < classes, "labels", label, f"classes from 0 to {classes - 1}", "correct it")
+    out = options.out or path.parent.parent / "generated" / f"step{step}_nfe{len(times) - 1}_seed{options.seed}"
+    targets = [out.with_name(out.name + ending) for ending in (".png", ".npz")]
+    for target in targets:
+        require(not target.exists(), "out", str(target), "a file that does not exist yet", "name another by --out")
+
+    pool = torch.tensor(options.labels or range(classes))
+    labels = pool[torch.arange(options.count) % len(pool)]
+    decode, images = make_decoder(config.data, device), []
+    for part in torch.arange(options.count).split(options.batch):
+        noise = Draws(options.seed, 0, part.to(device)).normal(Stream.NOISE, (net.in_channels, *[net.input_size] * 2))
+        images.append(to_uint8(decode(sample(net, noise, labels[part].to(device), times))).cpu())
+    pixels = torch.cat(images)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_png(targets[0], grid(pixels, options.columns), zoom=max(1, 32 // pixels.shape[-1]))
+        np.savez(targets[1], images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    except OSError as error:
+        raise UserError(f"out: got {out}, which cannot be written ({error}), wanted a writable folder; name another") from None
+    schedule = " ".join(f"{t:g}" for t in times)
+    print(f"{options.count} images, {len(times) - 1} evaluation(s) each, times {schedule}: {targets[0]}, {targets[1]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
