@@ -1,7 +1,7 @@
 // The arithmetic of one AdamW + EMA step on one element, written once: the CPU and the CUDA file round alike.
 // Every fused multiply-add is explicit, and the build forbids the compilers to form others (-ffp-contract=off,
-// --fmad=false). The order of operations is that of torch.optim.AdamW's plain CPU path, so the two agree bit for bit
-// wherever torch's vectorised loops run.
+// --fmad=false). The order of operations is that of torch's fused AdamW on the CPU, so that the two agree bit for bit
+// (but for exp_avg_sq behind torch's last full vector, which torch rounds otherwise).
 #pragma once
 
 #include <cmath>

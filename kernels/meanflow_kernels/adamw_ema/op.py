@@ -40,20 +40,25 @@ def _check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, w
             fail("emas", f"decay {decay}", "a decay in [0, 1]", "pass for instance {0.9999: tensors}")
 
 
-def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """One tensor a parameter, of its shape, on its device and, if a DTensor, with its placements."""
-    if len(tensors) != len(params):
-        fail(name, f"{len(tensors)} tensors", f"{len(params)}, one a parameter", "pass the lists in the same order")
-    for i, (x, p) in enumerate(zip(tensors, params, strict=True)):
-        if x.shape != p.shape:
-            fail(f"{name}[{i}]", f"shape {tuple(x.shape)}", f"{tuple(p.shape)}, as params[{i}]", "nothing is broadcast")
-        if x.device != p.device:
-            fail(f"{name}[{i}]", f"device {x.device}", f"{p.device}, as params[{i}]", f"move it with .to('{p.device}')")
-        if x.is_sparse:
-            fail(f"{name}[{i}]", "a sparse tensor", "a dense one", "build the embedding with sparse=False")
-        if getattr(x, "placements", None) != getattr(p, "placements", None):
-            got, wanted = (getattr(y, "placements", "a plain tensor") for y in (x, p))
-            fail(f"{name}[{i}]", got, f"{wanted}, as params[{i}]", "shard it like its parameter (fully_shard does)")
+def _check_lists(lists: Mapping[str, Sequence[Tensor]], params: Sequence[Tensor]) -> None:
+    """Each list has one tensor a parameter, of its shape, on its device and, if it is a DTensor, with its placements."""
+    # a network has hundreds of parameters: what does not depend on the list is asked once
+    wanted = [(p.shape, p.device) for p in params]
+    placements = [getattr(p, "placements", None) for p in params]
+    sharded = any(placements)
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            fail(name, f"{len(tensors)} tensors", f"{len(params)}, one a parameter", "pass the lists in the same order")
+        for i, (x, (shape, device)) in enumerate(zip(tensors, wanted, strict=True)):
+            if x.shape != shape:
+                fail(f"{name}[{i}]", f"shape {tuple(x.shape)}", f"{tuple(shape)}, as params[{i}]", "nothing is broadcast")
+            if x.device != device:
+                fail(f"{name}[{i}]", f"device {x.device}", f"{device}, as params[{i}]", f"move it with .to('{device}')")
+            if x.layout is not torch.strided:
+                fail(f"{name}[{i}]", f"layout {x.layout}", "a dense tensor", "build the embedding with sparse=False")
+            if sharded and getattr(x, "placements", None) != placements[i]:
+                got = getattr(x, "placements", "a plain tensor")
+                fail(f"{name}[{i}]", got, f"{placements[i]}, as params[{i}]", "shard it like its parameter")
 
 
 def _is_native(lists: Sequence[Sequence[Tensor]], copies: Sequence[Tensor]) -> bool:
@@ -87,9 +92,9 @@ def adamw_ema(
 ) -> None:
     """One optimizer step, in place: AdamW with torch's mathematics, then the averages and low-precision weights of the result.
 
-    Contiguous fp32 tensors on one device go through memory once (csrc/): the CPU result equals that of torch's unfused AdamW and
-    ``torch._foreach_lerp_`` to the last bit, but for the few elements behind torch's last full vector, where it is within rounding;
-    it does not depend on the number of threads. All other tensors, and those of a device without a native library, take plain torch.
+    Contiguous fp32 tensors on one device go through memory once (csrc/). On the CPU the result is that of torch's fused AdamW followed
+    by ``torch._foreach_lerp_``, bit for bit but for the last place of a few exp_avg_sq (those behind torch's last full vector), on any
+    number of threads. All other tensors, and those of a device without a native library, take plain torch.
     On a GPU nothing waits for the host; keep ``lr`` in a tensor on the device to change it in a captured CUDA graph.
 
     Args:
@@ -105,12 +110,9 @@ def adamw_ema(
     """
     emas = emas or {}
     _check_numbers(lr, betas, eps, weight_decay, emas)
-    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check_list(name, tensors, params)
-    for decay, tensors in emas.items():
-        _check_list(f"emas[{decay}]", tensors, params)
-    if copies:
-        _check_list("copies", copies, params)
+    named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    named |= {f"emas[{decay}]": tensors for decay, tensors in emas.items()}
+    _check_lists(named | ({"copies": copies} if copies else {}), params)
     if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
         fail("steps", f"{len(steps)} tensors", f"{len(params)} scalar tensors, one a parameter", "pass torch.zeros(()) for each at first")
     if not params:

@@ -1,0 +1,446 @@
+"""adamw_ema against torch.optim.AdamW, torch._foreach_lerp_, fp64 and the official program; its optimizer class."""
+
+import copy
+import os
+import tempfile
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import load, tensor
+from tolerances import assert_error
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from meanflow_kernels.adamw_ema import AdamWEMA, adamw_ema, adamw_ema_bytes, adamw_ema_ref
+from meanflow_kernels.adamw_ema.native import MISSING, warn_missing
+
+HAS_GPU = torch.cuda.is_available()
+needs_native = pytest.mark.skipif("cpu" in MISSING, reason=f"needs the native CPU library: {MISSING.get('cpu')}")
+DEVICES = [
+    pytest.param("cpu", marks=needs_native),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))]),
+]
+
+# odd sizes, nothing at all, one element, one more than a block, more than a chunk; then what torch's vectors divide
+ODD = [(1,), (3,), (0,), (17,), (33, 65), (5, 7, 11), (65,), (16 * 1024 + 5,), (3, 16 * 1024)]
+EVEN = [(64,), (8, 128), (32, 1024), (4096, 16)]
+REGIMES = {
+    "official recipe": dict(betas=(0.9, 0.95), weight_decay=0.0, decays=(0.9999,)),
+    "torch's defaults": dict(betas=(0.9, 0.999), weight_decay=0.01, decays=()),
+    "four averages, strong decay": dict(betas=(0.9, 0.999), weight_decay=0.5, decays=(0.9999, 0.99, 0.5, 0.0)),
+    "lerp from the far end": dict(betas=(0.3, 0.5), weight_decay=0.1, decays=(0.2,)),
+    "no momentum": dict(betas=(0.0, 0.95), weight_decay=0.0, decays=(1.0,)),
+}
+
+
+def draw_gradients(shapes, steps, device="cpu"):
+    """Gradients over many magnitudes, some of them zero."""
+    scales = [10.0 ** -(k % 5) for k in range(steps)]
+    grads = [[torch.randn(shape, device=device) * scale for shape in shapes] for scale in scales]
+    for k, step in enumerate(grads):
+        step[k % len(shapes)].zero_()
+    return grads
+
+
+class Ours:
+    """Parameters and all that goes with them, stepped by ``step_fn``."""
+
+    def __init__(self, params, decays, step_fn=adamw_ema, **settings):
+        self.params = [p.clone() for p in params]
+        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in params]
+        self.emas = {decay: [p.clone() for p in params] for decay in decays}
+        self.copies = [p.bfloat16() for p in params]
+        self.step_fn, self.settings = step_fn, settings
+
+    def step(self, grads):
+        lists = self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps
+        self.step_fn(*lists, emas=self.emas, copies=self.copies, **self.settings)
+
+    def named(self):
+        lists = {"params": self.params, "exp_avgs": self.exp_avgs, "exp_avg_sqs": self.exp_avg_sqs}
+        return lists | {f"ema {decay}": ema for decay, ema in self.emas.items()}
+
+
+class Torchs(Ours):
+    """The same by torch.optim.AdamW, torch._foreach_lerp_ and a cast."""
+
+    def __init__(self, params, decays, **settings):
+        super().__init__(params, decays)
+        self.leaves = [nn.Parameter(p.clone()) for p in params]
+        self.adamw = torch.optim.AdamW(self.leaves, **{"fused": True} | settings)
+        self.params = [p.detach() for p in self.leaves]
+
+    def step(self, grads):
+        for p, g in zip(self.leaves, grads, strict=True):
+            p.grad = g.to(p.dtype)
+        self.adamw.step()
+        for decay, ema in self.emas.items():
+            torch._foreach_lerp_(ema, self.params, 1 - decay)
+        self.copies = [p.bfloat16() for p in self.params]
+        self.exp_avgs, self.exp_avg_sqs = ([self.adamw.state[p][key] for p in self.leaves] for key in ("exp_avg", "exp_avg_sq"))
+
+
+def run(params, grads, decays, step_fn=adamw_ema, **settings):
+    state = Torchs(params, decays, **settings) if step_fn is None else Ours(params, decays, step_fn, **settings)
+    for step in grads:
+        state.step(step)
+    return state
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_error_against_fp64(regime, device):
+    """At most twice torch's own error, on odd sizes, after seven steps."""
+    settings = REGIMES[regime] | {"lr": 1e-2, "eps": 1e-8}
+    params = [torch.randn(shape, device=device) for shape in ODD]
+    grads = draw_gradients(ODD, 7, device)
+    ours, plain = run(params, grads, **settings), run(params, grads, step_fn=None, **settings)
+    exact = run([p.double() for p in params], grads, step_fn=None, **settings)
+    for name, tensors in ours.named().items():
+        got, torchs, wanted = (torch.cat([x.flatten() for x in y]) for y in (tensors, plain.named()[name], exact.named()[name]))
+        assert_error(got, wanted, torchs, name)
+    for copied, p in zip(ours.copies, ours.params, strict=True):
+        assert torch.equal(copied, p.bfloat16())
+
+
+@needs_native
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch's loops have no FMA here")
+@pytest.mark.parametrize("regime", REGIMES)
+def test_same_bits_as_torchs_fused_adamw(regime):
+    """Where torch's vectors divide the sizes, so that it runs no scalar tail, nothing differs in any bit."""
+    settings = REGIMES[regime] | {"lr": 1e-2, "eps": 1e-8}
+    params, grads = [torch.randn(shape) for shape in EVEN], draw_gradients(EVEN, 7)
+    ours, plain = run(params, grads, **settings), run(params, grads, step_fn=None, **settings)
+    for name, tensors in ours.named().items():
+        for x, y in zip(tensors, plain.named()[name], strict=True):
+            assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_reference_in_fp64_is_torchs(regime):
+    settings = REGIMES[regime] | {"lr": 1e-2, "eps": 1e-8}
+    params, grads = [torch.randn(shape).double() for shape in ODD], draw_gradients(ODD, 7)
+    ours, plain = run(params, grads, step_fn=adamw_ema_ref, **settings), run(params, grads, step_fn=None, **settings)
+    for name, tensors in ours.named().items():
+        torch.testing.assert_close(tensors, plain.named()[name], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_official_program(device):
+    """Twelve steps of the official optimizer and average, whose fp32 is 5e-8 from its fp64."""
+    data, ema_data = load("optimizer"), load("ema")
+    for k, lr in enumerate(data["lrs"]):
+        state = Ours([tensor(data["p0"]).to(device)], (), lr=float(lr), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        for i, grad in enumerate(data["grads"]):
+            state.step([tensor(grad).to(device)])
+            wanted = tensor(data[f"f64/p_seq_{k}"][i])
+            torch.testing.assert_close(state.params[0].cpu().double(), wanted, rtol=1e-6, atol=1e-6)
+    decays = [float(x) for x in ema_data["alphas"]]
+    state = Ours([tensor(ema_data["param_seq"][0]).to(device)], decays, lr=0.0, weight_decay=0.0)
+    for i, p in enumerate(ema_data["param_seq"][1:]):
+        state.params[0].copy_(tensor(p))
+        state.step([torch.zeros_like(state.params[0])])
+        for k, decay in enumerate(decays):
+            wanted = tensor(ema_data[f"f64/ema_seq_{k}"][i + 1])
+            torch.testing.assert_close(state.emas[decay][0].cpu().double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+def test_many_tensors_and_any_number_of_threads():
+    """More tensors than one launch of the GPU takes; the same bits on one, two and three threads."""
+    shapes = [(k % 37, 5) for k in range(900)] + [(3, 50_000)]
+    params, grads = [torch.randn(shape) for shape in shapes], draw_gradients(shapes, 2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(params, grads, (0.9, 0.99), lr=1e-2))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensors in other.named().items():
+            assert all(map(torch.equal, tensors, results[0].named()[name])), name
+        assert all(map(torch.equal, other.copies, results[0].copies))
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.0, 1e-40, 3.4e38])
+def test_special_values(value):
+    """As torch: a NaN spreads to its own element only, and the bf16 weights of all are torch's."""
+    params, grads = [torch.randn(70)], [[torch.randn(70)]]
+    params[0][3], grads[0][0][69] = value, value
+    ours, plain = run(params, grads, (0.9,), lr=1e-2), run(params, grads, (0.9,), step_fn=None, lr=1e-2)
+    for name, tensors in ours.named().items():
+        torch.testing.assert_close(tensors[0], plain.named()[name][0], rtol=1e-6, atol=1e-7, equal_nan=True, msg=name)
+    torch.testing.assert_close(ours.copies[0], ours.params[0].bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+def test_opcheck():
+    shapes = [(3, 5), (64,)]
+    p, g, m, v = ([torch.rand(s) for s in shapes] for _ in range(4))
+    emas, copies = [x.clone() for _ in range(2) for x in p], [x.bfloat16() for x in p]
+    steps, lr = [torch.tensor(3.0) for _ in p], torch.tensor(1e-3, dtype=torch.float64)
+    args = (p, g, m, v, steps, emas, copies, lr, 0.9, 0.95, 1e-8, 0.1, [0.9, 0.99])
+    torch.library.opcheck(torch.ops.meanflow_kernels.adamw_ema.default, args)
+
+
+@needs_native
+def test_native_operator_refuses_what_would_be_unsafe():
+    def call(p, g, emas=(), decays=(), copies=()):
+        z = [torch.zeros_like(x) for x in p]
+        lr = torch.tensor(1e-3, dtype=torch.float64)
+        lists = p, g, z, [x.clone() for x in z], [torch.ones(()) for _ in p], list(emas), list(copies)
+        torch.ops.meanflow_kernels.adamw_ema(*lists, lr, 0.9, 0.95, 1e-8, 0.1, list(decays))
+
+    x = torch.randn(4, 6)
+    cases = [
+        (dict(p=[x], g=[torch.randn(4, 5)]), "holds 20 elements, its parameter 24"),
+        (dict(p=[x], g=[torch.randn(6, 4).t()]), "not contiguous"),
+        (dict(p=[x], g=[x.double()]), "unexpected dtype"),
+        (dict(p=[x], g=[]), "differ in length"),
+        (dict(p=[x], g=[x], emas=[x]), "one tensor per parameter and decay"),
+        (dict(p=[x], g=[x], copies=[x]), "unexpected dtype"),
+        (dict(p=[x], g=[x], emas=[x] * 5, decays=[0.5] * 5), "at most 4"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            call(**arguments)
+
+
+def wrong(**changes):
+    """A valid call's arguments, changed."""
+    p = [torch.randn(3, 4), torch.randn(5)]
+    like = lambda: [torch.zeros_like(x) for x in p]  # noqa: E731
+    arguments = dict(params=p, grads=like(), exp_avgs=like(), exp_avg_sqs=like(), steps=[torch.zeros(()) for _ in p])
+    return arguments | dict(lr=1e-3) | changes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(grads=[torch.zeros(3, 4)]), r"grads: got 1 tensors, wanted 2"),
+        (dict(exp_avgs=[torch.zeros(4, 3), torch.zeros(5)]), r"exp_avgs\[0\]: got shape \(4, 3\), wanted \(3, 4\)"),
+        (dict(exp_avg_sqs=[torch.zeros(3, 4), torch.zeros(5, device="meta")]), r"exp_avg_sqs\[1\]: got device meta, wanted cpu"),
+        (dict(grads=[torch.zeros(3, 4).to_sparse(), torch.zeros(5)]), r"grads\[0\]: got layout torch.sparse_coo"),
+        (dict(steps=[torch.zeros(2), torch.zeros(())]), r"steps: got .* wanted 2 scalar tensors"),
+        (dict(lr=torch.zeros(2)), r"lr: got a tensor of 2 elements"),
+        (dict(betas=(0.9, 1.0)), r"betas: got \(0.9, 1.0\), wanted two numbers in \[0, 1\)"),
+        (dict(eps=-1e-8), r"eps: got -1e-08"),
+        (dict(weight_decay=-0.1), r"weight_decay: got -0.1"),
+        (dict(emas={1.5: [torch.zeros(3, 4), torch.zeros(5)]}), r"emas: got decay 1.5"),
+        (dict(emas={k / 10: [torch.zeros(3, 4), torch.zeros(5)] for k in range(5)}), r"emas: got 5 decays, wanted at most 4"),
+        (dict(emas={0.9: [torch.zeros(3, 4)]}), r"emas\[0.9\]: got 1 tensors"),
+        (dict(copies=[torch.zeros(3, 4), torch.zeros(6)]), r"copies\[1\]: got shape \(6,\)"),
+    ],
+)
+def test_error_messages(changes, message):
+    with pytest.raises(ValueError, match=message):
+        adamw_ema(**wrong(**changes))
+
+
+@pytest.mark.parametrize("case", ["fp64", "bf16 gradient", "transposed parameter"])
+def test_other_dtypes_and_strides_take_plain_torch(case):
+    """Right, and without a warning."""
+    p = torch.randn(4, 6, dtype=torch.float64 if case == "fp64" else torch.float32)
+    p = torch.randn(6, 4).t() if case == "transposed parameter" else p
+    grads = [[torch.randn(4, 6, dtype=torch.bfloat16 if case == "bf16 gradient" else p.dtype)] for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = run([p], grads, (0.9,), lr=1e-2)
+    # torch's fused AdamW pairs the wrong elements where a gradient's strides are not its parameter's
+    plain = run([p], grads, (0.9,), step_fn=None, lr=1e-2, fused=False)
+    for name, tensors in ours.named().items():
+        torch.testing.assert_close(tensors[0], plain.named()[name][0], rtol=1e-6, atol=1e-6)
+
+
+def test_missing_library_warns_once_and_works(monkeypatch):
+    monkeypatch.setitem(MISSING, "cpu", "native_cpu.so has not been built")
+    warn_missing.cache_clear()
+    params, grads = [torch.randn(5, 7)], draw_gradients([(5, 7)], 3)
+    with pytest.warns(RuntimeWarning, match="native_cpu.so has not been built.*no-build-isolation") as caught:
+        ours = run(params, grads, (0.9,), lr=1e-2)
+    warn_missing.cache_clear()
+    assert len(caught) == 1
+    plain = run(params, grads, (0.9,), step_fn=None, lr=1e-2)
+    torch.testing.assert_close(ours.params, plain.params, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.emas[0.9], plain.emas[0.9], rtol=1e-6, atol=1e-6)
+
+
+def test_backward_through_changed_weights_raises():
+    """The step counts as a change in place, so autograd refuses a graph from before it."""
+    w = nn.Parameter(torch.randn(4, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    loss = (x @ w).sum()
+    w.grad = torch.ones_like(w)
+    AdamWEMA([w]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def network(device="cpu"):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 33), nn.SiLU(), nn.Linear(33, 3)).to(device)
+
+
+def train(net, optimizer, steps, device="cpu", first=0):
+    for k in range(first, first + steps):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(k)).to(device)
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("torchs", [dict(foreach=False), dict(fused=True), dict(foreach=True)], ids=str)
+def test_state_dicts_are_interchangeable(device, torchs):
+    """Two steps of one class, three of the other on its loaded state: as five of either. Both ways."""
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    make = {"torch": lambda p: torch.optim.AdamW(p, **settings, **torchs), "ours": lambda p: AdamWEMA(p, **settings)}
+    final = {}
+    for first in make:
+        for second in make:
+            net = network(device)
+            one = make[first](net.parameters())
+            train(net, one, 2, device)
+            two = make[second](net.parameters())
+            two.load_state_dict(copy.deepcopy(one.state_dict()))
+            train(net, two, 3, device, first=2)
+            final[first, second] = list(net.parameters()), two.state_dict()
+    params, state = final["torch", "torch"]
+    for got_params, got_state in final.values():
+        torch.testing.assert_close(got_params, params, rtol=1e-5, atol=1e-6)
+        assert got_state["param_groups"][0].keys() == state["param_groups"][0].keys()
+        assert got_state["state"].keys() == state["state"].keys()
+        for key, entry in state["state"].items():
+            assert got_state["state"][key].keys() == entry.keys()
+            for name, x in entry.items():
+                torch.testing.assert_close(got_state["state"][key][name].cpu(), x.cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_another_algorithm_is_refused():
+    net = network()
+    for options in (dict(amsgrad=True), dict(maximize=True)):
+        other = torch.optim.AdamW(net.parameters(), **options)
+        with pytest.raises(ValueError, match=f"state_dict: got {next(iter(options))}=True, wanted False"):
+            AdamWEMA(net.parameters()).load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False"):
+        AdamWEMA(net.parameters()).load_state_dict(torch.optim.Adam(net.parameters()).state_dict())
+    with pytest.raises(ValueError, match=r"emas\[0.9\]: got 1 tensors, wanted 4"):
+        AdamWEMA(net.parameters(), emas={0.9: [torch.zeros(1)]})
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_optimizer_keeps_averages_and_copies(compiled):
+    """Groups with their own settings, a parameter without a gradient, a closure, a learning rate in a tensor."""
+    net, twin = network(), network()
+    emas = {0.9: copy.deepcopy(net), 0.5: copy.deepcopy(net)}
+    low = copy.deepcopy(net).bfloat16()
+    lr = torch.tensor(1e-2)
+    groups = lambda n: [dict(params=n[0].parameters(), weight_decay=0.3), dict(params=n[2].parameters(), lr=lr)]  # noqa: E731
+    ours = AdamWEMA(groups(net), lr=2e-2, emas={d: e.parameters() for d, e in emas.items()}, copies=low.parameters())
+    plain = torch.optim.AdamW(groups(twin), lr=2e-2, fused=True)
+    averages = {d: copy.deepcopy(twin) for d in emas}
+    step = torch.compile(lambda: ours.step(), fullgraph=True) if compiled else ours.step
+    for k in range(4):
+        x = torch.randn(8, 5)
+        for n in (net, twin):
+            n.zero_grad()
+            n(x).square().mean().backward()
+            if k == 2:
+                n[2].bias.grad = None
+        lr.fill_(1e-2 / (k + 1))
+        step()
+        plain.step()
+        with torch.no_grad():
+            for d, average in averages.items():
+                torch._foreach_lerp_(list(average.parameters()), list(twin.parameters()), 1 - d)
+    torch.testing.assert_close(list(net.parameters()), list(twin.parameters()), rtol=1e-5, atol=1e-6)
+    for d, average in averages.items():
+        torch.testing.assert_close(list(emas[d].parameters()), list(average.parameters()), rtol=1e-5, atol=1e-6)
+    for p, q in zip(net.parameters(), low.parameters(), strict=True):
+        assert torch.equal(p.bfloat16(), q)
+    assert ours.step(lambda: torch.tensor(3.0)) == 3.0
+
+
+@pytest.fixture
+def one_process_group():
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{os.path.join(folder, 'store')}", rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
+
+
+def test_sharded_parameters(one_process_group):
+    """FSDP2's DTensors: the same numbers as unsharded, averages and state sharded like their parameters."""
+    net, plain = network(), network()
+    ema, plain_ema = copy.deepcopy(net), copy.deepcopy(plain)
+    fully_shard(net, mesh=one_process_group)
+    fully_shard(ema, mesh=one_process_group)
+    ours = AdamWEMA(net.parameters(), lr=1e-2, emas={0.9: ema.parameters()})
+    unsharded = AdamWEMA(plain.parameters(), lr=1e-2, emas={0.9: plain_ema.parameters()})
+    train(net, ours, 3)
+    train(plain, unsharded, 3)
+    for a, b in ((net, plain), (ema, plain_ema)):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p.full_tensor(), q)
+    p = next(net.parameters())
+    assert ours.state[p]["exp_avg"].placements == p.placements
+
+    p, replicated = distribute_tensor(torch.randn(4, 2), one_process_group, [Shard(0)]), torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"grads\[0\]: got a plain tensor, wanted .*Shard"):
+        adamw_ema([p], [replicated], [p], [p], [torch.zeros(())], lr=1e-3)
+
+
+def test_bytes():
+    """Four reads and three writes of fp32, a read and a write for each average, a write of two bytes."""
+    assert adamw_ema_bytes(10, emas=0, copies=False) == 280
+    assert adamw_ema_bytes(10, emas=2, copies=True) == 280 + 160 + 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))
+def test_gpu_same_bits_as_cpu():
+    """One arithmetic in both files; views of odd offsets take the path without 16-byte accesses."""
+    shapes = [(k % 37, 5) for k in range(900)] + [(3, 50_000)]
+    flat = torch.randn(100_000, device="cuda")
+    params = [torch.randn(shape, device="cuda") for shape in shapes] + [flat[1:70_000], flat[70_001:70_004]]
+    grads = draw_gradients([p.shape for p in params], 3, "cuda")
+    gpu = run(params, grads, (0.9999, 0.9), lr=1e-2)
+    cpu = run([p.cpu() for p in params], [[g.cpu() for g in step] for step in grads], (0.9999, 0.9), lr=1e-2)
+    for name, tensors in gpu.named().items():
+        for x, y in zip(tensors, cpu.named()[name], strict=True):
+            # the two powers behind the bias corrections may differ in the last place of a double
+            torch.testing.assert_close(x.cpu(), y, rtol=3e-7, atol=3e-7, msg=name)
+    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(gpu.copies, gpu.params, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))
+def test_gpu_graph():
+    """A captured step replays on the current stream, counts its steps on the device and sees the learning rate change."""
+    net, twin = network("cuda"), network("cuda")
+    ema, twin_ema = copy.deepcopy(net), copy.deepcopy(twin)
+    lr = torch.tensor(1e-2, device="cuda")
+    captured = AdamWEMA(net.parameters(), lr=lr, emas={0.9: ema.parameters()})
+    eager = AdamWEMA(twin.parameters(), lr=1e-2, emas={0.9: twin_ema.parameters()})
+    for n in (net, twin):
+        for k, p in enumerate(n.parameters()):
+            p.grad = torch.full_like(p, 0.1 * (k + 1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for k in range(4):
+        lr.fill_(1e-2 / (k + 1))
+        eager.param_groups[0]["lr"] = 1e-2 / (k + 1)
+        graph.replay()
+        eager.step()
+    assert captured.state[next(net.parameters())]["step"].item() == 4
+    torch.testing.assert_close(list(net.parameters()), list(twin.parameters()), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(list(ema.parameters()), list(twin_ema.parameters()), rtol=1e-6, atol=1e-7)
