@@ -8,6 +8,8 @@ occupancy, matrix instructions and the width of global accesses. The exit code i
 - its elements are of 16 bits and some vector load of theirs moves 2 bytes a thread;
 - it is 16-bit attention on sm_90, multiplies matrices, and has no wgmma.
 
+Architectures without a table of their own are compiled in 16 bits alone, unless ``--full`` asks for the rest.
+
 A load counts as a vector load where threads use different addresses. One address for all threads is a scalar, and
 loads of other element sizes (the fp32 row statistics of a 16-bit kernel) are listed by argument in the JSON rows.
 """
@@ -83,8 +85,18 @@ def problems(row: dict) -> list[str]:
     return found
 
 
+def cases(names: list[str], archs: list[int], *, full: bool) -> list[tuple]:
+    """(folder, architecture, CompileCase) of every launch config of the operators ``names``.
+
+    Without ``full`` those of the architectures that share configs are left out where they are not of 16 bits.
+    """
+    packages = folders()
+    every = [(name, arch, case) for name in names for arch in archs for case in packages[name].compile_cases(arch)]
+    return [(name, arch, case) for name, arch, case in every if full or arch in TUNED or case.dtype.itemsize == 2]
+
+
 def report(work: list[tuple], jobs: int) -> list[dict]:
-    """The rows of ``work``, a list of (folder, architecture, CompileCase), compiled by ``jobs`` processes.
+    """The rows of ``work``, as :func:`cases` lists it, compiled by ``jobs`` processes.
 
     Raises:
         RuntimeError: TRITON_INTERPRET was set when Triton was imported, and kernels cannot be compiled.
@@ -137,17 +149,16 @@ def main(argv: list[str] | None = None) -> int:
     known = [f"sm_{arch}" for arch in LIMITS]
     parser.add_argument("--arch", nargs="+", default=known, metavar="SM", help=f"default: {' '.join(known)}")
     parser.add_argument("--op", nargs="+", metavar="OP", help="operators to compile (default: all that have kernels)")
+    parser.add_argument("--full", action="store_true", help="every dtype on every architecture")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
     archs = [int(a.removeprefix("sm_")) for a in options.arch]
     if unknown := set(archs) - set(LIMITS):
         parser.error(f"--arch: got sm_{min(unknown)}, wants some of {', '.join(known)}")
-    rooms = folders()
-    names = options.op or list(rooms)
-    if unknown := set(names) - set(rooms):
-        parser.error(f"--op: got {min(unknown)}, wants some of {', '.join(rooms)}")
-    work = [(name, arch, case) for name in names for arch in archs for case in rooms[name].compile_cases(arch)]
-    rows = report(work, options.jobs)
+    names = options.op or list(folders())
+    if unknown := set(names) - set(folders()):
+        parser.error(f"--op: got {min(unknown)}, wants some of {', '.join(folders())}")
+    rows = report(cases(names, archs, full=options.full), options.jobs)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -8,6 +8,9 @@ from .linear import linear, linear_jvp
 from .silu import silu, silu_jvp
 from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
 
+# last: it registers the FLOPs of the operators above
+from . import counts  # noqa: E402, F401
+
 __all__ = [
     "adaln",
     "adaln_jvp",

@@ -14,12 +14,20 @@ N keys, D head width, K and C in and out channels, R rows (all leading sizes of 
     all others                  0
 
 Bytes are the fewest that must move: each tensor read once, each result written once.
+
+Importing the package registers the FLOPs of its operators with ``torch.utils.flop_counter``, so that a
+``FlopCounterMode`` around a whole step counts the kernels, forward and backward. A linear is torch's own product,
+which the counter knows.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_ops = torch.ops.meanflow_kernels
 
 
 @dataclass(frozen=True)
@@ -61,3 +69,24 @@ def linear_bwd_flops(rows: int, k: int, c: int) -> int:
 def moved_bytes(read: Iterable[Tensor | object], written: Iterable[Tensor | object]) -> int:
     """Bytes of the tensors among ``read`` and ``written``; a view counts the elements that it shows."""
     return sum(x.numel() * x.element_size() for x in [*read, *written] if isinstance(x, Tensor))
+
+
+@register_flop_formula(_ops.attention)
+def _attention(q, k, v, *_, **__) -> int:
+    batch, m, heads, d = q
+    return attention_flops(batch, heads, m, k[1], d)
+
+
+@register_flop_formula(_ops.attention_jvp)
+def _attention_jvp(q, k, v, q_dot, k_dot, v_dot, *_, **__) -> int:
+    _, m, heads, d = q
+    tangents = {"q": q_dot is not None, "k": k_dot is not None, "v": v_dot is not None}
+    # the tangents may belong to a slice of the batch
+    samples = next(x[0] for x in (q_dot, k_dot, v_dot) if x is not None)
+    return _attention(q, k, v) + attention_tangent_flops(samples, heads, m, k[1], d, **tangents)
+
+
+@register_flop_formula(_ops.attention_bwd)
+def _attention_bwd(do, q, k, *_, **__) -> int:
+    batch, m, heads, d = q
+    return attention_bwd_flops(batch, heads, m, k[1], d)
