@@ -1,0 +1,208 @@
+"""A run and its accidents: killed, stopped, out of room, not finite; the same command goes on bit for bit."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file, save_file
+
+from meanflow import checkpoint
+from meanflow.errors import TrainingStopped, UserError
+from meanflow.training import Trainer, load_ema, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(runs.tiny(), out) == 0
+    return out
+
+
+def same_run(out: Path, whole: Path) -> bool:
+    return runs.curve(out) == runs.curve(whole) and runs.final_state(out) == runs.final_state(whole)
+
+
+def test_what_a_run_leaves(whole):
+    assert [row["step"] for row in runs.curve(whole)] == [3, 6, 9, 10]
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"step_00000008.safetensors", "step_00000010.safetensors"}
+    assert {p.name for p in (whole / "samples").iterdir()} == {"step_00000005.png", "step_00000010.png"}
+    assert list((whole / "tensorboard").iterdir())
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["commit"]
+    row = runs.curve(whole)[-1]
+    assert row["loss"] == pytest.approx(1, abs=0.01) and row["raw"] > 10  # p = 1: the weighted loss says nothing
+
+
+def test_two_runs_are_equal_and_seeds_matter(whole, tmp_path):
+    train(runs.tiny(), tmp_path / "again")
+    assert same_run(tmp_path / "again", whole)
+    train(runs.tiny(seed=1), tmp_path / "other")
+    assert runs.final_state(tmp_path / "other") != runs.final_state(whole)
+
+
+# each is an accident at one moment; in all of them the process dies at once by SIGKILL
+KILLS = {
+    "between checkpoints": """
+step = training.Trainer.train_step
+training.Trainer.train_step = lambda self: die() if self.step == 6 else step(self)
+""",
+    "half a checkpoint written": """
+def half(tensors, path, metadata):
+    save_file(tensors, path, metadata)
+    if "00000008" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+save_file, checkpoint.save_file = checkpoint.save_file, half
+""",
+    "checkpoint written, not yet named": """
+replace = os.replace
+os.replace = lambda a, b: die() if "00000008" in str(b) else replace(a, b)
+""",
+    "before the first checkpoint": """
+training.Trainer.save = die
+""",
+}
+
+
+@pytest.mark.parametrize("accident", KILLS.values(), ids=KILLS)
+def test_killed_and_resumed(accident, whole, tmp_path):
+    died = runs.train_in_process(tmp_path, accident)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a kill in the middle of a line leaves it
+    resumed = runs.train_in_process(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_run(tmp_path, whole)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_stopped_by_a_signal(whole, tmp_path):
+    stop_at_5 = """
+step = training.Trainer.train_step
+def train_step(self):
+    step(self)
+    if self.step == 5: os.kill(os.getpid(), signal.SIGTERM)
+training.Trainer.train_step = train_step
+"""
+    stopped = runs.train_in_process(tmp_path, stop_at_5)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "stopped and saved at step 5" in stopped.stdout
+    assert (tmp_path / "checkpoints" / "step_00000005.safetensors").exists()
+    assert runs.train_in_process(tmp_path).returncode == 0
+    assert same_run(tmp_path, whole)
+
+
+def test_a_longer_run_continues_a_shorter_one(whole, tmp_path):
+    train(runs.tiny(steps=6, log_every=3), tmp_path)
+    train(runs.tiny(), tmp_path)
+    assert same_run(tmp_path, whole)
+
+
+def test_finished_runs_are_left_alone(whole, capsys):
+    before = runs.final_state(whole)
+    assert train(runs.tiny(), whole) == 0
+    assert "finished at step 10" in capsys.readouterr().out
+    assert runs.final_state(whole) == before
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    config = runs.tiny(steps=40)
+    train(runs.tiny(steps=8), tmp_path)
+    trainer = Trainer(config, tmp_path)
+    with torch.no_grad():
+        trainer.net.final_layer.linear.weight.fill_(float("nan"))
+    with pytest.raises(TrainingStopped, match=r"not finite at step 8 \(seed 0.*step_00000008.safetensors") as stop:
+        trainer.run()
+    assert "\n" not in str(stop.value)
+    assert load_ema(tmp_path, torch.device("cpu"))[3] == 8  # the last good checkpoint is still the last
+
+
+def test_another_configuration_is_refused(whole):
+    before = (whole / "config.json").read_text()
+    with pytest.raises(UserError, match=r"train.batch: got 12, wanted 8, .* name another folder"):
+        train(runs.tiny(batch=12), whole)
+    with pytest.raises(UserError, match="train.steps: got 6, wanted at least the 10"):
+        train(runs.tiny(steps=6), whole)
+    assert (whole / "config.json").read_text() == before
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flipped(path):
+    with open(path, "r+b") as file:
+        file.seek(-50, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-50, os.SEEK_END)
+        file.write(bytes([byte ^ 4]))
+
+
+def foreign(path):
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def other_model(path):
+    state = checkpoint.load(path)
+    tensors = {name: x[..., :1].contiguous() if x.ndim else x for name, x in state.tensors.items()}
+    checkpoint.save(path.parent, checkpoint.Checkpoint(state.step, state.config, tensors), keep_last=9)
+
+
+def text(path):
+    path.write_text("not a checkpoint")
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, foreign, other_model, text])
+def test_damaged_checkpoints(damage, tmp_path):
+    train(runs.tiny(), tmp_path)
+    path = max((tmp_path / "checkpoints").iterdir())
+    damage(path)
+    held = path.read_bytes()
+    with pytest.raises(UserError, match="checkpoint: got .*step_00000010.*wanted") as error:
+        train(runs.tiny(), tmp_path)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == held  # nothing is lost
+    path.unlink()
+    assert train(runs.tiny(), tmp_path) == 0  # as the message says
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes the Linux way")
+def test_no_room_for_a_checkpoint(whole, tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))"
+    full = runs.train_in_process(tmp_path, limit)
+    assert full.returncode == 2
+    last = full.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: checkpoint: got") and "MiB free" in last
+    assert not list(tmp_path.rglob("*.partial")) and not list((tmp_path / "checkpoints").glob("step*"))
+    assert runs.train_in_process(tmp_path).returncode == 0
+    assert same_run(tmp_path, whole)
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="out: got .*file/run"):
+        train(runs.tiny(), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_bf16_stays_close_to_fp32(whole, tmp_path):
+    train(runs.tiny(precision="bf16"), tmp_path)
+    state = load_file(max((tmp_path / "checkpoints").iterdir()))
+    assert {x.dtype for name, x in state.items() if name.startswith(("model", "ema"))} == {torch.float32}
+    for a, b in zip(runs.curve(tmp_path), runs.curve(whole), strict=True):
+        assert a["raw"] == pytest.approx(b["raw"], rel=0.02) and a["raw"] != b["raw"]
+
+
+def test_guidance_by_the_average(whole, tmp_path):
+    config = runs.tiny()
+    objective = replace(config.objective, omega=2.0, label_drop=0.1, guidance_weights="ema")
+    train(replace(config, objective=objective), tmp_path / "ema")
+    train(replace(config, objective=replace(objective, guidance_weights="current")), tmp_path / "current")
+    assert runs.final_state(tmp_path / "ema") != runs.final_state(tmp_path / "current")
