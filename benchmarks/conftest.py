@@ -30,7 +30,7 @@ def device(pytestconfig) -> str:
 def stopwatch(pytestconfig, device):
     """The rows of this session, the ceilings of its device measured first."""
     found = environment(device, pytestconfig.getoption("--commit"))
-    pytestconfig.stopwatch = Stopwatch(device, found, measure_ceilings(device))
+    pytestconfig.stopwatch = Stopwatch(device, found, measure_ceilings(device), pytestconfig.getoption("--rows"))
     return pytestconfig.stopwatch
 
 
@@ -43,9 +43,6 @@ def fresh_compiler():
 
 def pytest_terminal_summary(terminalreporter, config):
     stopwatch = getattr(config, "stopwatch", None)
-    if stopwatch is None or not stopwatch.rows:
-        return
-    terminalreporter.section("device time, cold cache")
-    terminalreporter.write_line(stopwatch.summary())
-    if path := config.getoption("--rows"):
-        stopwatch.write(path)
+    if stopwatch is not None and stopwatch.rows:
+        terminalreporter.section("device time, cold cache")
+        terminalreporter.write_line(stopwatch.summary())

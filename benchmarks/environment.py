@@ -20,11 +20,13 @@ def _nvml(read) -> tuple[dict, dict]:
     """What ``read`` makes of NVML's handle of the current GPU, and why it is missing where there is none."""
     try:
         import pynvml
-
+    except ImportError as error:
+        return {}, {"nvml": f"{error}: install nvidia-ml-py"}
+    try:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         return read(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)), {}
-    except (ImportError, pynvml.NVMLError) as error:
+    except pynvml.NVMLError as error:
         return {}, {"nvml": str(error)}
 
 

@@ -32,7 +32,6 @@ MODELS = {
 ATTENTION = {
     "hd64": Shape(batch=256, tokens=256, heads=16, head_dim=64),
     "hd72": Shape(batch=256, tokens=256, heads=16, head_dim=72),
-    "hd64-N1024": Shape(batch=64, tokens=1024, heads=16, head_dim=64),
     "hd72-N1024": Shape(batch=64, tokens=1024, heads=16, head_dim=72),
 }
 """Attention alone, batch times heads 4,096 at 256 tokens; 1,024 tokens are those of ImageNet-512."""

@@ -22,9 +22,13 @@ class Stopwatch:
     device: str
     environment: dict
     ceilings: timing.Ceilings
+    path: Path | None = None
+    """Each row is appended to this file of JSON lines as soon as it is there."""
     rows: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._cold = timing.ColdCache() if self.device == "cuda" else None
 
     def time(self, benchmark, fn: Callable[[], object], *, name: dict, work: Work, errors: dict[str, float]) -> None:
@@ -43,6 +47,9 @@ class Stopwatch:
         row = self._row(name, work, device) | {"host_ms": host_ms if self.device == "cuda" else None} | errors
         benchmark.extra_info.update({key: row[key] for key in ("ms", "tflops", "gbps")})
         self.rows.append(row | clocks() | self.environment)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
 
     def _row(self, name: dict, work: Work, samples: list[float]) -> dict:
         low, ms, high = timing.quantiles(samples)
@@ -57,12 +64,6 @@ class Stopwatch:
         if peak is not None:
             row |= {"share_of_peak": rate / (peak.tflops if work.flops else peak.gbps), "peak_source": peak.source}
         return row
-
-    def write(self, path: Path) -> None:
-        """Append the rows to a file of JSON lines."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
     def summary(self) -> str:
         """The rows as a table, under what was measured of the device itself."""

@@ -2,17 +2,18 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.bench_silu import VARIANTS, Case, measure
-from benchmarks.environment import environment
+from benchmarks.environment import _nvml, environment
 from benchmarks.peaks import PEAKS
 from benchmarks.shapes import MODELS, naming, on
 from benchmarks.stopwatch import Stopwatch, check, relative_error
-from benchmarks.timing import Ceilings, measure_ceilings, quantiles
+from benchmarks.timing import Ceilings, device_ms, measure_ceilings, quantiles
 from meanflow_kernels import silu, silu_jvp
 from meanflow_kernels.counts import Work
 
@@ -30,9 +31,9 @@ class Benchmark:
         fn()
 
 
-def _stopwatch(gpu=None) -> Stopwatch:
+def _stopwatch(gpu=None, path=None) -> Stopwatch:
     found = environment("cpu") | {"gpu": gpu}
-    return Stopwatch("cpu", found, Ceilings(copy_gbps=2000.0, gemm_tflops=500.0, gemm="8192x8192x8192 bfloat16"))
+    return Stopwatch("cpu", found, Ceilings(copy_gbps=2000.0, gemm_tflops=500.0, gemm="8192x8192x8192 bfloat16"), path)
 
 
 def _silu_case(op_jvp) -> Case:
@@ -72,9 +73,8 @@ def test_unknown_gpu_gets_no_share_of_a_peak(gpu):
 
 
 def test_row_says_where_and_when(tmp_path):
-    watch = _stopwatch()
+    watch = _stopwatch(path=tmp_path / "deep" / "rows.jsonl")
     measure(watch, Benchmark(), _silu_case(silu_jvp), _name("ours"), *VARIANTS["ours"])
-    watch.write(tmp_path / "deep" / "rows.jsonl")
     row = json.loads((tmp_path / "deep" / "rows.jsonl").read_text())
     assert row["device"] == "cpu" and row["gpu"] is None and row["cpu"]
     assert row["torch"] == torch.__version__ and row["triton"] and row["date"].endswith("+00:00") and "commit" in row
@@ -118,7 +118,43 @@ def test_error_bound_is_tighter_for_ours():
     assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_missing_driver_is_a_reason_and_no_error():
+    found, missing = _nvml(lambda pynvml, gpu: {"driver": "1"})
+    assert found == {} and missing["nvml"]
+
+
+def test_missing_nvml_is_a_reason_and_no_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    found, missing = _nvml(lambda pynvml, gpu: {"driver": "1"})
+    assert found == {} and "install nvidia-ml-py" in missing["nvml"]
+
+
 def test_quantiles_and_ceilings():
     assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
     ceilings = measure_ceilings("cpu")
     assert ceilings.copy_gbps > 0 and ceilings.gemm_tflops > 0 and ceilings.gemm == "512x512x512 float32"
+
+
+def test_gpu_is_busy_until_the_host_has_enqueued_the_call(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            events.append("record")
+
+        def synchronize(self):
+            events.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    cold = SimpleNamespace(ms=0.1, flush=lambda times: events.append(f"flush {times}"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert device_ms(lambda: events.append("call"), cold, host_ms=1.0, samples=3) == [0.5, 0.5, 0.5]
+    # 16 flushes of 0.1 ms are longer than the host's 1 ms
+    assert events == ["flush 16", "record", "call", "record", "wait"] * 3
