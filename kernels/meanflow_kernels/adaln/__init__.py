@@ -1,5 +1,5 @@
 """The adaln operator."""
 
-from .op import adaln, adaln_jvp
+from .op import adaln, adaln_jvp, compile_cases
 
-__all__ = ["adaln", "adaln_jvp"]
+__all__ = ["adaln", "adaln_jvp", "compile_cases"]

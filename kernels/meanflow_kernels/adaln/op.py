@@ -1,22 +1,211 @@
-"""LayerNorm + modulate on (primal, tangent) pairs."""
+"""LayerNorm + modulate on (primal, tangent) pairs: checks, launches, registration, public functions."""
 
 import torch
 from torch import Tensor
 
-from ..dual import absent, tangent_rows
+from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangents, fail
+from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
+from .config import BACKWARD, FORWARD
 from .reference import adaln_ref, adaln_tangent_ref
+from .rows import partial_sums, row_launch
+
+_NAMES = ("x", "shift", "scale")
+
+
+def _check(x: Tensor, shift: Tensor, scale: Tensor) -> None:
+    check_shape("x", x, (None, None, None), "(B, L, C)")
+    check_vectors(x, ("shift", "scale"), (shift, scale))
+
+
+def check_vectors(x: Tensor, names: tuple[str, ...], vectors: tuple[Tensor, ...]) -> None:
+    """Each vector is (B, C) for x (B, L, C), on its device; all share one dtype, which may differ from x's."""
+    for name, vector in zip(names, vectors, strict=True):
+        check_shape(name, vector, (x.shape[0], x.shape[2]), "(B, C)")
+        check_alike(("x", name), (x, vector), dtype=False)
+    check_alike(names, vectors)
+
+
+def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, ...], out_dtype: torch.dtype) -> None:
+    """Dtypes that the row kernels take, and a row to normalise."""
+    for name, tensor in zip(names, tensors, strict=True):
+        check_kernel_dtype(name, tensor)
+    check_kernel_dtype("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"))
+    if x.shape[-1] == 0:
+        fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a LayerNorm needs a column")
+
+
+def _forward(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start: int, eps: float) -> Launch:
+    from .kernel import _adaln_kernel
+
+    return row_launch(
+        _adaln_kernel,
+        FORWARD,
+        rows={"x": x, "x_dot": x_dot},
+        vectors={"shift": shift, "scale": scale, "shift_dot": shift_dot, "scale_dot": scale_dot},
+        contiguous={"y": y, "y_dot": y_dot},
+        scalars={"dot_start": start, "dot_samples": 0 if y_dot is None else y_dot.shape[0], "eps": eps},
+    )
+
+
+def _backward(x, scale, dy, dx, dshift, dscale, eps: float) -> tuple[Launch, Launch]:
+    from ..partials import sum_partials
+    from .kernel import _adaln_bwd_kernel
+
+    partial = partial_sums(2, x, BACKWARD)
+    first = row_launch(
+        _adaln_bwd_kernel,
+        BACKWARD,
+        rows={"x": x, "dy": dy},
+        vectors={"scale": scale},
+        contiguous={"dx": dx, "partial": partial},
+        scalars={"eps": eps},
+    )
+    return first, sum_partials(partial, [dshift, dscale])
+
+
+@torch.library.custom_op("meanflow_kernels::adaln", mutates_args=())
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    _forward(x, shift, scale, y, None, None, None, None, 0, eps).run()
+    return y
+
+
+@_adaln.register_fake
+def _(x, shift, scale, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::adaln_jvp", mutates_args=())
+def _adaln_jvp(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x_dot: Tensor | None,
+    shift_dot: Tensor | None,
+    scale_dot: Tensor | None,
+    start: int,
+    samples: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    y_dot = x.new_empty((samples, *x.shape[1:]), dtype=out_dtype)
+    _forward(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start, eps).run()
+    return y, y_dot
+
+
+@_adaln_jvp.register_fake
+def _(x, shift, scale, x_dot, shift_dot, scale_dot, start, samples, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((samples, *x.shape[1:]), dtype=out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::adaln_bwd", mutates_args=())
+def _adaln_bwd(x: Tensor, scale: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dshift, dscale = x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    for launch in _backward(x, scale, dy, dx, dshift, dscale, eps):
+        launch.run()
+    return dx, dshift, dscale
+
+
+@_adaln_bwd.register_fake
+def _(x, scale, dy, eps):
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _save(ctx, inputs, output):
+    # the primal's x and scale only: tangents are neither saved nor differentiated
+    x, _, scale, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale)
+    ctx.eps, ctx.inputs = inputs[-2], len(inputs)
+
+
+def _differentiate(ctx, dy, dy_dot=None):
+    refuse_tangent_gradient(dy_dot)
+    grads = (None, None, None) if dy is None else torch.ops.meanflow_kernels.adaln_bwd(*ctx.saved_tensors, dy, ctx.eps)
+    return (*grads, *[None] * (ctx.inputs - 3))
+
+
+_adaln.register_autograd(_differentiate, setup_context=_save)
+_adaln_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every launch config, at the widths of the DiT family, for cross-compilation: fp32 stream, bf16 branches."""
+    cases = []
+    for width in (384, 768, 1024, 1152):
+        x = torch.empty(32, 256, width, device="meta")
+        y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
+        sums = [vector.new_empty(vector.shape) for _ in range(2)]
+        launches = {
+            "adaln": _forward(x, vector, vector, y, None, None, None, None, 0, 1e-6),
+            "adaln_jvp": _forward(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),
+        }
+        launches["adaln_bwd"], launches["adaln_bwd sums"] = _backward(x, vector, y, x, *sums, 1e-6)
+        cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
+    return cases
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x (B, L, C), shift and scale (B, C) -> LayerNorm(x) (1 + scale) + shift, (B, L, C) in out_dtype (default x's)."""
-    return adaln_ref(x, shift, scale, eps=eps).to(out_dtype or x.dtype)
+    """y = LayerNorm(x) (1 + scale) + shift: the adaptive LayerNorm of DiT (Peebles & Xie, arXiv 2212.09748), no affine.
+
+    Args:
+        x: (B, L, C). Statistics are fp32 whatever its dtype (fp64 where x is fp64, which runs the reference alone).
+        shift, scale: (B, C), of one dtype, which may differ from x's. Chunks of a (B, 6 C) projection are read in place;
+            of all arguments only one whose last stride is not 1 is copied.
+        eps: added to the variance. out_dtype: dtype of y, default x's.
+
+    Returns:
+        y (B, L, C), contiguous. Under forward-mode AD it carries its tangent.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
+    _check(x, shift, scale)
+    out_dtype = out_dtype or x.dtype
+    if not runs_kernel(x):
+        return adaln_ref(x, shift, scale, eps=eps).to(out_dtype)
+    primals, tangents = unpack(x, shift, scale)
+    if not absent(tangents):
+        return pack(*adaln_jvp(primals, tangents, eps=eps, out_dtype=out_dtype))
+    check_kernel_row(x, _NAMES, primals, out_dtype)
+    return torch.ops.meanflow_kernels.adaln(*primals, eps, out_dtype)
 
 
-def adaln_jvp(primals, tangents, *, eps: float = 1e-6, out_dtype=None, tangent_start: int | None = None):
-    """adaln and its tangent: (x, shift, scale), (x_dot, shift_dot, scale_dot) -> y, y_dot."""
-    y = adaln(*primals, eps=eps, out_dtype=out_dtype)
+def adaln_jvp(
+    primals: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    tangent_start: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`adaln` and its tangent in one pass: (x, shift, scale), (x_dot, shift_dot, scale_dot) -> y, y_dot.
+
+    Args:
+        primals: as for :func:`adaln`.
+        tangents: each shaped like its primal but for the batch n, in its dtype; None is structurally zero.
+        tangent_start: the tangents belong to samples tangent_start .. tangent_start + n; None: to all, n = B.
+
+    Returns:
+        y (B, L, C) and y_dot (n, L, C), both in out_dtype; (y, None) where every tangent is None. Gradients flow through y
+        to the primals; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
     if absent(tangents):
-        return y, None
+        return adaln(*primals, eps=eps, out_dtype=out_dtype), None
+    _check(*primals)
+    start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    x = primals[0]
+    out_dtype = out_dtype or x.dtype
+    if runs_kernel(x):
+        check_kernel_row(x, _NAMES, primals, out_dtype)
+        return torch.ops.meanflow_kernels.adaln_jvp(*primals, *tangents, start, n, eps, out_dtype)
+    y = adaln_ref(*primals, eps=eps).to(out_dtype)
     with torch.no_grad():
-        rows = tangent_rows(primals, tangents, tangent_start)
-        return y, adaln_tangent_ref(rows, tangents, eps=eps).to(y.dtype)
+        y_dot = adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps).to(out_dtype)
+    return y, guard(y_dot, *primals, *tangents)

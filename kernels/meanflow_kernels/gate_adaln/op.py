@@ -1,24 +1,235 @@
-"""Gated residual + the next adaln on (primal, tangent) pairs."""
+"""Gated residual + the next adaln on (primal, tangent) pairs: checks, launches, registration, public functions."""
 
 import torch
 from torch import Tensor
 
-from ..dual import absent, tangent_rows
+from ..adaln.op import check_kernel_row, check_vectors
+from ..adaln.rows import partial_sums, row_launch
+from ..checks import check_alike, check_shape, check_tangents
+from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
+from .config import BACKWARD, FORWARD
 from .reference import gate_adaln_ref, gate_adaln_tangent_ref
 
-
-def gate_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, out_dtype=None):
-    """x and y (B, L, C), gate, shift and scale (B, C) -> x + gate y (in x's dtype) and its adaln (in out_dtype)."""
-    x_out, h = gate_adaln_ref(x, y, gate, shift, scale, eps=eps)
-    return x_out.to(x.dtype), h.to(out_dtype or x.dtype)
+_NAMES = ("x", "y", "gate", "shift", "scale")
 
 
-def gate_adaln_jvp(primals, tangents, *, eps: float = 1e-6, out_dtype=None, tangent_start: int | None = None):
-    """gate_adaln and its tangents: five primals, five tangents -> (x_out, h), (x_out_dot, h_dot)."""
-    x_out, h = gate_adaln(*primals, eps=eps, out_dtype=out_dtype)
+def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> None:
+    check_shape("x", x, (None, None, None), "(B, L, C)")
+    check_shape("y", y, tuple(x.shape), "x's shape (B, L, C)")
+    check_alike(("x", "y"), (x, y), dtype=False)
+    check_vectors(x, _NAMES[2:], (gate, shift, scale))
+
+
+def _forward(primals: tuple, tangents: tuple, out: tuple, out_dot: tuple, start: int, eps: float) -> Launch:
+    from .kernel import _gate_adaln_kernel
+
+    named = dict(zip((*_NAMES, *[f"{name}_dot" for name in _NAMES]), (*primals, *tangents), strict=True))
+    rows = ("x", "y", "x_dot", "y_dot")
+    return row_launch(
+        _gate_adaln_kernel,
+        FORWARD,
+        rows={name: named[name] for name in rows},
+        vectors={name: vector for name, vector in named.items() if name not in rows},
+        contiguous=dict(zip(("x_out", "h", "x_out_dot", "h_dot"), (*out, *out_dot), strict=True)),
+        scalars={"dot_start": start, "dot_samples": 0 if out_dot[1] is None else out_dot[1].shape[0], "eps": eps},
+    )
+
+
+def _backward(x_out, y, gate, scale, dx_out, dh, dx, dy, sums: list[Tensor], eps: float) -> tuple[Launch, Launch]:
+    from ..partials import sum_partials
+    from .kernel import _gate_adaln_bwd_kernel
+
+    partial = partial_sums(3, x_out, BACKWARD)
+    first = row_launch(
+        _gate_adaln_bwd_kernel,
+        BACKWARD,
+        rows={"y": y, "dx_out": dx_out, "dh": dh},
+        vectors={"gate": gate, "scale": scale},
+        contiguous={"x_out": x_out, "dx": dx, "dy": dy, "partial": partial},
+        scalars={"eps": eps},
+    )
+    return first, sum_partials(partial, sums)
+
+
+def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x_out in x's dtype and h in out_dtype, for so many samples."""
+    shape = (samples, *x.shape[1:])
+    return x.new_empty(shape), x.new_empty(shape, dtype=out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::gate_adaln", mutates_args=())
+def _gate_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out = _outputs(x, x.shape[0], out_dtype)
+    _forward((x, y, gate, shift, scale), (None,) * 5, out, (None, None), 0, eps).run()
+    return out
+
+
+@_gate_adaln.register_fake
+def _(x, y, gate, shift, scale, eps, out_dtype):
+    return _outputs(x, x.shape[0], out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::gate_adaln_jvp", mutates_args=())
+def _gate_adaln_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    gate_dot: Tensor | None,
+    shift_dot: Tensor | None,
+    scale_dot: Tensor | None,
+    start: int,
+    samples: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, samples, out_dtype)
+    primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
+    _forward(primals, tangents, out, out_dot, start, eps).run()
+    return *out, *out_dot
+
+
+@_gate_adaln_jvp.register_fake
+def _(x, y, gate, shift, scale, x_dot, y_dot, gate_dot, shift_dot, scale_dot, start, samples, eps, out_dtype):
+    return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, samples, out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::gate_adaln_bwd", mutates_args=())
+def _gate_adaln_bwd(
+    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, dx_out: Tensor | None, dh: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
+    dshift, dscale, dgate = (gate.new_empty(gate.shape) for _ in range(3))
+    for launch in _backward(x_out, y, gate, scale, dx_out, dh, dx, dy, [dshift, dscale, dgate], eps):
+        launch.run()
+    return dx, dy, dgate, dshift, dscale
+
+
+@_gate_adaln_bwd.register_fake
+def _(x_out, y, gate, scale, dx_out, dh, eps):
+    return x_out.new_empty(x_out.shape), y.new_empty(y.shape), *[gate.new_empty(gate.shape) for _ in range(3)]
+
+
+def _save(ctx, inputs, output):
+    # x_out serves in x's place: the next layer keeps it anyhow. Tangents are neither saved nor differentiated
+    _, y, gate, _, scale, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], y, gate, scale)
+    ctx.h_dtype, ctx.eps, ctx.inputs = output[1].dtype, inputs[-2], len(inputs)
+
+
+def _differentiate(ctx, dx_out, dh, *cotangents):
+    refuse_tangent_gradient(*cotangents)
+    grads = (None,) * 5
+    if dx_out is not None or dh is not None:
+        x_out, y, gate, scale = ctx.saved_tensors
+        # the residual alone was used: rare enough to pay for zeros
+        dh = x_out.new_zeros(x_out.shape, dtype=ctx.h_dtype) if dh is None else dh
+        grads = torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, dx_out, dh, ctx.eps)
+    return (*grads, *[None] * (ctx.inputs - 5))
+
+
+_gate_adaln.register_autograd(_differentiate, setup_context=_save)
+_gate_adaln_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every launch config, at the widths of the DiT family, for cross-compilation: fp32 stream, bf16 branches."""
+    cases = []
+    for width in (384, 768, 1024, 1152):
+        x = torch.empty(32, 256, width, device="meta")
+        y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
+        primals, sums = (x, y, vector, vector, vector), [vector.new_empty(vector.shape) for _ in range(3)]
+        launches = {
+            "gate_adaln": _forward(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
+            "gate_adaln_jvp": _forward(primals, primals, (x, y), (x, y), 0, 1e-6),
+            "gate_adaln_bwd": _backward(x, y, vector, vector, x, y, x, y, sums, 1e-6)[0],
+        }
+        cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
+    return cases
+
+
+def gate_adaln(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_out = x + gate y, and h = LayerNorm(x_out) (1 + scale) + shift: a branch's end and the next one's beginning.
+
+    Args:
+        x: the residual stream (B, L, C). y: the branch (B, L, C), of a dtype of its own.
+        gate, shift, scale: (B, C), of one dtype, which may differ from x's and y's. Chunks of a (B, 6 C) projection are
+            read in place; of all arguments only one whose last stride is not 1 is copied.
+        eps: added to the variance. out_dtype: dtype of h, default x's.
+
+    Returns:
+        x_out (B, L, C) in x's dtype, and h (B, L, C) in out_dtype, normalised from the sum before it is rounded.
+        Under forward-mode AD both carry their tangents.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
+    _check(x, y, gate, shift, scale)
+    out_dtype = out_dtype or x.dtype
+    if not runs_kernel(x):
+        x_out, h = gate_adaln_ref(x, y, gate, shift, scale, eps=eps)
+        return x_out.to(x.dtype), h.to(out_dtype)
+    primals, tangents = unpack(x, y, gate, shift, scale)
+    if not absent(tangents):
+        (x_out, h), (x_out_dot, h_dot) = gate_adaln_jvp(primals, tangents, eps=eps, out_dtype=out_dtype)
+        return pack(x_out, x_out_dot), pack(h, h_dot)
+    check_kernel_row(x, _NAMES, primals, out_dtype)
+    return torch.ops.meanflow_kernels.gate_adaln(*primals, eps, out_dtype)
+
+
+def gate_adaln_jvp(
+    primals: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    tangent_start: int | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """:func:`gate_adaln` and its tangents in one pass: (x, y, gate, shift, scale) and theirs -> (x_out, h), theirs.
+
+    Args:
+        primals: as for :func:`gate_adaln`.
+        tangents: each shaped like its primal but for the batch n, in its dtype; None is structurally zero.
+        tangent_start: the tangents belong to samples tangent_start .. tangent_start + n; None: to all, n = B.
+
+    Returns:
+        (x_out, h), (x_out_dot, h_dot); the tangents are (n, L, C), in the dtypes of their primals, and both None where every
+        tangent is None. Gradients flow through x_out and h to the primals; one asked of a tangent raises
+        :class:`~meanflow_kernels.dual.TangentGradientError`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
     if absent(tangents):
-        return (x_out, h), (None, None)
+        return gate_adaln(*primals, eps=eps, out_dtype=out_dtype), (None, None)
+    _check(*primals)
+    start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    x = primals[0]
+    out_dtype = out_dtype or x.dtype
+    if runs_kernel(x):
+        check_kernel_row(x, _NAMES, primals, out_dtype)
+        operands = (*primals, *tangents, start, n, eps, out_dtype)
+        x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_adaln_jvp(*operands)
+        return (x_out, h), (x_out_dot, h_dot)
+    x_out, h = gate_adaln_ref(*primals, eps=eps)
     with torch.no_grad():
-        rows = tangent_rows(primals, tangents, tangent_start)
-        x_dot, h_dot = gate_adaln_tangent_ref(rows, tangents, eps=eps)
-    return (x_out, h), (x_dot.to(x_out.dtype), h_dot.to(h.dtype))
+        x_out_dot, h_dot = gate_adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps)
+    inputs = (*primals, *tangents)
+    return (x_out.to(x.dtype), h.to(out_dtype)), (guard(x_out_dot.to(x.dtype), *inputs), guard(h_dot.to(out_dtype), *inputs))

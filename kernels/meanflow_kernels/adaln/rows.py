@@ -1,0 +1,82 @@
+"""How a kernel that walks rows is launched: strides, their alignment, and the rows that one program takes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..launch import Launch
+from .config import RowConfig
+
+UNIT = 16
+"""Elements that a stride is a multiple of, at best: what Triton needs to know for 16-byte accesses."""
+
+
+def dense_rows(x: Tensor | None) -> Tensor | None:
+    """x with contiguous columns: itself, or one copy where its last stride is not 1."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(x: Tensor | None, dims: int) -> list[int]:
+    if x is None:
+        return [0] * dims
+    # the stride of a dimension of size 1 is any number: it must not spoil the alignment
+    return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape[:dims], strict=False)]
+
+
+def rows_per_program(samples: int, length: int, config: RowConfig) -> int:
+    """Rows that one program takes, all of one sample: as many as leave `config.programs` programs."""
+    share = samples * length // config.programs
+    return min(max(share, config.fewest_rows), config.most_rows)
+
+
+def programs(samples: int, length: int, config: RowConfig) -> int:
+    """The grid of a row kernel: samples, each cut into shares of rows."""
+    return samples * -(-length // rows_per_program(samples, length, config))
+
+
+def row_launch(
+    kernel,
+    config: RowConfig,
+    *,
+    rows: dict[str, Tensor | None],
+    vectors: dict[str, Tensor | None],
+    contiguous: dict[str, Tensor | None],
+    scalars: dict[str, int | float],
+) -> Launch:
+    """One launch over the rows of samples.
+
+    Args:
+        kernel: its parameters are named `{tensor}_ptr`, `stride_{tensor}_b`, `stride_{tensor}_l`, and as the scalars are.
+        rows: strided (B, L, C) tensors; the first is present and gives the grid. vectors: strided (B, C) tensors.
+        contiguous: tensors without strides.
+    """
+    rows = {name: dense_rows(x) for name, x in rows.items()}
+    vectors = {name: dense_rows(x) for name, x in vectors.items()}
+    strides = {}
+    for tensors, letters in ((rows, "bl"), (vectors, "b")):
+        for name, x in tensors.items():
+            for letter, stride in zip(letters, _strides(x, len(letters)), strict=True):
+                strides[f"stride_{name}_{letter}"] = stride
+    unit = math.gcd(UNIT, *strides.values())
+    samples, length, width = next(iter(rows.values())).shape
+    return Launch(
+        kernel=kernel,
+        grid=(programs(samples, length, config),),
+        args={
+            **{f"{name}_ptr": x for name, x in {**rows, **vectors, **contiguous}.items()},
+            **{name: stride // unit for name, stride in strides.items()},
+            "L": length,
+            "rows_per_program": rows_per_program(samples, length, config),
+            **scalars,
+        },
+        constexprs={"C": width, "ALIGN": unit, "STAGES": config.stages},
+        num_warps=config.num_warps(width),
+        num_stages=config.stages,
+    )
+
+
+def partial_sums(count: int, x: Tensor, config: RowConfig) -> Tensor:
+    """Room for `count` fp32 sums over the rows of each program, (count, programs, C), for x (B, L, C)."""
+    samples, length, width = x.shape
+    return torch.empty(count, programs(samples, length, config), width, dtype=torch.float32, device=x.device)

@@ -1,0 +1,148 @@
+"""Gated residual + the next adaln in one pass over the rows, its forward-mode derivative and its backward."""
+
+import triton
+import triton.language as tl
+
+from ..adaln.kernel import (
+    add_rows,
+    load_factor,
+    load_row,
+    mul_rows,
+    normalise,
+    project_row,
+    row_at,
+    rows_of_program,
+    store_modulated,
+    store_modulated_tangent,
+    store_partial,
+    store_row,
+    zero_row,
+)
+
+
+@triton.jit
+def _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, has_tangent, C: tl.constexpr):
+    """x_dot + gate_dot y + gate y_dot of one row; absent terms cost nothing."""
+    out_dot = zero_row(C)
+    if x_dot_row is not None:
+        out_dot = load_row(x_dot_row, C, has_tangent)
+    if gate_dot_row is not None:
+        out_dot = add_rows(out_dot, mul_rows(load_row(gate_dot_row, C, has_tangent), y))
+    if y_dot_row is not None:
+        out_dot = add_rows(out_dot, mul_rows(gate, load_row(y_dot_row, C, has_tangent)))
+    return out_dot
+
+
+@triton.jit
+def _gate_adaln_kernel(
+    x_ptr,  # (B, L, C)
+    y_ptr,  # (B, L, C)
+    gate_ptr,  # (B, C)
+    shift_ptr,  # (B, C)
+    scale_ptr,  # (B, C)
+    x_out_ptr,  # (B, L, C), contiguous
+    h_ptr,  # (B, L, C), contiguous
+    x_dot_ptr,  # (n, L, C) or None; the tangents of samples dot_start to dot_start + n
+    y_dot_ptr,  # (n, L, C) or None
+    gate_dot_ptr,  # (n, C) or None
+    shift_dot_ptr,  # (n, C) or None
+    scale_dot_ptr,  # (n, C) or None
+    x_out_dot_ptr,  # (n, L, C), contiguous; None where no tangent is asked for
+    h_dot_ptr,  # (n, L, C), contiguous; None where no tangent is asked for
+    stride_x_b,
+    stride_x_l,
+    stride_y_b,
+    stride_y_l,
+    stride_gate_b,
+    stride_shift_b,
+    stride_scale_b,
+    stride_x_dot_b,
+    stride_x_dot_l,
+    stride_y_dot_b,
+    stride_y_dot_l,
+    stride_gate_dot_b,
+    stride_shift_dot_b,
+    stride_scale_dot_b,
+    L,
+    rows_per_program,
+    dot_start,
+    dot_samples,
+    eps,
+    C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    b, first, end = rows_of_program(L, rows_per_program)
+    b_dot = b - dot_start
+    has_tangent = (b_dot >= 0) & (b_dot < dot_samples)
+    gate_row = row_at(gate_ptr, b * stride_gate_b, ALIGN)
+    shift_row = row_at(shift_ptr, b * stride_shift_b, ALIGN)
+    scale_row = row_at(scale_ptr, b * stride_scale_b, ALIGN)
+    gate_dot_row = row_at(gate_dot_ptr, b_dot * stride_gate_dot_b, ALIGN)
+    shift_dot_row = row_at(shift_dot_ptr, b_dot * stride_shift_dot_b, ALIGN)
+    scale_dot_row = row_at(scale_dot_ptr, b_dot * stride_scale_dot_b, ALIGN)
+    for l in tl.range(first, end, num_stages=STAGES):
+        y = load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C)
+        gate = load_row(gate_row, C)
+        x = load_row(row_at(x_ptr, b * stride_x_b + l * stride_x_l, ALIGN), C)
+        x = add_rows(x, mul_rows(gate, y))
+        store_row(row_at(x_out_ptr, b * L + l, C), x, C)
+        x_hat, rstd = normalise(x, eps, C)
+        store_modulated(row_at(h_ptr, b * L + l, C), x_hat, shift_row, scale_row, C)
+        if h_dot_ptr is not None:
+            x_dot_row = row_at(x_dot_ptr, b_dot * stride_x_dot_b + l * stride_x_dot_l, ALIGN)
+            y_dot_row = row_at(y_dot_ptr, b_dot * stride_y_dot_b + l * stride_y_dot_l, ALIGN)
+            x_dot = _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, has_tangent, C)
+            store_row(row_at(x_out_dot_ptr, b_dot * L + l, C), x_dot, C, has_tangent)
+            x_hat_dot = project_row(x_dot, x_hat, rstd, C)
+            h_dot_row = row_at(h_dot_ptr, b_dot * L + l, C)
+            store_modulated_tangent(
+                h_dot_row, x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, has_tangent, C
+            )
+
+
+@triton.jit
+def _gate_adaln_bwd_kernel(
+    x_out_ptr,  # (B, L, C), contiguous: the forward's result
+    y_ptr,  # (B, L, C)
+    gate_ptr,  # (B, C)
+    scale_ptr,  # (B, C)
+    dx_out_ptr,  # (B, L, C), or None where nothing but h was used
+    dh_ptr,  # (B, L, C)
+    dx_ptr,  # (B, L, C), contiguous
+    dy_ptr,  # (B, L, C), contiguous
+    partial_ptr,  # (3, programs, C), fp32: sums over a program's rows for dshift, dscale, dgate
+    stride_y_b,
+    stride_y_l,
+    stride_gate_b,
+    stride_scale_b,
+    stride_dx_out_b,
+    stride_dx_out_l,
+    stride_dh_b,
+    stride_dh_l,
+    L,
+    rows_per_program,
+    eps,
+    C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    b, first, end = rows_of_program(L, rows_per_program)
+    # held in registers: the pipelined loop would fetch them anew for every row, past L1
+    gate = load_row(row_at(gate_ptr, b * stride_gate_b, ALIGN), C)
+    factor = load_factor(row_at(scale_ptr, b * stride_scale_b, ALIGN), C)
+    dshift, dscale, dgate = zero_row(C), zero_row(C), zero_row(C)
+    for l in tl.range(first, end, num_stages=STAGES):
+        x_hat, rstd = normalise(load_row(row_at(x_out_ptr, b * L + l, C), C), eps, C)
+        dh = load_row(row_at(dh_ptr, b * stride_dh_b + l * stride_dh_l, ALIGN), C)
+        dshift = add_rows(dshift, dh)
+        dscale = add_rows(dscale, mul_rows(dh, x_hat))
+        dx = project_row(mul_rows(dh, factor), x_hat, rstd, C)
+        if dx_out_ptr is not None:
+            dx = add_rows(dx, load_row(row_at(dx_out_ptr, b * stride_dx_out_b + l * stride_dx_out_l, ALIGN), C))
+        dgate = add_rows(dgate, mul_rows(load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C), dx))
+        store_row(row_at(dx_ptr, b * L + l, C), dx, C)
+        store_row(row_at(dy_ptr, b * L + l, C), mul_rows(gate, dx), C)
+    store_partial(partial_ptr, 0, dshift, C)
+    store_partial(partial_ptr, 1, dscale, C)
+    store_partial(partial_ptr, 2, dgate, C)

@@ -1,0 +1,61 @@
+"""Second stage of the deterministic reductions: the programs of a backward kernel each leave an fp32 sum, added up here."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+
+# 64 fp32 columns are 256 contiguous bytes a row; 32 rows of them keep 8 KB in flight a program, in 4 warps
+_BLOCK_P, _BLOCK_C, _NUM_WARPS = 32, 64, 4
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr,  # (sums, samples, P, C), fp32
+    sum0_ptr,  # (samples, C)
+    sum1_ptr,  # (samples, C), or None where there is one sum
+    sum2_ptr,  # (samples, C), or None where there are two sums
+    P,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    sample, column_block, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cols = column_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    partial_ptr += (which * tl.num_programs(0) + sample).to(tl.int64) * P * C
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        total += tl.load(partial_ptr + p[:, None] * C + cols[None, :], mask=(p < P)[:, None] & inside[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    out = sample * C + cols
+    if which == 0:
+        tl.store(sum0_ptr + out, total.to(sum0_ptr.dtype.element_ty), mask=inside)
+    if sum1_ptr is not None:
+        if which == 1:
+            tl.store(sum1_ptr + out, total.to(sum1_ptr.dtype.element_ty), mask=inside)
+    if sum2_ptr is not None:
+        if which == 2:
+            tl.store(sum2_ptr + out, total.to(sum2_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_partials(partial: Tensor, sums: list[Tensor]) -> Launch:
+    """partial (sums, samples x P, C) in fp32 -> one to three tensors (samples, C), each rounded once to its dtype.
+
+    The order of summation depends on the shapes alone, so two runs agree to the last bit.
+    """
+    samples, width = sums[0].shape
+    return Launch(
+        kernel=_sum_partials_kernel,
+        grid=(samples, -(-width // _BLOCK_C), len(sums)),
+        args={
+            "partial_ptr": partial,
+            **{f"sum{i}_ptr": sums[i] if i < len(sums) else None for i in range(3)},
+            "P": partial.shape[1] // samples,
+        },
+        constexprs={"C": width, "BLOCK_P": _BLOCK_P, "BLOCK_C": _BLOCK_C},
+        num_warps=_NUM_WARPS,
+        num_stages=1,
+    )
