@@ -1,8 +1,8 @@
 """Installs the rooms: the packages `meanflow` (the method) and `meanflow_kernels` (the operators, in kernels/).
 
 The native libraries of csrc/ go into meanflow_kernels when torch and a compiler are at hand during the build
-(`pip install --no-build-isolation -e .`); the CUDA one also needs nvcc (CUDA_HOME or the PATH), but no GPU. Without them
-the package is whole all the same: its operators then run on plain torch and say so.
+(`pip install --no-build-isolation -e .`); the CUDA one also needs nvcc (CUDA_HOME or the PATH), but no GPU. Without
+them the package is whole all the same: its operators then run on plain torch and say so.
 """
 
 import os
@@ -19,7 +19,13 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNDEBUG"]
 # the sources spell out each fused multiply-add, so that all compilers round alike
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 CPU_FLAGS = [*CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
-CUDA_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+CUDA_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--fmad=false",
+    "--threads=2",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+]
 GPUS = [f"-gencode=arch=compute_{a},code={kind}_{a}" for a, kind in ((80, "sm"), (90, "sm"), (90, "compute"))]
 
 
@@ -36,27 +42,27 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # loaded by torch, not by Python: no tag in its name
 
     def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
         try:
             from torch.utils.cpp_extension import include_paths, library_paths
 
-            output = Path(self.get_ext_fullpath(ext.name))
-            output.parent.mkdir(parents=True, exist_ok=True)
             if any(source.endswith(".cu") for source in ext.sources):
-                # libtorch names libtorch_cuda where there is one; the linker must not drop it
+                # libtorch is what names libtorch_cuda, where there is one: the linker must not drop it
                 compiler, link = [find_nvcc(), *CUDA_FLAGS, *GPUS], ["-Xlinker=--no-as-needed", "-ltorch"]
             else:
                 compiler, link = [*os.environ.get("CXX", "c++").split(), *CPU_FLAGS], []
-            paths = [*(f"-I{p}" for p in include_paths()), *(f"-L{p}" for p in library_paths())]
+            paths = [*(f"-I{path}" for path in include_paths()), *(f"-L{path}" for path in library_paths())]
             command = [*compiler, *DEFINES, *paths, "-shared", *ext.sources, "-o", str(output), *link, "-ltorch_cpu"]
             subprocess.run(command, check=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            reason = "the compiler failed, see above" if isinstance(error, subprocess.CalledProcessError) else error
             raise CompileError(
-                f"{ext.name} is not built, its operators will run on plain torch ({error}). To build it: a C++ "
-                "compiler, torch installed, `pip install --no-build-isolation`."
+                f"{ext.name} is not built ({reason}); its operators will run on plain torch. To build it: "
+                "a C++ compiler, torch installed, `pip install --no-build-isolation`."
             ) from error
 
 
-HEADERS = ["csrc/adamw_ema.h", "csrc/adamw_ema_args.h"]
 LIBRARIES = {"meanflow_kernels.native_cpu": ["csrc/ops.cpp", "csrc/adamw_ema_cpu.cpp"]}
 if find_nvcc():
     LIBRARIES["meanflow_kernels.native_cuda"] = ["csrc/adamw_ema_cuda.cu"]
@@ -69,7 +75,7 @@ setup(
     # the folder kernels/ is not a package: Hugging Face's PyPI package `kernels` keeps that import name
     packages=["meanflow", *find_packages("kernels")],
     package_dir={"meanflow": "meanflow", "meanflow_kernels": "kernels/meanflow_kernels"},
-    ext_modules=[Extension(name, files, depends=HEADERS, optional=True) for name, files in LIBRARIES.items()],
+    ext_modules=[Extension(name, files, optional=True) for name, files in LIBRARIES.items()],
     cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.11",

@@ -65,4 +65,18 @@ ELEMENTWISE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
 
+constexpr int kMaxEmas = 4;
+
+// one parameter and all that a step on it touches
+struct Parameter {
+  int64_t numel;
+  float* p;
+  const float* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  const float* step;
+  uint16_t* copy;  // bfloat16, or null
+  float* emas[kMaxEmas];
+};
+
 }  // namespace meanflow

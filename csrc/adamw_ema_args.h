@@ -5,29 +5,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstdint>
 #include <vector>
+
+#include "adamw_ema.h"
 
 namespace meanflow {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kMaxEmas = 4;
-
-struct Parameter {
-  int64_t numel;
-  float* p;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  const float* step;
-  uint16_t* copy;  // bfloat16, or null
-  float* emas[kMaxEmas];
-};
-
 inline void* checked(const Tensor& t, ScalarType dtype, int64_t numel, const Tensor& like) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "adamw_ema: a tensor list holds an unexpected dtype");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "adamw_ema: a tensor has an unexpected dtype");
   STD_TORCH_CHECK(t.is_contiguous(), "adamw_ema: a tensor is not contiguous");
   STD_TORCH_CHECK(t.numel() == numel, "adamw_ema: a tensor holds ", t.numel(), " elements, its parameter ", numel);
   STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(),

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "adamw_ema.h"
 #include "adamw_ema_args.h"
 
 // one copy of the loop for AVX-512, for AVX2 with FMA and for the compiler's baseline; the loader picks

@@ -2,8 +2,11 @@
 
 import copy
 import os
+import shutil
+import subprocess
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +25,10 @@ HAS_GPU = torch.cuda.is_available()
 needs_native = pytest.mark.skipif("cpu" in MISSING, reason=f"needs the native CPU library: {MISSING.get('cpu')}")
 DEVICES = [
     pytest.param("cpu", marks=needs_native),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))]),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))],
+    ),
 ]
 
 # odd sizes, nothing at all, one element, one more than a block, more than a chunk; then what torch's vectors divide
@@ -82,7 +88,9 @@ class Torchs(Ours):
         for decay, ema in self.emas.items():
             torch._foreach_lerp_(ema, self.params, 1 - decay)
         self.copies = [p.bfloat16() for p in self.params]
-        self.exp_avgs, self.exp_avg_sqs = ([self.adamw.state[p][key] for p in self.leaves] for key in ("exp_avg", "exp_avg_sq"))
+        self.exp_avgs, self.exp_avg_sqs = (
+            [self.adamw.state[p][key] for p in self.leaves] for key in ("exp_avg", "exp_avg_sq")
+        )
 
 
 def run(params, grads, decays, step_fn=adamw_ema, **settings):
@@ -102,14 +110,18 @@ def test_error_against_fp64(regime, device):
     ours, plain = run(params, grads, **settings), run(params, grads, step_fn=None, **settings)
     exact = run([p.double() for p in params], grads, step_fn=None, **settings)
     for name, tensors in ours.named().items():
-        got, torchs, wanted = (torch.cat([x.flatten() for x in y]) for y in (tensors, plain.named()[name], exact.named()[name]))
+        got, torchs, wanted = (
+            torch.cat([x.flatten() for x in y]) for y in (tensors, plain.named()[name], exact.named()[name])
+        )
         assert_error(got, wanted, torchs, name)
     for copied, p in zip(ours.copies, ours.params, strict=True):
         assert torch.equal(copied, p.bfloat16())
 
 
 @needs_native
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch's loops have no FMA here")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch's loops have no FMA here"
+)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_same_bits_as_torchs_fused_adamw(regime):
     """Where torch's vectors divide the sizes, so that it runs no scalar tail, nothing differs in any bit."""
@@ -227,15 +239,22 @@ def wrong(**changes):
     [
         (dict(grads=[torch.zeros(3, 4)]), r"grads: got 1 tensors, wanted 2"),
         (dict(exp_avgs=[torch.zeros(4, 3), torch.zeros(5)]), r"exp_avgs\[0\]: got shape \(4, 3\), wanted \(3, 4\)"),
-        (dict(exp_avg_sqs=[torch.zeros(3, 4), torch.zeros(5, device="meta")]), r"exp_avg_sqs\[1\]: got device meta, wanted cpu"),
+        (
+            dict(exp_avg_sqs=[torch.zeros(3, 4), torch.zeros(5, device="meta")]),
+            r"exp_avg_sqs\[1\]: got device meta, wanted cpu",
+        ),
         (dict(grads=[torch.zeros(3, 4).to_sparse(), torch.zeros(5)]), r"grads\[0\]: got layout torch.sparse_coo"),
         (dict(steps=[torch.zeros(2), torch.zeros(())]), r"steps: got .* wanted 2 scalar tensors"),
         (dict(lr=torch.zeros(2)), r"lr: got a tensor of 2 elements"),
+        (dict(lr=torch.zeros((), device="meta")), r"lr: got device meta, wanted cpu"),
         (dict(betas=(0.9, 1.0)), r"betas: got \(0.9, 1.0\), wanted two numbers in \[0, 1\)"),
         (dict(eps=-1e-8), r"eps: got -1e-08"),
         (dict(weight_decay=-0.1), r"weight_decay: got -0.1"),
         (dict(emas={1.5: [torch.zeros(3, 4), torch.zeros(5)]}), r"emas: got decay 1.5"),
-        (dict(emas={k / 10: [torch.zeros(3, 4), torch.zeros(5)] for k in range(5)}), r"emas: got 5 decays, wanted at most 4"),
+        (
+            dict(emas={k / 10: [torch.zeros(3, 4), torch.zeros(5)] for k in range(5)}),
+            r"emas: got 5 decays, wanted at most 4",
+        ),
         (dict(emas={0.9: [torch.zeros(3, 4)]}), r"emas\[0.9\]: got 1 tensors"),
         (dict(copies=[torch.zeros(3, 4), torch.zeros(6)]), r"copies\[1\]: got shape \(6,\)"),
     ],
@@ -343,7 +362,10 @@ def test_optimizer_keeps_averages_and_copies(compiled):
     emas = {0.9: copy.deepcopy(net), 0.5: copy.deepcopy(net)}
     low = copy.deepcopy(net).bfloat16()
     lr = torch.tensor(1e-2)
-    groups = lambda n: [dict(params=n[0].parameters(), weight_decay=0.3), dict(params=n[2].parameters(), lr=lr)]  # noqa: E731
+
+    def groups(n):
+        return [dict(params=n[0].parameters(), weight_decay=0.3), dict(params=n[2].parameters(), lr=lr)]
+
     ours = AdamWEMA(groups(net), lr=2e-2, emas={d: e.parameters() for d, e in emas.items()}, copies=low.parameters())
     plain = torch.optim.AdamW(groups(twin), lr=2e-2, fused=True)
     averages = {d: copy.deepcopy(twin) for d in emas}
@@ -404,6 +426,25 @@ def test_bytes():
     assert adamw_ema_bytes(10, emas=2, copies=True) == 280 + 160 + 20
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler named c++")
+def test_cuda_kernel_run_on_the_cpu(tmp_path):
+    """The kernel's own source, thread by thread: chunks, tails, alignments, empty tensors; nothing else is written."""
+    here = Path(__file__).parent
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-fsanitize=alignment",
+        "-fno-sanitize-recover",
+    ]
+    source, csrc = here / "adamw_ema_kernel_on_cpu.cpp", here.parents[1] / "csrc"
+    subprocess.run(["c++", *flags, f"-I{csrc}", source, "-o", tmp_path / "run"], check=True)
+    result = subprocess.run([tmp_path / "run"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout) > 1_000_000
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))
 def test_gpu_same_bits_as_cpu():
@@ -424,7 +465,7 @@ def test_gpu_same_bits_as_cpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(HAS_GPU and "cuda" in MISSING, reason=MISSING.get("cuda", ""))
 def test_gpu_graph():
-    """A captured step replays on the current stream, counts its steps on the device and sees the learning rate change."""
+    """A captured step counts its steps on the device and sees the learning rate change."""
     net, twin = network("cuda"), network("cuda")
     ema, twin_ema = copy.deepcopy(net), copy.deepcopy(twin)
     lr = torch.tensor(1e-2, device="cuda")

@@ -1,4 +1,4 @@
-"""The native libraries of csrc/, loaded with the package: which device types they serve, and why they serve no others."""
+"""The native libraries of csrc/, loaded with the package: which device types they serve, and why no others."""
 
 import functools
 import warnings
@@ -45,5 +45,5 @@ def warn_missing(device_type: str) -> None:
         f"{MISSING[device_type]}. Build the native operator by `pip install --no-build-isolation -e .` with a C++ "
         "compiler (and nvcc for CUDA).",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=5,
     )

@@ -15,7 +15,7 @@ MAX_EMAS = 4
 
 
 def adamw_ema_bytes(numel: int, *, emas: int, copies: bool) -> int:
-    """Bytes that a step on ``numel`` fp32 parameters moves at least: each tensor read once, each result written once."""
+    """Bytes that a step on ``numel`` fp32 parameters moves at least: all read once, each result written once."""
     return numel * (4 * 4 + 3 * 4 + emas * 2 * 4 + copies * 2)
 
 
@@ -24,7 +24,9 @@ def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
 
 
-def _check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, emas: Mapping) -> None:
+def _check_numbers(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, emas: Mapping
+) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         fail("lr", f"a tensor of {lr.numel()} elements", "a float or a tensor of one element", "pass one learning rate")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -34,14 +36,16 @@ def _check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, w
     if not weight_decay >= 0:
         fail("weight_decay", weight_decay, "a number >= 0", "pass 0.0 for none")
     if len(emas) > MAX_EMAS:
-        fail("emas", f"{len(emas)} decays", f"at most {MAX_EMAS}", "drop some, or keep the others in a loop of your own")
+        fail(
+            "emas", f"{len(emas)} decays", f"at most {MAX_EMAS}", "drop some, or keep the others in a loop of your own"
+        )
     for decay in emas:
         if not 0 <= decay <= 1:
             fail("emas", f"decay {decay}", "a decay in [0, 1]", "pass for instance {0.9999: tensors}")
 
 
 def _check_lists(lists: Mapping[str, Sequence[Tensor]], params: Sequence[Tensor]) -> None:
-    """Each list has one tensor a parameter, of its shape, on its device and, if it is a DTensor, with its placements."""
+    """Each list has one tensor a parameter, of its shape, on its device and, for DTensors, with its placements."""
     # a network has hundreds of parameters: what does not depend on the list is asked once
     wanted = [(p.shape, p.device) for p in params]
     placements = [getattr(p, "placements", None) for p in params]
@@ -51,7 +55,9 @@ def _check_lists(lists: Mapping[str, Sequence[Tensor]], params: Sequence[Tensor]
             fail(name, f"{len(tensors)} tensors", f"{len(params)}, one a parameter", "pass the lists in the same order")
         for i, (x, (shape, device)) in enumerate(zip(tensors, wanted, strict=True)):
             if x.shape != shape:
-                fail(f"{name}[{i}]", f"shape {tuple(x.shape)}", f"{tuple(shape)}, as params[{i}]", "nothing is broadcast")
+                fail(
+                    f"{name}[{i}]", f"shape {tuple(x.shape)}", f"{tuple(shape)}, as params[{i}]", "nothing is broadcast"
+                )
             if x.device != device:
                 fail(f"{name}[{i}]", f"device {x.device}", f"{device}, as params[{i}]", f"move it with .to('{device}')")
             if x.layout is not torch.strided:
@@ -90,11 +96,12 @@ def adamw_ema(
     emas: Mapping[float, Sequence[Tensor]] | None = None,
     copies: Sequence[Tensor] = (),
 ) -> None:
-    """One optimizer step, in place: AdamW with torch's mathematics, then the averages and low-precision weights of the result.
+    """One optimizer step, in place: AdamW with torch's mathematics, then the averages and bf16 copies of the result.
 
-    Contiguous fp32 tensors on one device go through memory once (csrc/). On the CPU the result is that of torch's fused AdamW followed
-    by ``torch._foreach_lerp_``, bit for bit but for the last place of a few exp_avg_sq (those behind torch's last full vector), on any
-    number of threads. All other tensors, and those of a device without a native library, take plain torch.
+    Contiguous fp32 tensors on one device go through memory once (csrc/). On the CPU the result is that of torch's fused
+    AdamW followed by ``torch._foreach_lerp_``, bit for bit but for the last place of a few exp_avg_sq (those behind
+    torch's last full vector), on any number of threads. All other tensors, and those of a device without a native
+    library, take plain torch.
     On a GPU nothing waits for the host; keep ``lr`` in a tensor on the device to change it in a captured CUDA graph.
 
     Args:
@@ -114,9 +121,16 @@ def adamw_ema(
     named |= {f"emas[{decay}]": tensors for decay, tensors in emas.items()}
     _check_lists(named | ({"copies": copies} if copies else {}), params)
     if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
-        fail("steps", f"{len(steps)} tensors", f"{len(params)} scalar tensors, one a parameter", "pass torch.zeros(()) for each at first")
+        fail(
+            "steps",
+            f"{len(steps)} tensors",
+            f"{len(params)} scalar tensors, one a parameter",
+            "pass torch.zeros(()) for each at first",
+        )
     if not params:
         return
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != params[0].device:
+        fail("lr", f"device {lr.device}", f"{params[0].device}, as the parameters, or cpu", "create it there")
 
     lists = [_local(x) for x in (params, grads, exp_avgs, exp_avg_sqs, steps, *emas.values())]
     copies = _local(copies)

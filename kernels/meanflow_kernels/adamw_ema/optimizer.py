@@ -11,9 +11,9 @@ from .op import adamw_ema
 class AdamWEMA(torch.optim.AdamW):
     """AdamW, the moving averages of its parameters and their bf16 copies, in one pass over memory (:func:`adamw_ema`).
 
-    Hyper-parameters, ``param_groups`` and ``state_dict`` are torch.optim.AdamW's, and each loads the other's. The averages
-    are weights of a network of the caller's, saved with that network; a parameter without a gradient stays where it is, its average
-    still moves towards it.
+    Hyper-parameters, ``param_groups`` and ``state_dict`` are torch.optim.AdamW's, and each loads the other's. The
+    averages are weights of a network of the caller's, saved with that network. A parameter without a gradient stays
+    where it is, and its averages still move towards it.
 
     Args:
         params: fp32 parameters, or groups of them; DTensors are stepped on their local shards.
@@ -23,7 +23,7 @@ class AdamWEMA(torch.optim.AdamW):
         copies: the bf16 tensors that receive the parameters, in the same order; or none.
 
     Raises:
-        ValueError: as adamw_ema; also for a state dict of amsgrad, of maximize or of Adam without decoupled weight decay.
+        ValueError: as adamw_ema; also for a state dict of amsgrad, of maximize or of coupled weight decay.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class AdamWEMA(torch.optim.AdamW):
         params, tensors = [p for group in self.param_groups for p in group["params"]], list(tensors)
         if len(params) != len(tensors):
             raise ValueError(
-                f"{name}: got {len(tensors)} tensors, wanted {len(params)}, one a parameter; pass them in the order of the parameters"
+                f"{name}: got {len(tensors)} tensors, wanted {len(params)}, one a parameter; "
+                "pass them in the order of the parameters"
             )
         return {p: x.detach() for p, x in zip(params, tensors, strict=True)}
 
@@ -68,7 +69,9 @@ class AdamWEMA(torch.optim.AdamW):
         for group in state_dict["param_groups"]:
             for key, wanted in (("amsgrad", False), ("maximize", False), ("decoupled_weight_decay", True)):
                 if group.get(key, wanted) != wanted:
-                    raise ValueError(f"state_dict: got {key}={group[key]}, wanted {wanted}; save it from an AdamW without it")
+                    raise ValueError(
+                        f"state_dict: got {key}={group[key]}, wanted {wanted}; save it from an AdamW without it"
+                    )
         super().load_state_dict(state_dict)
         self._complete_state()
 
