@@ -1,22 +1,211 @@
-"""Bias + tanh-GELU on (primal, tangent) pairs."""
+"""Bias + tanh-GELU on (primal, tangent) pairs: checks, launches, registration, public functions."""
 
 import torch
 from torch import Tensor
 
-from ..dual import absent, tangent_rows
+from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangents, fail
+from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
+from .config import BACKWARD, FORWARD, TileConfig
 from .reference import bias_gelu_ref, bias_gelu_tangent_ref
 
 
+def _check(x: Tensor, bias: Tensor) -> bool:
+    """Shapes, dtypes and devices; returns whether the kernel runs."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        fail("x", got, "a tensor (B, ..., C)", "unsqueeze it")
+    check_shape("bias", bias, (x.shape[-1],), "(C,)")
+    check_alike(("x", "bias"), (x, bias), dtype=False)
+    kernel = runs_kernel(x)
+    if kernel:
+        check_kernel_dtype("x", x)
+        check_kernel_dtype("bias", bias)
+    return kernel
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
+def _grid(rows: int, width: int, rows_per_chunk: int, config: TileConfig) -> tuple[int]:
+    return (-(-rows // rows_per_chunk) * -(-width // config.block_c),)
+
+
+def _tile(width: int, config: TileConfig) -> dict[str, int]:
+    return {"C": width, "BLOCK_R": config.block_r, "BLOCK_C": config.block_c}
+
+
+def _forward(x: Tensor, bias: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, start: int) -> Launch:
+    from .kernel import _bias_gelu_kernel
+
+    rows, width = _rows(x), x.shape[-1]
+    return Launch(
+        kernel=_bias_gelu_kernel,
+        grid=_grid(rows, width, FORWARD.block_r, FORWARD),
+        args={
+            "x_ptr": x.contiguous(),
+            "bias_ptr": bias.contiguous(),
+            "y_ptr": y,
+            "x_dot_ptr": None if x_dot is None else x_dot.contiguous(),
+            "y_dot_ptr": y_dot,
+            "rows": rows,
+            "dot_start": start * (rows // max(1, x.shape[0])),
+            "rows_dot": 0 if x_dot is None else _rows(x_dot),
+        },
+        constexprs=_tile(width, FORWARD),
+        num_warps=FORWARD.num_warps,
+        num_stages=1,
+    )
+
+
+def _rows_per_chunk(rows: int, width: int) -> int:
+    """Whole tiles, as many as leave BACKWARD.programs programs."""
+    share = rows * -(-width // BACKWARD.block_c) // BACKWARD.programs
+    tiles = min(share, BACKWARD.most_rows) // BACKWARD.block_r
+    return max(1, tiles) * BACKWARD.block_r
+
+
+def _backward(x: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, dbias: Tensor) -> tuple[Launch, Launch]:
+    from ..partials import sum_partials
+    from .kernel import _bias_gelu_bwd_kernel
+
+    rows, width = _rows(x), x.shape[-1]
+    rows_per_chunk = _rows_per_chunk(rows, width)
+    partial = x.new_empty((1, -(-rows // rows_per_chunk), width), dtype=torch.float32)
+    first = Launch(
+        kernel=_bias_gelu_bwd_kernel,
+        grid=_grid(rows, width, rows_per_chunk, BACKWARD),
+        args={
+            "x_ptr": x.contiguous(),
+            "bias_ptr": bias.contiguous(),
+            "dy_ptr": dy.contiguous(),
+            "dx_ptr": dx,
+            "partial_ptr": partial,
+            "rows": rows,
+            "rows_per_chunk": rows_per_chunk,
+        },
+        constexprs=_tile(width, BACKWARD),
+        num_warps=BACKWARD.num_warps,
+        num_stages=1,
+    )
+    return first, sum_partials(partial, [dbias[None]])
+
+
+@torch.library.custom_op("meanflow_kernels::bias_gelu", mutates_args=())
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    _forward(x, bias, y, None, None, 0).run()
+    return y
+
+
+@_bias_gelu.register_fake
+def _(x, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("meanflow_kernels::bias_gelu_jvp", mutates_args=())
+def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
+    _forward(x, bias, y, x_dot, y_dot, start).run()
+    return y, y_dot
+
+
+@_bias_gelu_jvp.register_fake
+def _(x, bias, x_dot, start):
+    return x.new_empty(x.shape), x.new_empty(x_dot.shape)
+
+
+@torch.library.custom_op("meanflow_kernels::bias_gelu_bwd", mutates_args=())
+def _bias_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dbias = x.new_empty(x.shape), bias.new_empty(bias.shape)
+    for launch in _backward(x, bias, dy, dx, dbias):
+        launch.run()
+    return dx, dbias
+
+
+@_bias_gelu_bwd.register_fake
+def _(x, bias, dy):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2])
+    ctx.inputs = len(inputs)
+
+
+def _differentiate(ctx, dy, dy_dot=None):
+    refuse_tangent_gradient(dy_dot)
+    grads = (None, None) if dy is None else torch.ops.meanflow_kernels.bias_gelu_bwd(*ctx.saved_tensors, dy)
+    return (*grads, *[None] * (ctx.inputs - 2))
+
+
+_bias_gelu.register_autograd(_differentiate, setup_context=_save)
+_bias_gelu_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """The launch configs, at the hidden width of the largest DiT, for cross-compilation; the same for all architectures."""
+    x, bias = torch.empty(32, 256, 4608, dtype=torch.bfloat16, device="meta"), torch.empty(4608, device="meta")
+    launches = {
+        "bias_gelu": _forward(x, bias, x, None, None, 0),
+        "bias_gelu_jvp": _forward(x, bias, x, x, x, 0),
+        "bias_gelu_bwd": _backward(x, bias, x, x, bias)[0],
+    }
+    label = f"{FORWARD.block_r}x{FORWARD.block_c} w{FORWARD.num_warps}"
+    return [CompileCase(op, label, x.dtype, 4608, c) for op, c in launches.items()]
+
+
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """x (B, ..., C), bias (C,) -> gelu_tanh(x + bias) in x's dtype."""
-    return bias_gelu_ref(x, bias).to(x.dtype)
+    """y = gelu_tanh(x + bias) in x's dtype, computed in fp32 (fp64 where x is fp64, which runs the reference alone).
+
+    Args:
+        x: (B, ..., C), any strides; one that is not contiguous is copied. bias: (C,), of any dtype the kernel takes.
+
+    Returns:
+        y like x, contiguous. Under forward-mode AD it carries its tangent, the bias's share included.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
+    if not _check(x, bias):
+        return bias_gelu_ref(x, bias).to(x.dtype)
+    (x, bias), (x_dot, bias_dot) = unpack(x, bias)
+    if bias_dot is not None:
+        # the bias enters as x does
+        bias_dot = bias_dot.to(x.dtype)
+        x_dot = bias_dot.expand_as(x) if x_dot is None else x_dot + bias_dot
+    if x_dot is not None:
+        return pack(*bias_gelu_jvp((x,), (x_dot,), bias))
+    return torch.ops.meanflow_kernels.bias_gelu(x, bias)
 
 
-def bias_gelu_jvp(primals, tangents, bias: Tensor, *, tangent_start: int | None = None):
-    """bias_gelu and its tangent: (x,), (x_dot,) -> y, y_dot. The bias has no tangent."""
-    y = bias_gelu(*primals, bias)
+def bias_gelu_jvp(
+    primals: tuple[Tensor], tangents: tuple[Tensor | None], bias: Tensor, *, tangent_start: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`bias_gelu` and its tangent gelu_tanh'(x + bias) x_dot in one pass: (x,), (x_dot,), bias -> y, y_dot.
+
+    Args:
+        primals: x (B, ..., C). tangents: x_dot (n, ..., C), x's dtype; None is structurally zero.
+        bias: (C,), a parameter: it has no tangent.
+        tangent_start: the tangent belongs to samples tangent_start .. tangent_start + n; None: to all, n = B.
+
+    Returns:
+        y like x, and y_dot like x_dot, or None. Gradients flow through y to x and bias; one asked of y_dot raises
+        :class:`~meanflow_kernels.dual.TangentGradientError`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
     if absent(tangents):
-        return y, None
+        return bias_gelu(*primals, bias), None
+    (x,), (x_dot,) = primals, tangents
+    kernel = _check(x, bias)
+    start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    if kernel:
+        return torch.ops.meanflow_kernels.bias_gelu_jvp(x, bias, x_dot, start)
     with torch.no_grad():
-        (x,) = tangent_rows(primals, tangents, tangent_start)
-        return y, bias_gelu_tangent_ref(x, bias, tangents[0]).to(y.dtype)
+        y_dot = bias_gelu_tangent_ref(*tangent_rows(primals, tangents, start), bias, x_dot).to(x.dtype)
+    return bias_gelu_ref(x, bias).to(x.dtype), guard(y_dot, x, bias, x_dot)

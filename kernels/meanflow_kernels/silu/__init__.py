@@ -1,5 +1,5 @@
 """The silu operator."""
 
-from .op import silu, silu_jvp
+from .op import silu, silu_jvp, compile_cases
 
-__all__ = ["silu", "silu_jvp"]
+__all__ = ["silu", "silu_jvp", "compile_cases"]

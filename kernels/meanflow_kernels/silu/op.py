@@ -1,22 +1,154 @@
-"""SiLU on (primal, tangent) pairs."""
+"""SiLU on (primal, tangent) pairs: checks, launch, registration, public functions."""
 
 import torch
 from torch import Tensor
 
-from ..dual import absent, tangent_rows
+from ..checks import check_kernel_dtype, check_tangents, fail
+from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
 from .reference import silu_ref, silu_tangent_ref
+
+# 8 elements a thread: one 16-byte load of 16-bit data, two of fp32; no reuse, so many small programs
+_BLOCK, _NUM_WARPS = 1024, 4
+
+
+def _check(x: Tensor) -> bool:
+    """Shape and dtype of x; returns whether the kernel runs."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        fail("x", got, "a floating-point tensor (B, ...)", "cast or unsqueeze it")
+    kernel = runs_kernel(x)
+    if kernel:
+        check_kernel_dtype("x", x)
+    return kernel
+
+
+def _launch(x: Tensor, y: Tensor | None, v: Tensor | None, jv: Tensor | None, start: int = 0) -> Launch:
+    """y = silu(x); jv = silu'(x) v for the samples from start on."""
+    from .kernel import _silu_kernel
+
+    return Launch(
+        kernel=_silu_kernel,
+        grid=(-(-x.numel() // _BLOCK),),
+        args={
+            "x_ptr": x.contiguous(),
+            "y_ptr": y,
+            "v_ptr": None if v is None else v.contiguous(),
+            "jv_ptr": jv,
+            "N": x.numel(),
+            "v_start": start * (x.numel() // max(1, x.shape[0])),
+            "n": 0 if v is None else v.numel(),
+        },
+        constexprs={"BLOCK": _BLOCK},
+        num_warps=_NUM_WARPS,
+        num_stages=1,
+    )
+
+
+@torch.library.custom_op("meanflow_kernels::silu", mutates_args=())
+def _silu(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    _launch(x, y, None, None).run()
+    return y
+
+
+@_silu.register_fake
+def _(x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("meanflow_kernels::silu_jvp", mutates_args=())
+def _silu_jvp(x: Tensor, x_dot: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
+    _launch(x, y, x_dot, y_dot, start).run()
+    return y, y_dot
+
+
+@_silu_jvp.register_fake
+def _(x, x_dot, start):
+    return x.new_empty(x.shape), x.new_empty(x_dot.shape)
+
+
+@torch.library.custom_op("meanflow_kernels::silu_bwd", mutates_args=())
+def _silu_bwd(x: Tensor, dy: Tensor) -> Tensor:
+    dx = x.new_empty(x.shape)
+    _launch(x, None, dy, dx).run()
+    return dx
+
+
+@_silu_bwd.register_fake
+def _(x, dy):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0])
+    ctx.inputs = len(inputs)
+
+
+def _differentiate(ctx, dy, dy_dot=None):
+    refuse_tangent_gradient(dy_dot)
+    (x,) = ctx.saved_tensors
+    dx = None if dy is None else torch.ops.meanflow_kernels.silu_bwd(x, dy)
+    return (dx, *[None] * (ctx.inputs - 1))
+
+
+_silu.register_autograd(_differentiate, setup_context=_save)
+_silu_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """The launch config, for cross-compilation: one for all widths and architectures."""
+    x = torch.empty(32, 1152, dtype=torch.bfloat16, device="meta")
+    launches = {"silu": _launch(x, x, None, None), "silu_jvp": _launch(x, x, x, x), "silu_bwd": _launch(x, None, x, x)}
+    return [CompileCase(op, f"{_BLOCK} w{_NUM_WARPS}", x.dtype, 1152, c) for op, c in launches.items()]
 
 
 def silu(x: Tensor) -> Tensor:
-    """x (B, ...) -> x sigmoid(x) in x's dtype."""
-    return silu_ref(x).to(x.dtype)
+    """y = x sigmoid(x), in x's dtype (computed in fp32; in fp64 where x is fp64, which runs the reference alone).
+
+    Args:
+        x: (B, ...), any strides; one that is not contiguous is copied.
+
+    Returns:
+        y like x, contiguous. Under forward-mode AD it carries its tangent.
+
+    Raises:
+        ValueError: x is no floating-point tensor of at least one dimension, or of a dtype the kernel does not take.
+    """
+    if not _check(x):
+        return silu_ref(x).to(x.dtype)
+    primals, tangents = unpack(x)
+    if not absent(tangents):
+        return pack(*silu_jvp(primals, tangents))
+    return torch.ops.meanflow_kernels.silu(*primals)
 
 
-def silu_jvp(primals, tangents, *, tangent_start: int | None = None):
-    """silu and its tangent: (x,), (x_dot,) -> y, y_dot."""
-    y = silu(*primals)
+def silu_jvp(
+    primals: tuple[Tensor], tangents: tuple[Tensor | None], *, tangent_start: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`silu` and its tangent silu'(x) x_dot in one pass: (x,), (x_dot,) -> y, y_dot.
+
+    Args:
+        primals: x (B, ...). tangents: x_dot (n, ...), x's dtype; None is structurally zero.
+        tangent_start: the tangent belongs to samples tangent_start .. tangent_start + n; None: to all, n = B.
+
+    Returns:
+        y like x, and y_dot like x_dot, or None. Gradients flow through y to x; one asked of y_dot raises
+        :class:`~meanflow_kernels.dual.TangentGradientError`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, by the argument's name.
+    """
     if absent(tangents):
-        return y, None
+        return silu(*primals), None
+    (x,), (x_dot,) = primals, tangents
+    kernel = _check(x)
+    start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    if kernel:
+        return torch.ops.meanflow_kernels.silu_jvp(x, x_dot, start)
     with torch.no_grad():
-        (x,) = tangent_rows(primals, tangents, tangent_start)
-        return y, silu_tangent_ref(x, tangents[0]).to(y.dtype)
+        y_dot = silu_tangent_ref(*tangent_rows(primals, tangents, start), x_dot).to(x.dtype)
+    return silu_ref(x).to(x.dtype), guard(y_dot, x, x_dot)

@@ -1,22 +1,187 @@
-"""Sinusoidal time features on (primal, tangent) pairs."""
+"""Sinusoidal time features on (primal, tangent) pairs: checks, launches, registration, public functions."""
+
+import math
 
 import torch
 from torch import Tensor
 
-from ..dual import absent, tangent_rows
+from ..checks import check_kernel_dtype, check_shape, check_tangents, fail
+from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
 from .reference import timestep_embedding_ref, timestep_embedding_tangent_ref
+
+# one sample a program: a launch of a few microseconds whatever is chosen
+_NUM_WARPS = 1
+
+
+def _check(t: Tensor, dim: int, max_period: float) -> bool:
+    """Shapes and dtype; returns whether the kernel runs."""
+    check_shape("t", t, (None,), "(B,)")
+    if not t.is_floating_point():
+        fail("t", t.dtype, "a floating-point dtype", "cast it to the dtype that the features shall have")
+    if dim < 2:
+        fail("dim", dim, "at least 2", "one cosine and one sine are the least")
+    if not max_period > 0:
+        fail("max_period", max_period, "a positive number", "DiT uses 10000")
+    kernel = runs_kernel(t)
+    if kernel:
+        check_kernel_dtype("t", t)
+    return kernel
+
+
+def _launch(kernel, t: Tensor, dim: int, max_period: float, **args) -> Launch:
+    half = dim // 2
+    return Launch(
+        kernel=kernel,
+        grid=(t.shape[0],),
+        args={"t_ptr": t, "stride_t": t.stride(0), "log2_ratio": math.log2(max_period) / half, **args},
+        constexprs={"DIM": dim, "BLOCK": 1 << (half - 1).bit_length()},
+        num_warps=_NUM_WARPS,
+        num_stages=1,
+    )
+
+
+def _forward(t: Tensor, y: Tensor, t_dot: Tensor | None, y_dot: Tensor | None, start: int, max_period: float) -> Launch:
+    from .kernel import _timestep_embedding_kernel
+
+    return _launch(
+        _timestep_embedding_kernel,
+        t,
+        y.shape[1],
+        max_period,
+        y_ptr=y,
+        t_dot_ptr=t_dot,
+        y_dot_ptr=y_dot,
+        stride_t_dot=0 if t_dot is None else t_dot.stride(0),
+        dot_start=start,
+        n=0 if t_dot is None else t_dot.shape[0],
+    )
+
+
+def _backward(t: Tensor, dy: Tensor, dt: Tensor, max_period: float) -> Launch:
+    from .kernel import _timestep_embedding_bwd_kernel
+
+    dy = dy.contiguous()
+    return _launch(_timestep_embedding_bwd_kernel, t, dy.shape[1], max_period, dy_ptr=dy, dt_ptr=dt)
+
+
+@torch.library.custom_op("meanflow_kernels::timestep_embedding", mutates_args=())
+def _timestep_embedding(t: Tensor, dim: int, max_period: float) -> Tensor:
+    y = t.new_empty((t.shape[0], dim))
+    _forward(t, y, None, None, 0, max_period).run()
+    return y
+
+
+@_timestep_embedding.register_fake
+def _(t, dim, max_period):
+    return t.new_empty((t.shape[0], dim))
+
+
+@torch.library.custom_op("meanflow_kernels::timestep_embedding_jvp", mutates_args=())
+def _timestep_embedding_jvp(
+    t: Tensor, t_dot: Tensor, dim: int, start: int, max_period: float
+) -> tuple[Tensor, Tensor]:
+    y, y_dot = t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
+    _forward(t, y, t_dot, y_dot, start, max_period).run()
+    return y, y_dot
+
+
+@_timestep_embedding_jvp.register_fake
+def _(t, t_dot, dim, start, max_period):
+    return t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
+
+
+@torch.library.custom_op("meanflow_kernels::timestep_embedding_bwd", mutates_args=())
+def _timestep_embedding_bwd(t: Tensor, dy: Tensor, max_period: float) -> Tensor:
+    dt = t.new_empty(t.shape)
+    _backward(t, dy, dt, max_period).run()
+    return dt
+
+
+@_timestep_embedding_bwd.register_fake
+def _(t, dy, max_period):
+    return t.new_empty(t.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0])
+    ctx.max_period, ctx.inputs = inputs[-1], len(inputs)
+
+
+def _differentiate(ctx, dy, dy_dot=None):
+    refuse_tangent_gradient(dy_dot)
+    (t,) = ctx.saved_tensors
+    dt = None if dy is None else torch.ops.meanflow_kernels.timestep_embedding_bwd(t, dy, ctx.max_period)
+    return (dt, *[None] * (ctx.inputs - 1))
+
+
+_timestep_embedding.register_autograd(_differentiate, setup_context=_save)
+_timestep_embedding_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """The launch config at DiT's 256 features, for cross-compilation; the same for all architectures."""
+    t, y = torch.empty(32, device="meta"), torch.empty(32, 256, device="meta")
+    launches = {
+        "timestep_embedding": _forward(t, y, None, None, 0, 1e4),
+        "timestep_embedding_jvp": _forward(t, y, t, y, 0, 1e4),
+        "timestep_embedding_bwd": _backward(t, y, t, 1e4),
+    }
+    return [CompileCase(op, f"w{_NUM_WARPS}", t.dtype, 256, c) for op, c in launches.items()]
 
 
 def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> Tensor:
-    """t (B,) in the dtype the features are computed in -> (B, dim), cosines then sines (DiT)."""
-    return timestep_embedding_ref(t, dim, max_period)
+    """Cosines, then sines, of t max_period^(-i / (dim // 2)): DiT's time features (Peebles & Xie, arXiv 2212.09748).
+
+    Args:
+        t: (B,); the features come in its dtype (computed in fp32; in fp64 where t is fp64, which runs the reference alone).
+        dim: number of features; an odd one ends with a zero. max_period: the longest period over 2 pi.
+
+    Returns:
+        (B, dim), contiguous. Under forward-mode AD it carries its tangent.
+
+    Raises:
+        ValueError: t is no floating-point vector of a dtype the kernel takes, dim < 2, or max_period <= 0.
+    """
+    if not _check(t, dim, max_period):
+        return timestep_embedding_ref(t, dim, max_period).to(t.dtype)
+    primals, tangents = unpack(t)
+    if not absent(tangents):
+        return pack(*timestep_embedding_jvp(primals, tangents, dim, max_period=max_period))
+    return torch.ops.meanflow_kernels.timestep_embedding(*primals, dim, max_period)
 
 
-def timestep_embedding_jvp(primals, tangents, dim: int, *, max_period: float = 10000.0, tangent_start: int | None = None):
-    """timestep_embedding and its tangent: (t,), (t_dot,) -> features, features_dot."""
-    features = timestep_embedding(*primals, dim, max_period=max_period)
+def timestep_embedding_jvp(
+    primals: tuple[Tensor],
+    tangents: tuple[Tensor | None],
+    dim: int,
+    *,
+    max_period: float = 10000.0,
+    tangent_start: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`timestep_embedding` and its tangent in one pass: (t,), (t_dot,), dim -> y, y_dot.
+
+    Args:
+        primals: t (B,). tangents: t_dot (n,), t's dtype; None is structurally zero.
+        dim, max_period: as for :func:`timestep_embedding`.
+        tangent_start: the tangent belongs to samples tangent_start .. tangent_start + n; None: to all, n = B.
+
+    Returns:
+        y (B, dim), and y_dot (n, dim) or None. Gradients flow through y to t; one asked of y_dot raises
+        :class:`~meanflow_kernels.dual.TangentGradientError`.
+
+    Raises:
+        ValueError: as for :func:`timestep_embedding`, or a tangent that does not match t.
+    """
     if absent(tangents):
-        return features, None
+        return timestep_embedding(*primals, dim, max_period=max_period), None
+    (t,), (t_dot,) = primals, tangents
+    kernel = _check(t, dim, max_period)
+    start, _ = check_tangents(("t",), primals, tangents, tangent_start)
+    if kernel:
+        return torch.ops.meanflow_kernels.timestep_embedding_jvp(t, t_dot, dim, start, max_period)
     with torch.no_grad():
-        (t,) = tangent_rows(primals, tangents, tangent_start)
-        return features, timestep_embedding_tangent_ref(t, tangents[0], dim, max_period)
+        y_dot = timestep_embedding_tangent_ref(*tangent_rows(primals, tangents, start), t_dot, dim, max_period)
+    return timestep_embedding_ref(t, dim, max_period).to(t.dtype), guard(y_dot.to(t.dtype), t, t_dot)
