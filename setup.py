@@ -93,7 +93,7 @@ setup(
         "tyro",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest"],
+        "test": ["hypothesis", "kernels", "pytest", "pytest-xdist"],
         "flash-attn": ["flash-attn"],
         "xformers": ["xformers"],
     },

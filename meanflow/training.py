@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -85,7 +86,6 @@ class Trainer:
         self.step = 0
         self.first_bad = torch.tensor(-1, device=self.device)
         self.last_checkpoint: Path | None = None
-        self.decode: Callable[[Tensor], Tensor] | None = None
         self.log = RunLog(out)
         self._resume()
 
@@ -146,7 +146,7 @@ class Trainer:
                     row = self.log.write(self.step, self.order.epoch(self.step), self.rate(self.step - 1))
                     bar.set_postfix_str(f"raw {row['raw']:.4g}")
                 if self.step % train.sample_every == 0 or done:
-                    self.log.picture(self.step, self.sample_grid(), GRID_CLASSES)
+                    self.draw_picture()
                 if self.step % train.save_every == 0 or done:
                     self.save()
         if self.step < train.steps:
@@ -170,15 +170,23 @@ class Trainer:
             f"{self.last_checkpoint or 'none'}; lower optim.lr or train in fp32, and repeat the command in a new folder"
         )
 
-    def sample_grid(self) -> Tensor:
-        """One-step samples of the averaged weights, uint8 (80, channels, height, width): a column a class."""
-        model, count = self.config.model, GRID_CLASSES * GRID_ROWS
+    def draw_picture(self) -> None:
+        """Log one-step samples of the averaged weights, a column a class; without a decoder, say so and go on."""
+        try:
+            decode = self._decoder()
+        except UserError as error:
+            print(f"{self.out}: no pictures of samples: {error}")
+            return
+        count = GRID_CLASSES * GRID_ROWS
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
         noise = draws.normal(Stream.NOISE, self.dataset.shape)
-        labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, model.num_classes)
-        if self.decode is None:
-            self.decode = make_decoder(self.config.data, self.device)
-        return to_uint8(self.decode(sample(self.ema, noise, labels))).cpu()
+        labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
+        images = to_uint8(decode(sample(self.ema, noise, labels)))
+        self.log.picture(self.step, images.cpu(), GRID_CLASSES)
+
+    @cache  # noqa: B019, a trainer lives as long as its process
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        return make_decoder(self.config.data, self.device)
 
     # --- checkpoints ---
 

@@ -1,0 +1,179 @@
+"""The commands as their users meet them: results, messages, exit codes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+from meanflow import cli
+from meanflow.presets import PRESETS
+from meanflow.training import train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a script in this process: exit code, output, error output."""
+
+    def run(name: str, *args: object) -> tuple[int, str, str]:
+        path = ROOT / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"command_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # tyro reads the options' source for their help
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            cli.run(module.main)
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    train(runs.tiny(), out)
+    return out
+
+
+BAD_TRAINING = {
+    "digitz": "preset: got 'digitz', wanted one of digits",
+    "digits --train.stepss 3": "Unrecognized options: --train.stepss, 3; wanted --train.steps",
+    "digits --train.steps many": "--train.steps",
+    "digits --train.steps -5": "train.steps: got -5, wanted a positive whole number",
+    "digits --data.name faces": "'faces'",
+    "digits --train.batch 3": "train.batch: got 3, wanted one that a share of r = t of 0.5 divides",
+    "digits --train.batch 5000": "train.batch: got 5000, wanted at most the 1797 samples",
+    "digits --objective.kappa -0.5": "objective.kappa: got -0.5, wanted a number in [0, 1)",
+    "digits --model.input-size 16": "data: got (1, 8, 8), wanted samples of the model's shape (1, 16, 16)",
+    "digits --model.num-classes 5": "model.num_classes: got 5, wanted the data's 10",
+    "imagenet-b4": "data.path: got '', wanted a folder of latents",
+    "imagenet-b4 --data.path /nowhere": "data.path: got /nowhere/mean.npy, which cannot be read",
+}
+
+
+@pytest.mark.parametrize("line, message", BAD_TRAINING.items(), ids=BAD_TRAINING)
+def test_bad_input_to_train(command, tmp_path, monkeypatch, line, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("train", *line.split())
+    assert code == 2
+    assert message in err and err.startswith("train.py: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(command, tmp_path):
+    code, _, err = command("train", "digits", "--train.device", "cuda", "--out", tmp_path)
+    assert code == 2 and "torch sees no GPU" in err
+
+
+def test_labels_out_of_range(command, tmp_path):
+    for name, array in (("mean", np.zeros((8, 4, 4, 4))), ("std", np.ones((8, 4, 4, 4))), ("labels", np.arange(8) * 2)):
+        np.save(tmp_path / f"{name}.npy", array)
+    args = ["--data.path", tmp_path, "--model.input-size", 4, "--train.batch", 8, "--out", tmp_path / "run"]
+    code, _, err = command("train", "imagenet-b4", *args, "--model.num-classes", 10)
+    assert code == 2 and "labels.npy: got 10, wanted labels from 0 to 9" in err
+
+
+def test_training_on_latents(command, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "mean.npy", rng.normal(size=(64, 4, 8, 8)).astype(np.float16))
+    np.save(tmp_path / "std.npy", np.full((64, 4, 8, 8), 0.1, np.float16))
+    np.save(tmp_path / "labels.npy", rng.integers(0, 5, 64))
+    args = f"--data.path {tmp_path} --out {tmp_path}/run --model.input-size 8 --model.num-classes 5 --model.depth 1 "
+    args += "--model.hidden-size 32 --model.num-heads 2 --train.steps 4 --train.batch 8 --train.log-every 2 "
+    args += f"--objective.omega 0.2 --objective.kappa 0.5 --data.vae {tmp_path}/no-vae"
+    code, out, err = command("train", "imagenet-b4", *args.split())
+    assert (code, len(runs.curve(tmp_path / "run"))) == (0, 2), err
+    assert "no pictures of samples: data.vae: got" in out  # said, and trained on
+
+
+def test_help_and_dry_run(command):
+    code, out, _ = command("train", "--help")
+    assert code == 0 and all(name in out for name in PRESETS)
+    code, out, _ = command("train", "imagenet-xl2", "--help")
+    assert code == 0 and "Learning rate" in out
+    code, out, _ = command("train", "imagenet-xl2", "--objective.omega", "0.5", "--dry-run")
+    config = json.loads(out)
+    assert code == 0 and config["objective"]["omega"] == 0.5 and config["objective"]["kappa"] == 0.92
+
+
+def test_sample(command, run_folder, tmp_path):
+    code, out, _ = command("sample", run_folder, "--labels", 3, 5, "--count", 7, "--steps", 2, "--out", tmp_path / "a")
+    assert code == 0 and "2 evaluation(s)" in out
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["images"].shape == (7, 8, 8, 1) and arrays["images"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [3, 5, 3, 5, 3, 5, 3]
+        images = arrays["images"]
+    assert Image.open(tmp_path / "a.png").size == ((10 * 9 + 1) * 4, (1 * 9 + 1) * 4)
+    command("sample", run_folder, "--labels", 3, 5, "--count", 5, "--batch", 2, "--steps", 2, "--out", tmp_path / "b")
+    with np.load(tmp_path / "b.npz") as arrays:  # a sample depends on its seed and place alone
+        assert np.abs(arrays["images"].astype(int) - images[:5]).max() <= 1
+    code, _, err = command("sample", run_folder, "--out", tmp_path / "a")
+    assert code == 2 and "wanted a file that does not exist yet" in err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    {
+        "--labels 3 10": "labels: got 10, wanted classes from 0 to 9",
+        "--steps 0": "num_steps: got 0",
+        "--times 0 1": "times: got (0.0, 1.0), wanted at least two falling times",
+        "--count 0": "count: got 0",
+    }.items(),
+)
+def test_bad_input_to_sample(command, run_folder, args, message):
+    code, _, err = command("sample", run_folder, *args.split())
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_nothing_to_sample_from(command, tmp_path):
+    for script in ("sample", "evaluate"):
+        code, _, err = command(script, tmp_path)
+        assert code == 2 and "a folder without any" in err
+        code, _, err = command(script, tmp_path / "missing")
+        assert code == 2 and "cannot be read" in err
+
+
+def test_evaluate(command, run_folder):
+    code, out, _ = command("evaluate", run_folder, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["step"] == 10 and result["evaluations"] == 1
+    assert {"accuracy", "frechet", "variance_ratio", "frechet_floor", "classifier_accuracy_real"} <= result.keys()
+
+
+def test_quickstart(command, tmp_path):
+    out = tmp_path / "quickstart"
+    args = ["--out", out, "--train.steps", 4, "--train.batch", 8, "--model.depth", 1, "--train.device", "cpu"]
+    code, text, _ = command("quickstart", *args)
+    assert code == 0 and "Fréchet distance" in text
+    report = json.loads((out / "report.json").read_text())
+    keys = "accuracy frechet frechet_flow_matching frechet_floor variance_ratio classifier_accuracy_real"
+    assert {*keys.split(), "train_seconds", "images_per_second"} <= report.keys()
+    assert "Fréchet" in (out / "report.md").read_text() and Image.open(out / "samples.png").size[0] > 1000
+    written = (out / "report.json").stat().st_mtime_ns
+    again = command("quickstart", *args)[1]
+    assert again.startswith("# One-step") and again.rpartition("(")[0] in text  # the report alone
+    assert (out / "report.json").stat().st_mtime_ns == written
+    code, text, _ = command("quickstart", *args, "--train.seed", 1)
+    assert code == 0 and len(list(tmp_path.glob("quickstart-*"))) == 1
+    assert (out / "report.json").stat().st_mtime_ns == written
+
+
+def test_ablation(command, tmp_path):
+    args = ["tangent", "--steps", 3, "--seeds", 0, 1, "--out", tmp_path]
+    code, text, err = command("ablate", *args)
+    assert code == 0, err
+    for row, fid in (("v01", "61.06"), ("v00", "268.06"), ("v10", "329.22"), ("v11", "137.96")):
+        assert any(row in line and fid in line for line in text.splitlines())
+    assert Image.open(tmp_path / "tangent" / "picture.png").size[0] > 500
+    assert command("ablate", *args)[1].rpartition("Digits")[2] == text.rpartition("Digits")[2]
+    code, _, err = command("ablate", "tangents")
+    assert code == 2 and "axis: got 'tangents', wanted one of share tangent" in err

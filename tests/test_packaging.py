@@ -1,0 +1,67 @@
+"""Our folder kernels/ beside Hugging Face's package `kernels`: installed editable and normally, at the root and elsewhere."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = """
+import sys
+import meanflow, meanflow_kernels
+import meanflow.dit
+from kernels import get_kernel
+import diffusers, kernels
+from diffusers import AutoencoderKL
+assert callable(get_kernel) and "site-packages" in kernels.__file__, kernels.__file__
+assert meanflow.dit.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time under another name
+print(meanflow_kernels.__file__)
+"""
+
+
+def has(package: str) -> bool:
+    try:
+        return bool(distribution(package))
+    except PackageNotFoundError:
+        return False
+
+
+needs_hugging_face = pytest.mark.skipif(
+    not (has("kernels") and has("diffusers")), reason="Hugging Face's kernels and diffusers are not installed"
+)
+
+
+def run_imports(cwd: Path, *path: Path) -> Path:
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if path:
+        env["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.split()[-1])
+
+
+@needs_hugging_face
+def test_editable_install(tmp_path):
+    if not has("meanflow"):
+        pytest.skip("runs from the source tree, not installed")
+    for cwd in (ROOT, tmp_path):
+        assert run_imports(cwd).is_relative_to(ROOT / "kernels")
+
+
+@needs_hugging_face
+def test_normal_install(tmp_path):
+    site = tmp_path / "site"
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "meanflow", "kernels", "csrc"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", site, source]
+    # without a compiler: the native part has a test of its own
+    env = os.environ | {"CXX": "false", "CUDA_HOME": str(tmp_path / "none")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    for cwd in (ROOT, tmp_path):
+        assert run_imports(cwd, site).is_relative_to(site)
