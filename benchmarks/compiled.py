@@ -39,20 +39,21 @@ def _number(pattern: str, log: str) -> int:
 
 
 def _narrowest(widths: dict[str, int], kinds: dict[str, str], dtype: torch.dtype) -> int | None:
-    """The narrowest access to elements of the size of ``dtype``, of unknown origin, or by TMA."""
+    """The narrowest access to elements of the size of ``dtype``, of unknown origin, or by TMA; else of all."""
     chosen = []
     for name, width in widths.items():
         if name in (TMA, UNKNOWN) or int(_BITS.search(kinds[name])[0]) == 8 * dtype.itemsize:
             chosen.append(width)
-    return min(chosen, default=None)
+    return min(chosen or widths.values(), default=None)
 
 
 def inspect(case, arch: int) -> dict:
     """Registers, spills, shared memory, occupancy, matrix instructions and global access widths of one case.
 
     ``global_loads`` and ``global_stores`` hold the narrowest vector access of each argument in bytes a thread.
-    ``narrowest_global_load_bytes`` is the narrowest of those whose elements have the size of the case's dtype:
-    the fp32 row statistics of a 16-bit kernel are not in it, nor are scalars (one address for all threads).
+    ``narrowest_global_load_bytes`` is the narrowest of those whose elements have the size of the case's dtype (of all,
+    where none has): the fp32 row statistics of a 16-bit kernel are not in it, nor are scalars (one address for all
+    threads). None: the kernel loads no vector.
     """
     source = case.source()
     kernel, log = _compile(case, source, arch)

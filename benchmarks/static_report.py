@@ -77,8 +77,8 @@ def problems(row: dict) -> list[str]:
     if row["shared_bytes"] > limit:
         found.append(f"asks for {row['shared_bytes']} bytes of shared memory, a block may have {limit}")
     half = row["dtype"] in ("float16", "bfloat16")
-    if half and (row["narrowest_global_load_bytes"] or 16) <= 2:
-        narrow = [name for name, width in row["global_loads"].items() if width <= 2]
+    narrow = [name for name, width in row["global_loads"].items() if width <= 2]
+    if half and narrow:
         found.append(f"loads 2 bytes a thread from {', '.join(narrow)}")
     if half and arch == 90 and row["folder"] == "attention" and row["dots"] and not row["wgmma"]:
         found.append("multiplies matrices without wgmma")

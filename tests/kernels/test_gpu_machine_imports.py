@@ -1,4 +1,4 @@
-"""Kernels, benches and GPU tests run where the trainer's other dependencies and the peers cannot be imported."""
+"""Kernels, step, benches and GPU tests run where the package's other dependencies and the peers are not installed."""
 
 import os
 import subprocess
@@ -51,6 +51,23 @@ assert len(results) == len([name for name in mk.__all__ if name.endswith("_jvp")
 assert all(tensor.isfinite().all() for result in results for tensor in result)
 """
 
+STEP = """
+import torch
+from meanflow.objective import meanflow_terms
+from meanflow.optim import make_optimizer
+from meanflow.presets import preset
+from meanflow.training import build_net
+
+config = preset("digits")
+net = build_net(config.model)
+x, e = torch.randn(2, 4, 1, 8, 8)
+t, r = torch.rand(2, 4).sort(0, descending=True)[0]
+y, drop = torch.arange(4), torch.zeros(4, dtype=torch.bool)
+meanflow_terms(config.objective, net, x, e, r, t, y, drop).loss.backward()
+make_optimizer(config.optim, net).step()
+assert all(p.isfinite().all() for p in net.parameters())
+"""
+
 
 def _run(code: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -63,14 +80,15 @@ def test_the_block_blocks(name):
     assert f"No module named {name.partition('.')[0]!r}" in _run(f"import {name}").stderr
 
 
-def test_operators_run():
-    run = _run(OPERATORS)
+@pytest.mark.parametrize("code", [OPERATORS, STEP], ids=["operators", "step"])
+def test_code_runs(code):
+    run = _run(code)
     assert run.returncode == 0, run.stderr
 
 
 def test_benches_run():
     arguments = ["-q", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-quiet"]
-    arguments += ["-k", "not compiled and not N1024 and not B/4"]
+    arguments += ["-k", "ours and not N1024 and not B/4"]
     benches = sorted(str(path) for path in ROOT.glob("benchmarks/bench_*.py"))
     run = _run(f"import pytest; sys.exit(pytest.main({[*arguments, *benches]!r}))")
     assert run.returncode == 0, run.stdout[-3000:]
