@@ -121,8 +121,10 @@ def test_dropped_labels():
         config = ObjectiveConfig(label_drop=float(d["prob"]))
         drop = drop_mask(config, oracle.tensor(d["drop_u"]))
         assert int(drop.sum()) == int(d["num_drop"])
-        labels, null = oracle.tensor(d["labels"]), 10
-        assert torch.equal(torch.where(drop, null, labels), oracle.tensor(d["y_out"]))
+        labels, y_out = oracle.tensor(d["labels"]), oracle.tensor(d["y_out"])
+        null = y_out.max()  # where a label is dropped; it is above all classes
+        assert torch.equal(torch.where(drop, null, labels), y_out)
+        assert not drop.any() or null > labels.max()
         v_t, v_g = oracle.tensor(d["v_t"]), oracle.tensor(d["v_g"])
         got = torch.where(drop[:, None, None, None], v_t, v_g)
         assert torch.equal(got, oracle.tensor(d["v_g_out"]))
