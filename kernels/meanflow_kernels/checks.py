@@ -38,7 +38,12 @@ def check_alike(names: Sequence[str], tensors: Sequence[Tensor | None], *, dtype
         if x is None:
             continue
         if x.device != first.device:
-            fail(name, f"device {x.device}", f"{first.device}, the device of {names[0]}", f"move it with .to({first.device})")
+            fail(
+                name,
+                f"device {x.device}",
+                f"{first.device}, the device of {names[0]}",
+                f"move it with .to({first.device})",
+            )
         if dtype and x.dtype != first.dtype:
             fail(name, x.dtype, f"{first.dtype}, the dtype of {names[0]}", f"cast it with .to({first.dtype})")
 
@@ -46,7 +51,12 @@ def check_alike(names: Sequence[str], tensors: Sequence[Tensor | None], *, dtype
 def check_kernel_dtype(name: str, x: Tensor) -> None:
     """``x`` has a dtype that the Triton kernels take: bf16, fp16 or fp32."""
     if x.dtype not in KERNEL_DTYPES:
-        fail(name, x.dtype, "bfloat16, float16 or float32", "cast it, or use force_route(Route.REFERENCE), which takes float64")
+        fail(
+            name,
+            x.dtype,
+            "bfloat16, float16 or float32",
+            "cast it, or use force_route(Route.REFERENCE), which takes float64",
+        )
 
 
 def check_tangents(
@@ -58,10 +68,16 @@ def check_tangents(
     """Each tangent matches its primal (dtype, device, all sizes but the batch), and all cover the same samples.
 
     ``names`` are the primals' names; every primal is batched along dim 0 and at least one tangent is not None.
-    None of them may be a forward-mode dual (see ``transforms``). Returns (start, n): the tangents belong to samples start .. start + n of the primals.
+    None of them may be a forward-mode dual (see ``transforms``). Returns (start, n): the tangents belong to samples
+    start .. start + n of the primals.
     """
     if len(tangents) != len(primals):
-        fail("tangents", f"{len(tangents)} entries", f"{len(primals)}, one a primal", "pass None for a tangent that is zero")
+        fail(
+            "tangents",
+            f"{len(tangents)} entries",
+            f"{len(primals)}, one a primal",
+            "pass None for a tangent that is zero",
+        )
     check_pair_transforms(names, primals, tangents)
     n = next(x.shape[0] for x in tangents if x is not None)
     for name, x, x_dot in zip(names, primals, tangents, strict=True):

@@ -1,8 +1,9 @@
 """The two doors to a dual operator, and the guard on its tangents.
 
 The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
-``torch.autograd.forward_ad``): on the reference route the plain ``op`` is torch code, which carries tangents itself; on the kernel route it
-unpacks dual inputs, calls the explicit pair, and packs the results again. A registered operator alone would lose the tangent without a word.
+``torch.autograd.forward_ad``): on the reference route the plain ``op`` is torch code, which carries tangents itself;
+on the kernel route it unpacks dual inputs, calls the explicit pair, and packs the results again. A registered operator
+alone would lose the tangent without a word.
 
 How an op uses this module:
 
@@ -26,7 +27,8 @@ How an op uses this module:
             y_dot = silu_tangent_ref(...)
         return y, guard(y_dot, *primals, *tangents)
 
-The registered op calls ``ctx.set_materialize_grads(False)`` in its setup_context, so that an unused tangent's cotangent is None.
+The registered op calls ``ctx.set_materialize_grads(False)`` in its setup_context, so that an unused tangent's
+cotangent is None.
 """
 
 import torch
@@ -75,16 +77,18 @@ class _Guard(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def _guard(x_dot, *anchors):
-    # Dynamo would trace the raising backward whether or not anything reaches it; AOTAutograd traces it only when something does
+    # Dynamo would trace the raising backward whether or not anything reaches it; AOTAutograd traces it only when
+    # something does
     return _Guard.apply(x_dot, *anchors)
 
 
 def guard(x_dot: Tensor, *inputs: Tensor | None) -> Tensor:
-    """``x_dot``, computed under no_grad from ``inputs``, as a tangent through which a gradient raises instead of vanishing.
+    """``x_dot``, computed under no_grad from ``inputs``, as a tensor through which a gradient raises, not vanishes.
 
-    A view, not a copy; ``x_dot`` itself where no gradient is recorded. ``inputs`` are all tensors the tangent depends on
-    (primals, tangents, weights; None is ignored). Compiled, a tangent that is detached or consumed inside the region costs nothing,
-    and one returned while it requires grad raises :class:`TangentGradientError` when the region is compiled.
+    A view, not a copy; ``x_dot`` itself where no gradient is recorded. ``inputs`` are all tensors the tangent depends
+    on (primals, tangents, weights; None is ignored). Compiled, a tangent that is detached or consumed inside the
+    region costs nothing, and one returned while it requires grad raises :class:`TangentGradientError` when the region
+    is compiled.
     """
     anchors = [x for x in inputs if x is not None and x.requires_grad]
     return _guard(x_dot, *anchors) if torch.is_grad_enabled() and anchors else x_dot
@@ -100,7 +104,7 @@ def unpack(*inputs: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Ten
 
 
 def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
-    """The dual tensor of a primal and its tangent at the current forward-mode level; ``x`` where the tangent is None."""
+    """The dual tensor of a primal and its tangent at the current level; ``x`` where the tangent is None."""
     return x if x_dot is None else forward_ad.make_dual(x, x_dot)
 
 

@@ -2,11 +2,11 @@
 
 Contract of an op's folder:
 
-- ``config.py`` holds frozen dataclasses of tile sizes, warps and stages, keyed by architecture (80, 90; ``ANY`` for all others, within
-  99 KB of shared memory), each with the reason in a comment.
+- ``config.py`` holds frozen dataclasses of tile sizes, warps and stages, keyed by architecture (80, 90; ``ANY`` for all
+  others, within 99 KB of shared memory), each with the reason in a comment.
 - a launcher builds :class:`Launch` objects from tensors and calls ``.run()``.
-- ``compile_cases(arch)``, exported by the folder's ``__init__.py``, returns a :class:`CompileCase` for each shipped config and dtype. It builds the
-  launches by the same launcher, from meta tensors, so that what is compiled in a test is what runs.
+- ``compile_cases(arch)``, exported by the folder's ``__init__.py``, returns a :class:`CompileCase` for each shipped
+  config and dtype. It builds the launches by the same launcher, from meta tensors, so that a test compiles what runs.
 
 Nothing here imports Triton before a launch is run or compiled.
 """
@@ -19,7 +19,13 @@ from torch import Tensor
 ANY = 0
 """Key of the configs for architectures without a tuned table."""
 
-_TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+_TRITON_TYPE = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class Launch:
         device = next(x.device for x in self.args.values() if isinstance(x, Tensor))
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise RuntimeError(
-                f"the Triton kernel was asked for {device} tensors: set TRITON_INTERPRET=1 before the first import of triton to run "
-                "it in the interpreter, or use force_route(Route.REFERENCE)"
+                f"the Triton kernel was asked for {device} tensors: set TRITON_INTERPRET=1 before the first import of "
+                "triton to run it in the interpreter, or use force_route(Route.REFERENCE)"
             )
         with torch.cuda.device_of(next(x for x in self.args.values() if isinstance(x, Tensor))):
             self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
@@ -75,10 +81,10 @@ class CompileCase:
         return self.launch.num_stages
 
     def source(self):
-        """Triton's ASTSource, specialised as the launcher does: pointers 16-byte aligned, integers divisible by 16 or equal to 1 so marked.
+        """Triton's ASTSource, specialised as its launcher does: aligned pointers, integers divisible by 16 or 1.
 
-        For ``triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options={"num_warps": ..., "num_stages": ...})``, in a
-        process without TRITON_INTERPRET.
+        For ``triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options={"num_warps": ...,
+        "num_stages": ...})``, in a process without TRITON_INTERPRET.
         """
         from triton.compiler import ASTSource
 
@@ -92,7 +98,9 @@ class CompileCase:
             signature[param.name] = kind
             if kind == "constexpr":
                 constants[(i,)] = value
-            elif isinstance(value, Tensor) or (isinstance(value, int) and not param.do_not_specialize and value % 16 == 0):
+            elif isinstance(value, Tensor) or (
+                isinstance(value, int) and not param.do_not_specialize and value % 16 == 0
+            ):
                 attrs[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.launch.kernel, signature, constants, attrs)
 

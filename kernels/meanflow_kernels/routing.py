@@ -7,10 +7,10 @@
     with force_route(Route.TRITON):          # the kernel; on CPU tensors in Triton's interpreter
         ...
 
-An op asks :func:`runs_kernel` once, in Python, before it dispatches. Under ``torch.compile`` the answer is baked into the graph and
-guarded: a compiled function called under another forced route recompiles, and the scope works inside the compiled region too.
-The override is one value for the process, not for a thread, because Dynamo guards neither context variables nor thread locals.
-Fake and meta tensors follow the same rule, so a step can be accounted without running it.
+An op asks :func:`runs_kernel` once, in Python, before it dispatches. Under ``torch.compile`` the answer is baked into
+the graph and guarded: a compiled function called under another forced route recompiles, and the scope works inside the
+compiled region too. The override is one value for the process, not for a thread, because Dynamo guards neither context
+variables nor thread locals. Fake and meta tensors follow the same rule, so a step can be accounted without running it.
 """
 
 import contextlib
@@ -65,7 +65,8 @@ def runs_kernel(x: Tensor) -> bool:
     Without Triton installed every call runs the reference.
 
     Raises:
-        RuntimeError: the kernel would lose a derivative of the torch.func transforms around the call (see ``transforms``).
+        RuntimeError: the kernel would lose a derivative of the torch.func transforms around the call (see
+            ``transforms``).
     """
     kernel = HAS_TRITON and x.is_cuda if _override.route is None else _override.route is Route.TRITON
     if kernel:

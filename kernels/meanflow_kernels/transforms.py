@@ -1,8 +1,8 @@
 """Which transforms a call may stand under, so that no tangent is ever lost without a word.
 
-A Triton kernel sees tensors with every wrapper of ``torch.func`` taken off, and an explicit pair takes its tangents as arguments. Both therefore
-carry one level of differentiation: the one that ``dual.unpack`` opens, or none. What lies beyond raises here. The plain ops of the reference
-route are ordinary torch code and stand under anything.
+A Triton kernel sees tensors with every wrapper of ``torch.func`` taken off, and an explicit pair takes its tangents as
+arguments. Both therefore carry one level of differentiation: the one that ``dual.unpack`` opens, or none. What lies
+beyond raises here. The plain ops of the reference route are ordinary torch code and stand under anything.
 """
 
 import torch
@@ -20,8 +20,9 @@ def _levels() -> list[str]:
 
 def _refuse(what: str, levels: list[str]) -> None:
     raise RuntimeError(
-        f"{what} was called under torch.func transforms {' > '.join(levels)} (outermost first), through which it would lose a derivative: "
-        "it carries one forward-mode level, innermost. Use force_route(Route.REFERENCE) with the plain op, which carries any"
+        f"{what} was called under torch.func transforms {' > '.join(levels)} (outermost first), through which it would "
+        "lose a derivative: it carries one forward-mode level, innermost. Use force_route(Route.REFERENCE) with the "
+        "plain op, which carries any"
     )
 
 
@@ -49,7 +50,7 @@ def check_kernel_transforms(x: Tensor) -> None:
 
 
 def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tuple) -> None:
-    """Raise where a *_jvp call would drop a derivative: its arguments carry a forward-mode tangent of their own, or transforms are nested.
+    """Raise where a *_jvp call would drop a derivative: its arguments are duals themselves, or transforms are nested.
 
     Raises:
         ValueError: an argument is a forward-mode dual tensor.
@@ -59,8 +60,8 @@ def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tupl
         for suffix, x in zip(("", "_dot"), pair, strict=True):
             if x is not None and forward_ad.unpack_dual(x).tangent is not None:
                 raise ValueError(
-                    f"{name}{suffix}: got a forward-mode dual tensor, wanted a plain one; call the plain op, which unpacks duals itself, "
-                    "or unpack them first"
+                    f"{name}{suffix}: got a forward-mode dual tensor, wanted a plain one; call the plain op, which "
+                    "unpacks duals itself, or unpack them first"
                 )
     if torch._C._are_functorch_transforms_active():
         _check_pair(primals[0])

@@ -39,7 +39,10 @@ def _check(primals, tangents):
     o_alone = attention(*primals)
     # torch.func.jvp does not take expanded tensors
     primals, tangents = (tuple(x.contiguous() for x in xs) for xs in (primals, tangents))
-    (o_exact, o_dot_exact), (o_plain, o_dot_plain) = exact_jvp(primals, tangents), torch.func.jvp(plain_attention, primals, tangents)
+    (o_exact, o_dot_exact), (o_plain, o_dot_plain) = (
+        exact_jvp(primals, tangents),
+        torch.func.jvp(plain_attention, primals, tangents),
+    )
     assert o.is_contiguous() and o_dot.is_contiguous()
     assert_error(o, o_exact, o_plain, "o")
     assert_error(o_dot, o_dot_exact, o_dot_plain, "o_dot")
@@ -119,7 +122,9 @@ def _layout(name, batch, length, heads, head_dim, device):
     if name == "heads first":
         return torch.randn(batch, heads, length, head_dim, device=device).transpose(1, 2)
     if name == "off the 16-byte grid":
-        return torch.randn(batch * length * heads * head_dim + 1, device=device)[1:].view(batch, length, heads, head_dim)
+        return torch.randn(batch * length * heads * head_dim + 1, device=device)[1:].view(
+            batch, length, heads, head_dim
+        )
     if name == "odd row stride":
         return torch.randn(batch, length, heads, head_dim + 1, device=device)[..., :-1]
     if name == "columns apart":
@@ -146,7 +151,9 @@ layouts = st.sampled_from(IN_PLACE + COPIED)
 def test_any_shapes_and_strides(batch, m, n, heads, head_dim, names):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = (m, n, n, m, n, n)
-    inputs = [_layout(name, batch, length, heads, head_dim, device) for name, length in zip(names, lengths, strict=True)]
+    inputs = [
+        _layout(name, batch, length, heads, head_dim, device) for name, length in zip(names, lengths, strict=True)
+    ]
     with force_route(Route.TRITON):
         _check(tuple(inputs[:3]), tuple(inputs[3:]))
 

@@ -1,4 +1,6 @@
-"""The primal's backward: the Triton kernels and every library back-end against fp64, and the references' derivatives by gradcheck."""
+"""The primal's backward: the Triton kernels and every library back-end against fp64, and the references' derivatives
+by gradcheck.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def _check(primals, function=attention):
     do = torch.randn(primals[0].shape, device=primals[0].device).to(primals[0].dtype)
     exact = _gradients(plain_attention, tuple(x.double() for x in primals), do.double())
     plain = _gradients(plain_attention, primals, do)
-    for name, x, x_exact, x_plain in zip(("dq", "dk", "dv"), _gradients(function, primals, do), exact, plain, strict=True):
+    for name, x, x_exact, x_plain in zip(
+        ("dq", "dk", "dv"), _gradients(function, primals, do), exact, plain, strict=True
+    ):
         assert_error(x, x_exact, x_plain, name)
 
 

@@ -1,4 +1,6 @@
-"""Properties of attention_jvp that hold whatever the numbers: linearity, structural zeros, slices of the batch, bit-equality, opcheck, errors."""
+"""Properties of attention_jvp that hold whatever the numbers: linearity, structural zeros, slices of the batch, bit-
+equality, opcheck, errors.
+"""
 
 import itertools
 
@@ -72,7 +74,10 @@ def test_a_slice_of_the_batch_carries_the_tangent(each_route, device, start, n):
 def test_plain_and_dual_primal_are_bit_equal(device, config, head_dim):
     primals, tangents = make_inputs("iid", 1, 64, 100, 1, head_dim, torch.float16, device)
     (o, lse), (o_dual, lse_dual), o_dot = (
-        *((torch.empty(1, 64, 1, head_dim, dtype=torch.float16, device=device), torch.empty(1, 1, 64, device=device)) for _ in range(2)),
+        *(
+            (torch.empty(1, 64, 1, head_dim, dtype=torch.float16, device=device), torch.empty(1, 1, 64, device=device))
+            for _ in range(2)
+        ),
         torch.empty(1, 64, 1, head_dim, dtype=torch.float16, device=device),
     )
     forward_launch(primals, (None, None, None), (o, None, lse), 0.125, config).run()
@@ -137,8 +142,20 @@ def test_opcheck(kernel_route, device):
 
 Q, KV = torch.zeros(2, 5, 3, 16), torch.zeros(2, 7, 3, 16)
 BAD_PRIMALS = {
-    "q": [(Q[0], KV, KV), ("text", KV, KV), (Q.double(), KV.double(), KV.double()), (Q[..., :12], KV[..., :12], KV[..., :12])],
-    "k": [(Q, KV[:1], KV), (Q, KV[..., :8], KV), (Q, KV[:, :, :1], KV), (Q, KV.half(), KV), (Q, KV[:, :0], KV[:, :0]), (Q, KV.to("meta"), KV)],
+    "q": [
+        (Q[0], KV, KV),
+        ("text", KV, KV),
+        (Q.double(), KV.double(), KV.double()),
+        (Q[..., :12], KV[..., :12], KV[..., :12]),
+    ],
+    "k": [
+        (Q, KV[:1], KV),
+        (Q, KV[..., :8], KV),
+        (Q, KV[:, :, :1], KV),
+        (Q, KV.half(), KV),
+        (Q, KV[:, :0], KV[:, :0]),
+        (Q, KV.to("meta"), KV),
+    ],
     "v": [(Q, KV, KV[:, :1]), (Q, KV, KV[..., :8]), (Q, KV, KV.bfloat16()), (Q, KV, KV.to("meta"))],
 }
 

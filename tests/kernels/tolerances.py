@@ -25,7 +25,9 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 def assert_error(x: Tensor, exact: Tensor, plain: Tensor, name: str) -> None:
-    """``x`` is at most twice as far from ``exact`` as ``plain`` (the same quantity by plain torch in x's dtype), plus the floor."""
+    """``x`` is at most twice as far from ``exact`` as ``plain`` (the same quantity by plain torch in x's dtype), plus
+    the floor.
+    """
     assert x.dtype == plain.dtype and x.shape == exact.shape, f"{name}: {x.dtype} {tuple(x.shape)}"
     error, bar = relative_error(x, exact), 2 * relative_error(plain, exact) + FLOOR[x.dtype]
     assert error <= bar, f"{name}: relative error {error:.2e} > {bar:.2e}"

@@ -1,7 +1,8 @@
 """The primal's backward: which implementation serves a call, each fed with o and the natural-log lse of the forward.
 
-SDPA's flash and cuDNN backwards ship with torch, flash-attn and xformers are optional packages, and the Triton kernels serve what no library
-does: fp32, and GPUs older than sm_80. All read q, k and v by strides and give contiguous gradients.
+SDPA's flash and cuDNN backwards ship with torch, flash-attn and xformers are optional packages, and the Triton kernels
+serve what no library does: fp32, and GPUs older than sm_80. All read q, k and v by strides and give contiguous
+gradients.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ def force_backward(backward: Backward) -> Iterator[None]:
     """Serve every backward of the scope's kernel calls by one implementation, for benches and tests; scopes nest.
 
     Raises:
-        ValueError: no :class:`Backward`; and from the backward itself, where it does not serve the call's device or dtype.
+        ValueError: no :class:`Backward`; and from the backward itself, where it does not serve the call.
     """
     if not isinstance(backward, Backward):
         raise ValueError(f"backward: got {backward!r}, wanted a Backward; pass one of {', '.join(map(str, Backward))}")
@@ -77,13 +78,14 @@ def _has(module: str) -> bool:
 
 
 def _choose(q: Tensor) -> Backward:
-    # flash is the one library backward whose interface holds from torch 2.11 on every GPU from sm_80; the others wait for a measurement
+    # flash is the one library backward whose interface holds from torch 2.11 on every GPU from sm_80; the others wait
+    # for a measurement
     if _override.backward is None:
         return Backward.FLASH if serves(Backward.FLASH, q) else Backward.TRITON
     if not serves(_override.backward, q):
         raise ValueError(
-            f"force_backward: got {_override.backward}, wanted one that is installed and serves {q.dtype} on {q.device}; "
-            "leave the scope or use Backward.TRITON"
+            f"force_backward: got {_override.backward}, wanted one that is installed and serves {q.dtype} on "
+            f"{q.device}; leave the scope or use Backward.TRITON"
         )
     return _override.backward
 

@@ -3,7 +3,8 @@
     p = exp(s - lse)    delta = sum_d o do    ds = p (do v^T - delta)
     dv = p^T do         dk = scale ds^T q     dq = scale ds k
 
-One kernel a row tile of q gives dq and delta, a second a row tile of k gives dk and dv. Shapes and tiles as in kernel.py.
+One kernel a row tile of q gives dq and delta, a second a row tile of k gives dk and dv. Shapes and tiles as in
+kernel.py.
 """
 
 import triton
@@ -11,10 +12,10 @@ import triton.language as tl
 
 from .kernel import dot_nt, load_pair, store_pair
 
-_PLAIN_INTEGERS = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do") for dim in "bh"] + ["H", "M", "N"]
+_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do") for dim in "bh"]
 
 
-@triton.jit(do_not_specialize=_PLAIN_INTEGERS)
+@triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
 def attention_bwd_dq_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H, D)
@@ -93,7 +94,7 @@ def attention_bwd_dq_kernel(
         store_pair(dq_ptr, H * D, offs_m, dq0 * scale, dq0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
 
 
-@triton.jit(do_not_specialize=_PLAIN_INTEGERS)
+@triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
 def attention_bwd_dkdv_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H, D)

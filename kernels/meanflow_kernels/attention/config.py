@@ -1,7 +1,7 @@
 """Launch configs of attention, as data: rows of (largest head dim, config), by architecture and arithmetic.
 
-The reasons are static: registers a thread, spills and shared memory from cross-compilation; no config has been timed yet.
-The static report prints the figures of every row.
+The reasons are static: registers a thread, spills and shared memory from cross-compilation; no config has been timed
+yet. The static report prints the figures of every row.
 """
 
 from dataclasses import dataclass
@@ -26,31 +26,33 @@ class AttentionConfig:
 
 Rows = tuple[tuple[int, AttentionConfig], ...]
 
-# wgmma needs 64 rows a warp group. Two programs fit an SM at hd 64 and 72 (170 and 219 registers, 80 and 100 KB of shared memory) and hide
-# each other's waits; four warps on 64 rows of k give the 16-wide column tile of hd 72 its 16-byte loads; 128 rows with 4 warps spill
+# wgmma needs 64 rows a warp group. Two programs fit an SM at hd 64 and 72 (170 and 219 registers, 80 and 100 KB of
+# shared memory) and hide each other's waits; four warps on 64 rows of k give the 16-wide column tile of hd 72 its
+# 16-byte loads; 128 rows with 4 warps spill
 _DUAL_90: Rows = ((80, AttentionConfig(64, 64, 4, 2)), (128, AttentionConfig(64, 32, 4, 2)))
 # three programs an SM at hd 64 and 72 (about 164 registers)
 _PLAIN_90: Rows = ((96, AttentionConfig(64, 128, 4, 2)), (128, AttentionConfig(64, 64, 4, 2)))
 _BWD_DQ_90: Rows = ((128, AttentionConfig(64, 64, 4, 2)),)
 _BWD_DKDV_90: Rows = ((80, AttentionConfig(64, 64, 4, 2)), (128, AttentionConfig(32, 64, 4, 2)))
 
-# mma.sync keeps q and q_dot in registers: smaller tiles. These fit 99 KB of shared memory, so they serve every other architecture too
+# mma.sync keeps q and q_dot in registers: smaller tiles. These fit 99 KB of shared memory, so they serve every other
+# architecture too
 _DUAL: Rows = (
     (32, AttentionConfig(64, 64, 4, 2)),
     (64, AttentionConfig(64, 32, 4, 2)),
     # two warps on 32 rows of k give the 16-wide column tile of hd 72 its 16-byte loads; 64x64 spills
-    (80, AttentionConfig(32, 32, 2, 2)),
-    (96, AttentionConfig(64, 32, 4, 2)),
+    (96, AttentionConfig(32, 32, 2, 2)),
     (128, AttentionConfig(32, 32, 4, 2)),
 )
 _PLAIN: Rows = ((80, AttentionConfig(64, 64, 4, 2)), (128, AttentionConfig(64, 32, 4, 2)))
 _BWD_DQ: Rows = ((128, AttentionConfig(64, 32, 4, 2)),)
 _BWD_DKDV: Rows = ((128, AttentionConfig(32, 64, 4, 2)),)
 
-# IEEE products run on the FMA pipes with their operands in registers: eight warps, and small tiles for wide heads
+# IEEE products run on the FMA pipes with their operands in registers: many warps, and small tiles for wide heads
 _DUAL_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 16, 8, 2)))
-_PLAIN_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 32, 8, 2)))
-_BWD_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 16, 8, 2)))
+_PLAIN_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 16, 4, 2)))
+_BWD_DQ_FP32: Rows = ((128, AttentionConfig(32, 16, 4, 2)),)
+_BWD_DKDV_FP32: Rows = ((64, AttentionConfig(16, 32, 8, 2)), (128, AttentionConfig(16, 32, 4, 2)))
 
 
 def _pick(rows: Rows, head_dim: int) -> AttentionConfig:
@@ -72,6 +74,7 @@ def plain_config(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfi
 def backward_configs(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[AttentionConfig, AttentionConfig]:
     """The configs of the backward's two kernels: dq, then dk and dv."""
     if dtype == torch.float32:
-        return _pick(_BWD_FP32, head_dim), _pick(_BWD_FP32, head_dim)
-    rows = (_BWD_DQ_90, _BWD_DKDV_90) if arch == 90 else (_BWD_DQ, _BWD_DKDV)
-    return _pick(rows[0], head_dim), _pick(rows[1], head_dim)
+        dq, dkdv = _BWD_DQ_FP32, _BWD_DKDV_FP32
+    else:
+        dq, dkdv = (_BWD_DQ_90, _BWD_DKDV_90) if arch == 90 else (_BWD_DQ, _BWD_DKDV)
+    return _pick(dq, head_dim), _pick(dkdv, head_dim)

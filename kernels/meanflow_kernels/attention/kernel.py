@@ -2,10 +2,11 @@
 
 B batch, H heads, M and N lengths of q and of k and v, D head dim.
 
-A head dim is one or two column tiles: D <= BLOCK_D0, or D = BLOCK_D0 + a remainder in BLOCK_D1 (72 = 64 + 8 of 16), so that no head dim
-is padded to the next power of two where a split is narrower. Batch and head strides arrive in vectors of VEC elements (16 bytes):
-multiplied back by a constant they keep their divisibility, and every load is 16 bytes wide whatever the head dim. Token strides are
-constants, in elements: as run-time values the addresses of four pipelined tiles take 57 registers more (hd 64, 64x64 tiles, sm_90).
+A head dim is one or two column tiles: D <= BLOCK_D0, or D = BLOCK_D0 + a remainder in BLOCK_D1 (72 = 64 + 8 of 16), so
+that no head dim is padded to the next power of two where a split is narrower. Batch and head strides arrive in vectors
+of VEC elements (16 bytes): multiplied back by a constant they keep their divisibility, and every load is 16 bytes wide
+whatever the head dim. Token strides are constants, in elements: as run-time values the addresses of four pipelined
+tiles take 57 registers more (hd 64, 64x64 tiles, sm_90).
 """
 
 import triton
@@ -48,7 +49,9 @@ def _store(ptr, stride_l, offs_l, offs_d, x, L, D: tl.constexpr, EVEN_L: tl.cons
 
 
 @triton.jit
-def store_pair(ptr, stride_l, offs_l, x0, x1, L, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_L: tl.constexpr):
+def store_pair(
+    ptr, stride_l, offs_l, x0, x1, L, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_L: tl.constexpr
+):
     _store(ptr, stride_l, offs_l, tl.arange(0, D0), x0, L, D, EVEN_L, D >= D0)
     if D1 > 0:
         _store(ptr, stride_l, offs_l, D0 + tl.arange(0, D1), x1, L, D, EVEN_L, D == D0 + D1)
@@ -63,11 +66,11 @@ def dot_nt(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     return c
 
 
-_PLAIN_INTEGERS = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "q_dot", "k_dot", "v_dot") for dim in "bh"] + ["H", "M", "N"]
+_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "q_dot", "k_dot", "v_dot") for dim in "bh"]
 
 
 # no integer is specialised: one binary serves every batch size, head count and length of a config
-@triton.jit(do_not_specialize=_PLAIN_INTEGERS)
+@triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
 def attention_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H, D)

@@ -1,4 +1,4 @@
-"""From tensors to launches: alignment, column tiles, strides and the config's tiles, the same for a run and for a cross-compilation."""
+"""From tensors to launches: alignment, column tiles, strides and tiles, the same for a run and a cross-compilation."""
 
 from collections.abc import Iterator
 
@@ -14,8 +14,8 @@ _SIXTEEN_BYTES = 16
 def aligned(x: Tensor) -> Tensor:
     """``x`` (B, L, H, D) itself where the kernels can read it with 16-byte loads, else a contiguous copy.
 
-    That needs contiguous columns, and the start and all other strides on 16-byte boundaries: true of every slice of a packed projection
-    whose head dim is a multiple of 8.
+    That needs contiguous columns, and the start and all other strides on 16-byte boundaries: true of every slice of a
+    packed projection whose head dim is a multiple of 8.
     """
     fits = x.shape[-1] == 1 or x.stride(-1) == 1
     fits = fits and x.data_ptr() % _SIXTEEN_BYTES == 0
@@ -25,7 +25,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def column_tiles(head_dim: int) -> tuple[int, int]:
-    """Widths of the column tiles: (64, 0) for 64, (64, 16) for 72, (64, 32) for 96, (128, 0) for 104, where a split saves nothing."""
+    """Widths of the column tiles: (64, 0) for 64, (64, 16) for 72, (64, 32) for 96; (128, 0) where no split saves."""
     whole = 1 << (head_dim - 1).bit_length()
     first = 1 << (head_dim.bit_length() - 1)
     if first == head_dim:
@@ -40,10 +40,12 @@ def _layout(tensors: dict[str, Tensor | None]) -> tuple[dict[str, Tensor | int |
     for name, x in tensors.items():
         args[f"{name}_ptr"] = x
         # a size of 1 may carry any stride: it is never stepped over
-        stride_b, stride_l, stride_h = (0, 0, 0) if x is None else (s * (n > 1) for s, n in zip(x.stride()[:3], x.shape, strict=False))
-        vec = 1 if x is None else _SIXTEEN_BYTES // x.element_size()
-        args[f"stride_{name}_b"], args[f"stride_{name}_h"] = stride_b // vec, stride_h // vec
-        constants[f"STRIDE_{name.upper()}_L"] = stride_l
+        vec, strides = 1, (0, 0, 0)
+        if x is not None:
+            vec, strides = _SIXTEEN_BYTES // x.element_size(), x.stride()[:3]
+            strides = tuple(stride * (size > 1) for stride, size in zip(strides, x.shape[:3], strict=True))
+        args[f"stride_{name}_b"], args[f"stride_{name}_h"] = strides[0] // vec, strides[2] // vec
+        constants[f"STRIDE_{name.upper()}_L"] = strides[1]
     return args, constants
 
 
@@ -71,7 +73,7 @@ def forward_launch(
     scale: float,
     config: AttentionConfig,
 ) -> Launch:
-    """The forward of :func:`aligned` primals and tangents of one batch into (o, o_dot, lse); plain where all tangents are None."""
+    """The forward of :func:`aligned` primals and tangents into (o, o_dot, lse); plain where all tangents are None."""
     from .kernel import attention_kernel
 
     (q, k, v), (q_dot, k_dot, v_dot), (o, o_dot, lse) = primals, tangents, outputs
@@ -118,7 +120,7 @@ _CASE_HEAD_DIMS = (32, 64, 72, 96, 128)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every shipped config as its launches, on meta tensors: packed (B, L, 3, H, D) inputs, even lengths and, suffix "ragged", odd ones."""
+    """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors; "ragged" ones of odd length."""
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in _CASE_HEAD_DIMS:

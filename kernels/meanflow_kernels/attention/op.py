@@ -122,7 +122,9 @@ def _setup_context_jvp(ctx, inputs, output):
 
 def _primal_gradients(ctx, do, dlse):
     if dlse is not None:
-        raise RuntimeError("a gradient was asked for through attention's lse, which is returned for inspection: detach it")
+        raise RuntimeError(
+            "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
+        )
     if do is None:
         return None, None, None
     return torch.ops.meanflow_kernels.attention_bwd(do, *ctx.saved_tensors, ctx.scale)
@@ -146,12 +148,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
 
     Args:
         q: (B, M, H, D).
-        k, v: (B, N, H, D). Any strides; slices of a packed (B, L, 3, H, D) projection are read in place. Only what 16-byte loads cannot
-            reach (a column stride, or a start or stride off the 16-byte grid) is copied once.
+        k, v: (B, N, H, D). Any strides; slices of a packed (B, L, 3, H, D) projection are read in place. Only what
+            16-byte loads cannot reach (columns apart, or a start or stride off the 16-byte grid) is copied once.
         scale: of the scores, positive; D ** -0.5 by default.
 
-    All of one dtype and device. The kernel takes bf16, fp16 and fp32 (in IEEE arithmetic, not TF32) and D from 16 to 128 in multiples of 8;
-    the reference also fp64 and any D.
+    All of one dtype and device. The kernel takes bf16, fp16 and fp32 (in IEEE arithmetic, not TF32) and D from 16 to
+    128 in multiples of 8; the reference also fp64 and any D.
 
     Returns:
         o (B, M, H, D), contiguous: ``o.flatten(2)`` feeds the next linear layer.
@@ -179,8 +181,8 @@ def attention_jvp(
 
     Args:
         primals: (q, k, v) as for :func:`attention`.
-        tangents: (q_dot, k_dot, v_dot), each None (structurally zero, and then it costs nothing) or shaped like its primal but for the
-            batch, in its dtype.
+        tangents: (q_dot, k_dot, v_dot), each None (structurally zero, and then it costs nothing) or shaped like its
+            primal but for the batch, in its dtype.
         scale: as for :func:`attention`.
         tangent_start: the tangents belong to samples tangent_start, tangent_start + 1, ... of the batch; None: to all.
 
