@@ -17,11 +17,12 @@
 namespace meanflow {
 namespace {
 
-constexpr int64_t kCacheLine = 16;         // floats
-constexpr int64_t kBlock = 64;             // floats that stay in the first cache between the steps
-constexpr int64_t kAhead = 512;            // floats to prefetch ahead: five streams or more outrun the hardware's own
-                                           // prefetcher; measured 1.2x over none on one core of a Sapphire Rapids
-constexpr int64_t kChunk = 16 * 1024;      // floats, the unit given to a thread
+constexpr int64_t kCacheLine = 16;     // floats
+constexpr int64_t kBlock = 64;         // floats that stay in the first cache between the steps
+constexpr int64_t kChunk = 16 * 1024;  // floats, the unit given to a thread
+// floats to prefetch ahead, for so many streams outrun the hardware's own prefetcher: measured 1.1 times as fast as
+// without, on one core of a Sapphire Rapids
+constexpr int64_t kAhead = 512;
 
 ELEMENTWISE void prefetch(const float* block) {
   for (int64_t line = 0; line < kBlock; line += kCacheLine) __builtin_prefetch(block + kAhead + line, 1);
