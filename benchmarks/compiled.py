@@ -53,7 +53,7 @@ def inspect(case, arch: int) -> dict:
     ``global_loads`` and ``global_stores`` hold the narrowest vector access of each argument in bytes a thread.
     ``narrowest_global_load_bytes`` is the narrowest of those whose elements have the size of the case's dtype (of all,
     where none has): the fp32 row statistics of a 16-bit kernel are not in it, nor are scalars (one address for all
-    threads). None: the kernel loads no vector.
+    threads) where the kernel loads anything else.
     """
     source = case.source()
     kernel, log = _compile(case, source, arch)
@@ -62,11 +62,10 @@ def inspect(case, arch: int) -> dict:
     # constexprs are no parameters of the compiled kernel
     kinds = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
     arguments = [name if kind.startswith("*") else "" for name, kind in kinds.items()]
-    loads, stores = {}, {}
+    loads, stores, scalars = {}, {}, {}
     for access in global_accesses(ptx, arguments):
-        if not access.is_scalar:
-            widths = stores if access.is_store else loads
-            widths[access.argument] = min(access.width, widths.get(access.argument, access.width))
+        widths = scalars if access.is_scalar else stores if access.is_store else loads
+        widths[access.argument] = min(access.width, widths.get(access.argument, access.width))
     shared = kernel.metadata.shared
     return {
         "registers": registers,
@@ -78,7 +77,7 @@ def inspect(case, arch: int) -> dict:
         "wgmma": count(ptx, "wgmma.mma_async"),
         "mma": count(ptx, "mma.sync"),
         "tcgen05": count(ptx, "tcgen05.mma"),
-        "narrowest_global_load_bytes": _narrowest(loads, kinds, case.dtype),
+        "narrowest_global_load_bytes": _narrowest(loads or scalars, kinds, case.dtype),
         "narrowest_global_store_bytes": _narrowest(stores, kinds, case.dtype),
         "global_loads": loads,
         "global_stores": stores,

@@ -70,6 +70,8 @@ def moved_bytes(read: Iterable[Tensor | object], written: Iterable[Tensor | obje
     """Bytes of the tensors among ``read`` and ``written``; a view counts the elements that it shows."""
     return sum(x.numel() * x.element_size() for x in [*read, *written] if isinstance(x, Tensor))
 
+_POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "silu", "timestep_embedding")
+
 
 @register_flop_formula(_ops.attention)
 def _attention(q, k, v, *_, **__) -> int:
@@ -90,3 +92,8 @@ def _attention_jvp(q, k, v, q_dot, k_dot, v_dot, *_, **__) -> int:
 def _attention_bwd(do, q, k, *_, **__) -> int:
     batch, m, heads, d = q
     return attention_bwd_flops(batch, heads, m, k[1], d)
+
+
+@register_flop_formula([getattr(_ops, name + call) for name in _POINTWISE for call in ("", "_jvp", "_bwd")])
+def _pointwise(*_, **__) -> int:
+    return 0

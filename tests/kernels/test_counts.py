@@ -1,13 +1,16 @@
 """FLOPs and bytes: what torch's counter finds on each operator equals the formulas, on real, fake and meta tensors."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import meanflow_kernels
 from meanflow_kernels import (
     adaln_jvp,
     attention,
@@ -120,6 +123,13 @@ def test_pointwise_operators_count_no_products(place):
         timestep_embedding_jvp((t,), (t,), 64)
 
     assert _count(run) == 0
+
+
+def test_every_registered_operator_has_a_formula():
+    # an operator without one would be left out of a profile without a word
+    sources = "".join(path.read_text() for path in Path(meanflow_kernels.__file__).parent.glob("*/op.py"))
+    ours = set(re.findall(r'custom_op\("(meanflow_kernels::\w+)"', sources))
+    assert ours and ours == {str(op).replace(".", "::") for op in flop_registry if "meanflow_kernels" in str(op)}
 
 
 def test_importing_the_package_is_enough():
