@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .config import ObjectiveConfig
 from .draws import Draws, Stream
 
-# (net, (z, r, t), (z_dot, r_dot, t_dot), y) -> u, du_dt
-Jvp = Callable[[nn.Module, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None], Tensor], tuple]
+# (net, (z, r, t), (z_dot, r_dot, t_dot), y, start) -> u, du_dt; the directions are those of the samples from start on
+Jvp = Callable[[nn.Module, tuple, tuple, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,31 @@ class Terms:
     """||u - v||^2 against the unguided velocity, only logged (B,)."""
     u: Tensor
     du_dt: Tensor
+    """The derivative of the samples from first_unequal on."""
     u_tgt: Tensor
     v_g: Tensor
     """The guided velocity: in the target, and the direction of the derivative."""
 
 
-def func_jvp(net, primals, tangents, y):
-    """u and du/dt by torch.func.jvp, which works for any network; autograd records the derivative too."""
-    tangents = tuple(torch.zeros_like(x) if x_dot is None else x_dot for x, x_dot in zip(primals, tangents, strict=True))
-    return torch.func.jvp(lambda z, r, t: net(z, r, t, y), primals, tangents)
+def func_jvp(net, primals, tangents, y, start=0):
+    """u and du/dt by torch.func.jvp, which works for any network; autograd records the derivative, and of all samples."""
+
+    def whole(x, x_dot):
+        out = torch.zeros_like(x)
+        if x_dot is not None:
+            out[start:] = x_dot
+        return out
+
+    tangents = tuple(whole(x, x_dot) for x, x_dot in zip(primals, tangents, strict=True))
+    u, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), primals, tangents)
+    return u, du_dt[start:]
 
 
-def pair_jvp(net, primals, tangents, y):
+def pair_jvp(net, primals, tangents, y, start=0):
     """u and du/dt by the network's explicit pairs: nothing is recorded for the derivative."""
-    return net(*primals, y, tangents=tangents)
+    if start == len(y):
+        return net(*primals, y), primals[0][start:]
+    return net(*primals, y, tangents=tangents, tangent_start=start)
 
 
 def drop_mask(config: ObjectiveConfig, uniforms: Tensor) -> Tensor:
@@ -87,6 +98,7 @@ def meanflow_terms(
     y: Tensor,
     drop: Tensor,
     *,
+    first_unequal: int = 0,
     guide: nn.Module | None = None,
     jvp: Jvp = pair_jvp,
 ) -> Terms:
@@ -95,6 +107,7 @@ def meanflow_terms(
     Args:
         net: u(z, r, t, y) with an attribute num_classes, the null class.
         x, e: data and noise. r, t: times. y: labels, int64. drop: (B,) bool, who trains on the null class.
+        first_unequal: the samples before it have r = t: their target has no derivative in it, so none is computed.
         guide: the network that predicts guidance; None is net itself.
         jvp: how the derivative is taken.
     """
@@ -106,11 +119,13 @@ def meanflow_terms(
         v_g = torch.where(_column(drop, v), v, v_g)
     y_in = torch.where(drop, net.num_classes, y)
 
-    direction = (v_g, *(torch.full_like(t, rate) if rate else None for rate in config.tangent))
-    u, du_dt = jvp(net, (z, r, t), direction, y_in)
+    rest = slice(first_unequal, None)
+    direction = (v_g[rest], *(torch.full_like(t[rest], rate) if rate else None for rate in config.tangent))
+    u, du_dt = jvp(net, (z, r, t), direction, y_in, first_unequal)
     du_dt = du_dt.detach()
     gap = (t - r).clamp(0, 1) if config.clip_gap else t - r
-    u_tgt = v_g - _column(gap, x) * du_dt  # the MeanFlow identity as a target (Eq. 10)
+    # the MeanFlow identity as a target (Eq. 10)
+    u_tgt = torch.cat([v_g[:first_unequal], v_g[rest] - _column(gap[rest], x) * du_dt])
 
     raw = (u - u_tgt).square().flatten(1).sum(1)
     weight = (raw.detach() + config.norm_c) ** config.norm_p  # appendix B.2

@@ -105,7 +105,7 @@ class RunLog:
     def add(self, terms: Terms, equal: Tensor, grad_norm: Tensor) -> None:
         """Add a step to the interval's sums; nothing waits for the device."""
         raw, unequal = terms.raw.detach(), ~equal
-        du_dt = terms.du_dt.square().flatten(1).mean(1)
+        du_dt = terms.du_dt.square().flatten(1).mean(1)  # of the last samples of the batch, or all
         values = {
             "steps": torch.ones((), device=raw.device),
             "samples": torch.full((), float(len(raw)), device=raw.device),
@@ -116,7 +116,7 @@ class RunLog:
             "raw_unequal": torch.where(unequal, raw, 0).sum(),
             "v_loss": terms.v_loss.sum(),
             "weight": terms.weight.sum(),
-            "du_dt": torch.where(unequal, du_dt, 0).sum(),
+            "du_dt": torch.where(unequal[len(raw) - len(du_dt) :], du_dt, 0).sum(),
             "grad_norm": grad_norm.detach(),
         }
         for name, value in values.items():

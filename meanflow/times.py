@@ -12,12 +12,17 @@ def equal_count(batch: int, share_equal: float) -> int:
     return int(batch * share_equal)
 
 
+def equal_prefix(config: ObjectiveConfig, batch: int) -> int:
+    """How many samples at the start of a device's batch are known to have r = t, whatever is drawn."""
+    return equal_count(batch, config.share_equal) if config.equal_placement == "first" else 0
+
+
 def equal_mask(config: ObjectiveConfig, draws: Draws) -> Tensor:
     """(B,) bool, which samples have r = t."""
     samples = draws.samples
     if config.equal_placement == "bernoulli":
         return draws.uniform(Stream.EQUAL) < config.share_equal
-    return torch.arange(len(samples), device=samples.device) < equal_count(len(samples), config.share_equal)
+    return torch.arange(len(samples), device=samples.device) < equal_prefix(config, len(samples))
 
 
 def draw_times(config: ObjectiveConfig, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .objective import Terms, draw_noise, drop_mask, meanflow_terms
 from .optim import learning_rate, make_optimizer, update_ema
 from .runlog import RunLog
 from .sampling import sample
-from .times import draw_times
+from .times import draw_times, equal_prefix
 
 GRID_CLASSES, GRID_ROWS = 10, 8
 # what may change between a run and its continuation
@@ -105,7 +105,16 @@ class Trainer:
         drop = drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP))
         guide = self.ema if config.objective.guidance_weights == "ema" else None
         terms = meanflow_terms(
-            config.objective, self.run_net, x, draw_noise(x, draws), r, t, batch.labels, drop, guide=guide
+            config.objective,
+            self.run_net,
+            x,
+            draw_noise(x, draws),
+            r,
+            t,
+            batch.labels,
+            drop,
+            first_unequal=equal_prefix(config.objective, len(x)),
+            guide=guide,
         )
         return terms, r == t
 

@@ -205,6 +205,19 @@ def test_equal_times_have_the_velocity_as_target(jvp):
     assert torch.equal(terms.u_tgt, e - x)
 
 
+@pytest.mark.parametrize("jvp", [pair_jvp, func_jvp], ids=["pairs", "torch.func"])
+@pytest.mark.parametrize("equal", [0, 2, 6])
+def test_samples_known_to_have_equal_times_need_no_derivative(equal, jvp):
+    x, e, r, t, y = small_batch()
+    r = torch.where(torch.arange(6) < equal, t, r)
+    net, drop, config = small_dit(), torch.arange(6) < 1, ObjectiveConfig(omega=2.0)
+    whole = meanflow_terms(config, net, x, e, r, t, y, drop)
+    part = meanflow_terms(config, net, x, e, r, t, y, drop, first_unequal=equal, jvp=jvp)
+    torch.testing.assert_close(part.u_tgt, whole.u_tgt, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(part.du_dt, whole.du_dt[equal:], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(part.raw, whole.raw, rtol=1e-11, atol=1e-12)
+
+
 def live_bytes(compute) -> int:
     """Bytes that autograd keeps for the backward pass of what compute() returns, without its inputs."""
     alive = weakref.WeakValueDictionary()
