@@ -24,11 +24,7 @@ def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
 
 
-def _check_numbers(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, emas: Mapping
-) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        fail("lr", f"a tensor of {lr.numel()} elements", "a float or a tensor of one element", "pass one learning rate")
+def _check_numbers(betas: tuple[float, float], eps: float, weight_decay: float, emas: Mapping) -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         fail("betas", betas, "two numbers in [0, 1)", "pass for instance (0.9, 0.95)")
     if not eps >= 0:
@@ -36,12 +32,24 @@ def _check_numbers(
     if not weight_decay >= 0:
         fail("weight_decay", weight_decay, "a number >= 0", "pass 0.0 for none")
     if len(emas) > MAX_EMAS:
-        fail(
-            "emas", f"{len(emas)} decays", f"at most {MAX_EMAS}", "drop some, or keep the others in a loop of your own"
-        )
+        fail("emas", f"{len(emas)} decays", f"at most {MAX_EMAS}", "keep the others in a loop of your own")
     for decay in emas:
         if not 0 <= decay <= 1:
             fail("emas", f"decay {decay}", "a decay in [0, 1]", "pass for instance {0.9999: tensors}")
+
+
+def _check_scalars(steps: Sequence[Tensor], lr: float | Tensor, params: Sequence[Tensor]) -> None:
+    if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
+        fail(
+            "steps",
+            f"{len(steps)} tensors",
+            f"{len(params)} scalar tensors, one a parameter",
+            "start from torch.zeros(())",
+        )
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        fail("lr", f"a tensor of {lr.numel()} elements", "a float or a tensor of one element", "pass one learning rate")
+    if isinstance(lr, Tensor) and params and lr.device.type != "cpu" and lr.device != params[0].device:
+        fail("lr", f"device {lr.device}", f"{params[0].device}, as the parameters, or cpu", "create it there")
 
 
 def _check_lists(lists: Mapping[str, Sequence[Tensor]], params: Sequence[Tensor]) -> None:
@@ -116,21 +124,13 @@ def adamw_ema(
         ValueError: an argument out of range, or a list that does not match the parameters.
     """
     emas = emas or {}
-    _check_numbers(lr, betas, eps, weight_decay, emas)
+    _check_numbers(betas, eps, weight_decay, emas)
+    _check_scalars(steps, lr, params)
     named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     named |= {f"emas[{decay}]": tensors for decay, tensors in emas.items()}
     _check_lists(named | ({"copies": copies} if copies else {}), params)
-    if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
-        fail(
-            "steps",
-            f"{len(steps)} tensors",
-            f"{len(params)} scalar tensors, one a parameter",
-            "pass torch.zeros(()) for each at first",
-        )
     if not params:
         return
-    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != params[0].device:
-        fail("lr", f"device {lr.device}", f"{params[0].device}, as the parameters, or cpu", "create it there")
 
     lists = [_local(x) for x in (params, grads, exp_avgs, exp_avg_sqs, steps, *emas.values())]
     copies = _local(copies)
