@@ -1,0 +1,175 @@
+"""linear: both doors against fp64, one product or two, and what autograd keeps."""
+
+import pytest
+import torch
+from dual_properties import Case, DualProperties, assert_as_exact
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from meanflow_kernels import linear, linear_jvp
+from meanflow_kernels.dual import TangentGradientError
+
+F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
+K, C = 24, 40
+
+
+def _parameters(device="cpu", dtype=F32):
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(C, K, generator=generator) / K**0.5, torch.randn(C, generator=generator)
+    return weight.to(device, dtype), bias.to(device, dtype)
+
+
+def _jvp(primals, tangents, weight, bias=None, *, tangent_start=None):
+    return linear_jvp(primals, tangents, weight, bias)
+
+
+FREE = Case(op=linear, op_jvp=_jvp, plain=torch.nn.functional.linear, make=lambda device: None)
+
+
+class TestProperties(DualProperties):
+    weight, bias = _parameters("cuda" if torch.cuda.is_available() else "cpu")
+    case = Case(
+        op=lambda x, w=weight, b=bias: linear(x, w, b),
+        op_jvp=lambda primals, tangents, w=weight, b=bias, **options: _jvp(primals, tangents, w, b, **options),
+        plain=lambda x, w=weight, b=bias: torch.nn.functional.linear(x, w, b),
+        make=lambda device: ((torch.randn(3, 5, K, device=device),), (torch.randn(3, 5, K, device=device),)),
+    )
+
+    # it does not matter to a linear which rows the tangent belongs to, nor is there a route to choose
+    def test_a_tangent_that_does_not_match_raises(self, device):
+        x, weight = torch.zeros(2, 3, K), _parameters()[0]
+        for x_dot in (x.half(), x[None], torch.zeros(3, 3, K), torch.zeros(2, 4, K), x.to("meta")):
+            with pytest.raises(ValueError, match="^(x_dot|tangent_start): got .*, wanted .*; "):
+                linear_jvp((x,), (x_dot,), weight)
+
+
+def _inputs(batch, n, dtype, device, stacked):
+    rows = torch.randn(batch + n, 5, K, device=device).to(dtype)
+    x, x_dot = rows[:batch], rows[batch:]
+    return (x, x_dot) if stacked else (x.clone(), x_dot.clone())
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.products += name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")
+        self.copies += name in ("aten::cat", "aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stacked", (False, True), ids=("apart", "stacked"))
+@pytest.mark.parametrize("dtype", (F32, F16, pytest.param(BF16, marks=pytest.mark.gpu)), ids=str)
+@pytest.mark.parametrize("n", (3, 1))
+def test_as_exact_as_plain_torch(device, dtype, n, stacked):
+    weight, bias = _parameters(device, dtype)
+    x, x_dot = _inputs(3, n, dtype, device, stacked)
+    assert_as_exact(FREE, (x,), (x_dot,), extra=(weight, bias), start=0)
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_one_product_without_a_copy_where_rows_are_stacked(device, with_bias):
+    weight, bias = _parameters(device)
+    bias = bias if with_bias else None
+    x, x_dot = _inputs(3, 2, F32, device, stacked=True)
+    second = weight.t().contiguous()
+    with Products() as counted:
+        y, y_dot = linear_jvp((x,), (x_dot,), weight, bias)
+        # the results are stacked again
+        z, z_dot = linear_jvp((y,), (y_dot,), second)
+    assert (counted.products, counted.copies) == (2, 0)
+    assert torch.allclose(y, torch.nn.functional.linear(x, weight, bias), atol=1e-5)
+    assert torch.allclose(z_dot, x_dot @ weight.t() @ weight, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda rows: (rows[:2].clone(), rows[2:].clone()),  # two buffers
+        lambda rows: (rows[2:], rows[:2]),  # the other way round
+        lambda rows: (rows[:2], rows[3:]),  # a gap between them
+        lambda rows: (rows[:2, :, :K], rows[2:, :, :K]),  # rows of a wider matrix
+    ],
+)
+def test_two_products_where_rows_are_not_stacked(device, pair):
+    weight, bias = _parameters(device)
+    x, x_dot = pair(torch.randn(4, 5, K + 1, device=device))
+    x, x_dot = (a if a.shape[-1] == K else a[..., :K].clone() for a in (x, x_dot))
+    with Products() as counted:
+        y, y_dot = linear_jvp((x,), (x_dot,), weight, bias)
+    assert counted.products == 2
+    assert torch.allclose(y, torch.nn.functional.linear(x, weight, bias), atol=1e-5)
+    assert torch.allclose(y_dot, x_dot @ weight.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", (False, True), ids=("apart", "stacked"))
+def test_saves_input_and_weight_of_the_primal_alone(device, stacked):
+    weight, bias = (p.requires_grad_() for p in _parameters(device))
+    x, x_dot = _inputs(3, 3, F32, device, stacked)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        y, _ = linear_jvp((x,), (x_dot,), weight, bias)
+    assert sum(a.numel() for a in saved) <= x.numel() + weight.numel()
+    assert not any(a.data_ptr() == x_dot.data_ptr() for a in saved)
+    y.sum().backward()
+    assert weight.grad is not None and bias.grad is not None
+
+
+@pytest.mark.parametrize("tracked", (0, 1, 2))
+def test_stacked_gradient_through_the_tangent_raises(device, tracked):
+    weight, _ = _parameters(device)
+    x, x_dot = _inputs(3, 3, F32, device, stacked=True)
+    (x, x_dot, weight)[tracked].requires_grad_()
+    _, y_dot = linear_jvp((x,), (x_dot,), weight)
+    with pytest.raises(TangentGradientError, match="Detach the tangent"):
+        y_dot.sum().backward()
+
+
+@pytest.mark.parametrize("present", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)], ids=("x", "weight", "bias", "all"))
+def test_forward_mode_carries_every_tangent(device, present):
+    inputs = (torch.randn(3, 5, K, device=device), *_parameters(device))
+    tangents = tuple(p * torch.randn_like(x) for p, x in zip(present, inputs, strict=True))
+    found = torch.func.jvp(linear, inputs, tangents)[1]
+    assert torch.allclose(found, torch.func.jvp(torch.nn.functional.linear, inputs, tangents)[1], atol=1e-6)
+
+
+def test_a_dual_weight_of_an_explicit_pair_raises(device):
+    weight, bias = _parameters(device)
+    x = torch.randn(3, K, device=device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, weight)
+        with pytest.raises(ValueError, match="^weight: got a forward-mode dual"):
+            linear_jvp((x,), (x,), dual, bias)
+
+
+def test_autocast_is_followed(device):
+    weight, bias = (p.requires_grad_() for p in _parameters(device))
+    x, x_dot = _inputs(3, 3, F32, device, stacked=True)
+    with torch.autocast(device, torch.bfloat16):
+        y, y_dot = linear_jvp((x,), (x_dot,), weight, bias)
+    assert y.dtype == y_dot.dtype == BF16
+    y.float().sum().backward()
+    assert weight.grad.dtype == F32
+
+
+X, W, B = torch.zeros(2, 3, K), torch.zeros(C, K), torch.zeros(C)
+BAD = [
+    ("x", (X[..., 1:], W, B)),
+    ("x", ("text", W, B)),
+    ("weight", (X, W[0], B)),
+    ("weight", (X, W.half(), B)),
+    ("bias", (X, W, B[1:])),
+    ("bias", (X, W, B.to("meta"))),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), BAD)
+def test_wrong_arguments_raise(name, arguments):
+    x, weight, bias = arguments
+    for call in (lambda: linear(x, weight, bias), lambda: linear_jvp((x,), (x,), weight, bias)):
+        with pytest.raises(ValueError, match=rf"^{name}: got .*, wanted .*; "):
+            call()
