@@ -124,3 +124,60 @@ def test_accesses_are_known_by_argument_width_and_sharing():
 def test_occupancy_by_hand(arch, registers, shared, warps, blocks):
     assert resident_blocks(arch, registers=registers, shared_bytes=shared, warps=warps) == blocks
     assert occupancy(arch, registers=registers, shared_bytes=shared, warps=warps) == blocks * warps / LIMITS[arch].warps
+
+
+def _report(tmp_path: Path, *arguments: str) -> list[dict]:
+    path = tmp_path / "report.json"
+    run = _python("-m", "benchmarks.static_report", "--json", str(path), *arguments)
+    # 1: a config breaks a rule, and the tests say which
+    assert run.returncode in (0, 1), run.stderr
+    assert f"{len(json.loads(path.read_text()))} configs" in run.stdout
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> list[dict]:
+    """Rows of every launch config on the architectures that have configs of their own."""
+    return _report(tmp_path_factory.mktemp("report"), "--arch", "sm_80", "sm_90")
+
+
+def _broken(rows: list[dict]) -> list[str]:
+    columns = ("op", "arch", "dtype", "head_dim", "width", "config", "problems")
+    return [" ".join(str(row[c]) for c in columns if c in row) for row in rows if row["problems"]]
+
+
+def test_shipped_configs_keep_the_rules(shipped):
+    assert _broken(shipped) == []
+
+
+def test_report_covers_every_kernel(shipped):
+    folders = {path.parent.name for path in (ROOT / "kernels/meanflow_kernels").glob("*/kernel.py")}
+    assert folders and {row["folder"] for row in shipped} == folders
+    attention = [row for row in shipped if row["folder"] == "attention"]
+    for arch in ("sm_80", "sm_90"):
+        assert {row["head_dim"] for row in attention if row["arch"] == arch} >= {32, 64, 72, 96, 128}
+
+
+def test_attention_loads_sixteen_bytes(shipped):
+    half = [row for row in shipped if row["folder"] == "attention" and row["dtype"] in ("bfloat16", "float16")]
+    narrow = [row for row in half if row["head_dim"] in (64, 72) and row["narrowest_global_load_bytes"] < 16]
+    # our own backward on sm_80, which serves only where no library's does: 32 rows of the 16-wide column tile of hd 72
+    # are 4 elements for each of 128 threads, and 64 rows spill
+    known = {("attention_bwd_dq", "sm_80", 72), ("attention_bwd_dkdv", "sm_80", 72)}
+    assert half and {(row["op"], row["arch"], row["head_dim"]) for row in narrow} <= known
+    assert min(row["narrowest_global_load_bytes"] for row in half) >= 8
+
+
+def test_rows_have_the_columns(shipped):
+    columns = "op arch config registers spill_bytes shared_bytes occupancy wgmma mma narrowest_global_load_bytes".split()
+    for row in shipped:
+        assert not [c for c in columns if c not in row] and ("head_dim" in row or "width" in row)
+
+
+@pytest.mark.slow
+def test_shared_configs_keep_the_rules_on_every_architecture(tmp_path):
+    rows = _report(tmp_path, "--full")
+    assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in LIMITS}
+    assert _broken(rows) == []
+    # architectures without configs of their own share those that fit 99 KB
+    assert all(row["shared_bytes"] <= 99 * KB for row in rows if row["arch"] not in ("sm_80", "sm_90"))
