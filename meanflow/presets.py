@@ -43,7 +43,7 @@ def _digits() -> RunConfig:
         objective=ObjectiveConfig(share_equal=0.5, label_drop=0.0),
         optim=OptimConfig(lr=4e-3, warmup_steps=100, ema_decay=0.99),
         data=DataConfig(name="digits"),
-        train=TrainConfig(steps=1200, batch=64, log_every=25, sample_every=300, save_every=200),
+        train=TrainConfig(steps=1800, batch=64, log_every=25, sample_every=300, save_every=300),
     )
 
 

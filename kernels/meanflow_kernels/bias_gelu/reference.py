@@ -21,5 +21,6 @@ def bias_gelu_tangent_ref(x: Tensor, bias: Tensor, x_dot: Tensor) -> Tensor:
     """Tangent of :func:`bias_gelu_ref`: gelu'(x + bias) x_dot."""
     x, bias, x_dot = upcast(x, bias, x_dot)
     x = x + bias
-    tanh = torch.tanh(_K * (x + _C * x**3))
-    return (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * _K * (1 + 3 * _C * x**2)) * x_dot
+    x2 = x * x
+    tanh = torch.tanh(_K * x * (1 + _C * x2))
+    return (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * _K * (1 + 3 * _C * x2)) * x_dot
