@@ -28,11 +28,11 @@ install_torch() {
     .venv/bin/python -c 'import torch' 2>/dev/null && return
     if [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
         say "no NVIDIA driver: torch $torch_version, the CPU build if an index has it"
-        .venv/bin/pip install -q "torch==$torch_version+cpu" 2>/dev/null && return
+        .venv/bin/pip install -qq "torch==$torch_version+cpu" 2>/dev/null && return
         say "no index offers the CPU build (README, Install, says which does): taking the ordinary one, several GB"
     fi
     say "torch $torch_version"
-    .venv/bin/pip install -q "torch==$torch_version"
+    .venv/bin/pip install -qq "torch==$torch_version"
 }
 
 install() {
@@ -43,9 +43,9 @@ install() {
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     install_torch || return
     # the CPU build of torch does not bring Triton along
-    [ "$(uname)" != Linux ] || .venv/bin/pip install -q "triton==$triton_version" || return
-    .venv/bin/pip install -q "setuptools>=70" || return
-    .venv/bin/pip install -q --no-build-isolation -e '.[test]' || return
+    [ "$(uname)" != Linux ] || .venv/bin/pip install -qq "triton==$triton_version" || return
+    .venv/bin/pip install -qq "setuptools>=70" || return
+    .venv/bin/pip install -qq --no-build-isolation -e '.[test]' || return
     fingerprint > .venv/installed
     say "done in $SECONDS s"
 }
