@@ -108,13 +108,13 @@ def _exact(case: Case, call: str, cotangents: list[Tensor], rows: list[int]) -> 
 
 
 def _errors(case: Case, call: str, results: list, cotangents: list, *, strict: bool) -> dict[str, float]:
-    """Errors of the first and the last sample against fp64; raises where they are out of bounds."""
-    rows = [0, case.primals[0].shape[0] - 1]
+    """Errors of the first, the middle and the last sample against fp64; raises where they are out of bounds."""
+    batch = case.primals[0].shape[0]
+    rows = [0, batch // 2, batch - 1]
     exact = _exact(case, call, cotangents, rows)
     # the second half of the results with a tangent are the tangents; those of a quarter belong to the last samples
     primal = len(exact) // 2 if call in ("dual", "quarter") else len(exact)
     lowest = min((x.dtype for x in results), key=lambda dtype: dtype.itemsize)
-    batch = case.primals[0].shape[0]
     pairs = {
         f"error_{i}": (x[rows], y) if x.shape[0] == batch else (x[-1:], y[-1:])
         for i, (x, y) in enumerate(zip(results, exact, strict=True))
