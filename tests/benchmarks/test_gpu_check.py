@@ -65,7 +65,8 @@ def test_parts_that_pass(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("failing", "part"), [("tests/kernels", "tests"), ("bench_silu.py", "pointwise"), ("benchmarks.static_report", "static")]
+    ("failing", "part"),
+    [("tests/kernels", "tests"), ("bench_silu.py", "pointwise"), ("benchmarks.static_report", "static")],
 )
 def test_part_that_fails(tmp_path, failing, part):
     run = _run(tmp_path, failing=failing)
