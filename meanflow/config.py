@@ -198,8 +198,6 @@ class TrainConfig:
     """Dtype of matrix products and attention. Weights, residual stream, target and loss stay in fp32."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """What fp32 matrix products may round their inputs to: nothing, TF32, bf16 (torch.set_float32_matmul_precision)."""
-    compile: bool = False
-    """Run the network through torch.compile."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: a resumed run is bit-exact on CUDA too (on the CPU it always is)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,6 +1,7 @@
 """The training loop of one process: draw, differentiate, step, log, save. Repeating a run resumes it."""
 
 import copy
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -72,6 +73,8 @@ class Trainer:
         self.config, self.out = config, out
         self.device = choose_device(config.train.device)
         torch.set_float32_matmul_precision(config.train.matmul)
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(config.train.deterministic)
         self.dataset: Dataset = open_dataset(config.data, config.model)
         self.order = Order(len(self.dataset), config.train.batch, config.train.seed, config.data.drop_last)
@@ -82,7 +85,6 @@ class Trainer:
         self.net = net.to(self.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = make_optimizer(config.optim, self.net)
-        self.run_net: Callable = torch.compile(self.net, dynamic=False) if config.train.compile else self.net
         self.step = 0
         self.first_bad = torch.tensor(-1, device=self.device)
         self.last_checkpoint: Path | None = None
@@ -106,7 +108,7 @@ class Trainer:
         guide = self.ema if config.objective.guidance_weights == "ema" else None
         terms = meanflow_terms(
             config.objective,
-            self.run_net,
+            self.net,
             x,
             draw_noise(x, draws),
             r,
