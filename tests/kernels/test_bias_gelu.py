@@ -77,7 +77,7 @@ def test_kernel_on_the_gpu(kernel_route, device, shape):
     check(shape, BF16, BF16, 1.0, device)
 
 
-@pytest.mark.parametrize("rows", (1, 8, 9, 100))
+@pytest.mark.parametrize("rows", (1, 8, 9, 300))
 def test_the_sum_over_rows_is_cut_into_chunks(kernel_route, device, rows):
     x, bias, dy = torch.randn(rows, 40, device=device), torch.randn(40, device=device), torch.randn(rows, 40, device=device)
     dx, dbias = torch.ops.meanflow_kernels.bias_gelu_bwd(x, bias, dy)
