@@ -16,6 +16,14 @@ def _commit() -> str | None:
         return None
 
 
+def _triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
 def _nvml(read) -> tuple[dict, dict]:
     """What ``read`` makes of NVML's handle of the current GPU, and why it is missing where there is none."""
     try:
@@ -48,14 +56,12 @@ def clocks() -> dict:
 
 def environment(device: str, commit: str | None = None) -> dict:
     """Hardware, driver, versions, commit and date. ``commit`` is for a tree that is no git checkout."""
-    import triton
-
     row = {
         "device": device,
         "gpu": None,
         "driver": None,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton(),
         "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
