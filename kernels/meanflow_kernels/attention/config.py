@@ -45,8 +45,20 @@ _DUAL: Rows = (
     (128, AttentionConfig(32, 32, 4, 2)),
 )
 _PLAIN: Rows = ((80, AttentionConfig(64, 64, 4, 2)), (128, AttentionConfig(64, 32, 4, 2)))
-_BWD_DQ: Rows = ((128, AttentionConfig(64, 32, 4, 2)),)
-_BWD_DKDV: Rows = ((128, AttentionConfig(32, 64, 4, 2)),)
+# the two warps of hd 72 as above; 64x64 and, for dk and dv, 32x64 spill on one architecture or another
+_BWD_DQ: Rows = (
+    (64, AttentionConfig(64, 32, 4, 2)),
+    (80, AttentionConfig(32, 32, 2, 2)),
+    (128, AttentionConfig(64, 32, 4, 2)),
+)
+_BWD_DKDV: Rows = (
+    (64, AttentionConfig(32, 64, 4, 2)),
+    (80, AttentionConfig(32, 32, 2, 2)),
+    (128, AttentionConfig(16, 64, 4, 2)),
+)
+# two warps on hd 72 spill 44 bytes where ptxas targets Blackwell; with four the 16-wide column tile loads 8 bytes
+_DUAL_100: Rows = (*_DUAL[:2], (128, AttentionConfig(32, 32, 4, 2)))
+_BWD_DKDV_100: Rows = (_BWD_DKDV[0], _BWD_DKDV[2])
 
 # IEEE products run on the FMA pipes with their operands in registers: many warps, and small tiles for wide heads
 _DUAL_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 16, 8, 2)))
@@ -61,8 +73,9 @@ def _pick(rows: Rows, head_dim: int) -> AttentionConfig:
 
 def dual_config(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
     """The config of the forward with a tangent."""
-    rows = _DUAL_FP32 if dtype == torch.float32 else _DUAL_90 if arch == 90 else _DUAL
-    return _pick(rows, head_dim)
+    if dtype == torch.float32:
+        return _pick(_DUAL_FP32, head_dim)
+    return _pick(_DUAL_90 if arch == 90 else _DUAL_100 if arch >= 100 else _DUAL, head_dim)
 
 
 def plain_config(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
@@ -75,6 +88,8 @@ def backward_configs(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[Atte
     """The configs of the backward's two kernels: dq, then dk and dv."""
     if dtype == torch.float32:
         dq, dkdv = _BWD_DQ_FP32, _BWD_DKDV_FP32
+    elif arch == 90:
+        dq, dkdv = _BWD_DQ_90, _BWD_DKDV_90
     else:
-        dq, dkdv = (_BWD_DQ_90, _BWD_DKDV_90) if arch == 90 else (_BWD_DQ, _BWD_DKDV)
+        dq, dkdv = _BWD_DQ, _BWD_DKDV_100 if arch >= 100 else _BWD_DKDV
     return _pick(dq, head_dim), _pick(dkdv, head_dim)
