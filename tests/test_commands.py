@@ -167,6 +167,15 @@ def test_quickstart(command, tmp_path):
     assert (out / "report.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("name", ["quickstart", "train"])
+def test_folder_that_cannot_be_made(command, tmp_path, name):
+    (tmp_path / "file").write_text("kept")
+    args = ["digits"] * (name == "train") + ["--out", tmp_path / "file" / "run"]
+    code, _, err = command(name, *args)
+    assert code == 2 and err.startswith(f"{name}.py: error: ") and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_ablation(command, tmp_path):
     args = ["tangent", "--steps", 3, "--seeds", 0, 1, "--out", tmp_path]
     code, text, err = command("ablate", *args)
