@@ -1,17 +1,21 @@
 """Routes, the two doors and the guard: no tangent is ever dropped, eager or compiled, and none is differentiated."""
 
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from attention_inputs import make_inputs, plain_attention
 from tolerances import relative_error
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import meanflow_kernels
 from meanflow_kernels import attention, attention_jvp
 from meanflow_kernels.dual import TangentGradientError, guard
 from meanflow_kernels.routing import Route, force_route, runs_kernel
@@ -76,6 +80,77 @@ def test_a_users_transformer_equals_plain_torch(each_route, step, backend, depth
     assert relative_error(y_dot, y_dot_plain) < 1e-5
     for p, p_plain in zip(ours.parameters(), plain.parameters(), strict=True):
         assert relative_error(p.grad, p_plain.grad) < 2e-4 or p_plain.grad.norm() < 1e-6
+
+
+def _plain_embedding(t, width):
+    frequencies = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10000) / (width // 2)))
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def _plain_adaln(x, shift, scale):
+    x = x - x.mean(-1, keepdim=True)
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + scale[:, None]) + shift[:, None]
+
+
+def _plain_gate_adaln(x, y, gate, shift, scale):
+    x = x + gate[:, None] * y
+    return x, _plain_adaln(x, shift, scale)
+
+
+PLAIN_OPS = SimpleNamespace(
+    adaln=_plain_adaln,
+    attention=plain_attention,
+    bias_gelu=lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+    gate_adaln=_plain_gate_adaln,
+    linear=F.linear,
+    silu=F.silu,
+    timestep_embedding=_plain_embedding,
+)
+
+
+class Transformer(nn.Module):
+    """A user's conditioned transformer block that calls every operator of ``ops``."""
+
+    def __init__(self, ops, width: int = 48, heads: int = 2):
+        super().__init__()
+        self.ops, self.heads, self.width = ops, heads, width
+        shapes = {"mod": (6 * width, width), "qkv": (3 * width, width), "out": (width, width), "up": (2 * width, width)}
+        shapes |= {"down": (width, 2 * width)}
+        self.weights = nn.ParameterDict({name: 0.2 * torch.randn(shape) for name, shape in shapes.items()})
+        self.bias = nn.Parameter(torch.randn(2 * width))
+
+    def forward(self, x, t):  # (B, L, C), (B,)
+        ops, w = self.ops, self.weights
+        c = ops.linear(ops.silu(ops.timestep_embedding(t, self.width)), w["mod"])
+        shift, scale, gate, shift2, scale2, gate2 = c.chunk(6, -1)
+        q, k, v = ops.linear(ops.adaln(x, shift, scale), w["qkv"]).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        y = ops.linear(ops.attention(q, k, v).flatten(2), w["out"])
+        x, h = ops.gate_adaln(x, y, gate, shift2, scale2)
+        return x + gate2[:, None] * ops.linear(ops.bias_gelu(ops.linear(h, w["up"]), self.bias), w["down"])
+
+
+@pytest.mark.parametrize("backend", (None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def test_a_users_transformer_of_all_operators_equals_plain_torch(each_route, backend, device):
+    ours, plain = Transformer(meanflow_kernels).to(device), Transformer(PLAIN_OPS).to(device)
+    ours.load_state_dict(plain.state_dict())
+    x, x_dot = torch.randn(2, 3, 17, 48, device=device)
+    t, t_dot = torch.rand(3, device=device), torch.ones(3, device=device)
+
+    def step(network, x, x_dot, t, t_dot):
+        y, y_dot = torch.func.jvp(network, (x, t), (x_dot, t_dot))
+        y_dot = y_dot.detach()
+        return (y - y_dot).square().mean(), y_dot
+
+    run = step if backend is None else torch.compile(step, fullgraph=True, backend=backend)
+    loss, y_dot = run(ours, x, x_dot, t, t_dot)
+    loss.backward()
+    loss_plain, y_dot_plain = step(plain, x, x_dot, t, t_dot)
+    loss_plain.backward()
+    assert abs(loss - loss_plain) < 1e-4 * loss_plain
+    assert relative_error(y_dot, y_dot_plain) < 1e-4
+    for (name, p), p_plain in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert relative_error(p.grad, p_plain.grad) < 1e-3, name
 
 
 @pytest.mark.parametrize(
