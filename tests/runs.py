@@ -47,12 +47,16 @@ def train_in_process(out: Path, prelude: str = "", **train) -> subprocess.Comple
 import os, signal, sys
 sys.path[:0] = {[p for p in sys.path if p]!r}
 import runs
-from meanflow import checkpoint, cli, training
+from meanflow import checkpoint, training
 from pathlib import Path
+try:
+    from meanflow.cli import run
+except ModuleNotFoundError:  # a GPU machine without tyro
+    run = lambda main: sys.exit(main([]))
 die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 {prelude}
 sys.argv[0] = "train.py"
-cli.run(lambda args: training.train(runs.tiny(**{train!r}), Path({str(out)!r})))
+run(lambda args: training.train(runs.tiny(**{train!r}), Path({str(out)!r})))
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=300)

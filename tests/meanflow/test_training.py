@@ -99,6 +99,16 @@ training.Trainer.train_step = train_step
     assert same_run(tmp_path, whole)
 
 
+@pytest.mark.gpu
+def test_resumed_on_a_gpu(tmp_path):
+    settings = {"device": "cuda", "deterministic": True}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for out, steps in ((whole, runs.STEPS), (part, 6), (part, runs.STEPS)):
+        done = runs.train_in_process(out, **settings, steps=steps)
+        assert done.returncode == 0, done.stderr
+    assert runs.final_state(part) == runs.final_state(whole)
+
+
 def test_a_longer_run_continues_a_shorter_one(whole, tmp_path):
     train(runs.tiny(steps=6, log_every=3), tmp_path)
     train(runs.tiny(), tmp_path)
