@@ -3,8 +3,10 @@
 from .adaln import adaln, adaln_jvp
 from .attention import attention, attention_jvp
 from .bias_gelu import bias_gelu, bias_gelu_jvp
+from .dual import TangentGradientError
 from .gate_adaln import gate_adaln, gate_adaln_jvp
 from .linear import linear, linear_jvp
+from .routing import Route, force_route
 from .silu import silu, silu_jvp
 from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
 
@@ -12,12 +14,15 @@ from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
 from . import counts  # noqa: E402, F401
 
 __all__ = [
+    "Route",
+    "TangentGradientError",
     "adaln",
     "adaln_jvp",
     "attention",
     "attention_jvp",
     "bias_gelu",
     "bias_gelu_jvp",
+    "force_route",
     "gate_adaln",
     "gate_adaln_jvp",
     "linear",

@@ -104,16 +104,17 @@ def test_lse_is_the_natural_logarithm(head_dim, dtype, device):
     assert lse.dtype == FP32 and (lse.double() - exact).abs().max() < (1e-5 if dtype == FP32 else 1e-3)
 
 
-@pytest.mark.parametrize("head_dim", (64, 72), ids=("summed", "from the column of ones"))
-def test_tangent_does_not_depend_on_a_shift_of_v(head_dim, device):
-    # sum_n p_dot = 0: the row sum must come from the same rounded products as the matrix product
+@pytest.mark.parametrize(("head_dim", "bar"), [(64, 4e-4), (72, 5e-5)], ids=("summed", "from the column of ones"))
+def test_tangent_hardly_depends_on_a_shift_of_v(head_dim, bar, device):
+    # sum_n p_dot = 0, so a shift of v cancels where l_dot sums the very products that multiply v. It cancels entirely
+    # with l from the same column of ones; summed in fp32 before rounding, l leaves the rounding of p times l_dot
     (q, k, v), tangents = make_inputs("iid", 1, 64, 64, 1, head_dim, FP16, device)
     tangents = (*tangents[:2], None)
     v = (v * 8).round() / 8
-    shifted = v + 64
-    assert torch.equal(shifted - 64, v)
+    shifted = v + 4
+    assert torch.equal(shifted - 4, v)
     o_dot, o_dot_shifted = (attention_jvp((q, k, x), tangents)[1] for x in (v, shifted))
-    assert relative_error(o_dot_shifted, o_dot) < 1e-3
+    assert relative_error(o_dot_shifted, o_dot) < bar
 
 
 def _layout(name, batch, length, heads, head_dim, device):

@@ -109,8 +109,9 @@ def test_a_gradient_through_lse_raises(kernel_route, device):
         lse.sum().backward()
 
 
-def test_a_backend_that_does_not_serve_raises(kernel_route):
-    q = torch.randn(1, 5, 1, 16, requires_grad=True)
+def test_a_backend_that_does_not_serve_raises(kernel_route, device):
+    # flash takes no fp32
+    q = torch.randn(1, 5, 1, 16, device=device, requires_grad=True)
     with force_backward(Backward.FLASH), pytest.raises(ValueError, match="^force_backward: got .*, wanted"):
         attention(q, q, q).sum().backward()
     with pytest.raises(ValueError, match="^backward: got 'flash'"), force_backward("flash"):

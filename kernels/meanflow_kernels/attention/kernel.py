@@ -199,7 +199,7 @@ def attention_kernel(
             if SPLIT:
                 acc_dot1 = tl.dot(p_r, v_dot1, acc_dot1, input_precision=PRECISION)
         if HAS_S_DOT:
-            # the row sum is of the rounded products that the matrix product sees: a shift of v then cancels exactly
+            # the row sum is of the rounded products that the matrix product sees: a shift of v cancels
             ps_dot = (p * (s_dot * scale)).to(v0.dtype)
             acc_dot0 = tl.dot(ps_dot, v0, acc_dot0, input_precision=PRECISION)
             if SPLIT:
