@@ -3,7 +3,8 @@
 The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
 ``torch.autograd.forward_ad``): on the reference route the plain ``op`` is torch code, which carries tangents itself;
 on the kernel route it unpacks dual inputs, calls the explicit pair, and packs the results again. A registered operator
-alone would lose the tangent without a word.
+alone would lose the tangent without a word. So does torch itself with a dual that enters a compiled function from
+outside: call torch.func.jvp inside it.
 
 How an op uses this module:
 
