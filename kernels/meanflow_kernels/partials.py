@@ -1,4 +1,4 @@
-"""Second stage of the deterministic reductions: the programs of a backward kernel each leave an fp32 sum, added up here."""
+"""Second stage of the deterministic reductions: each program of a backward kernel leaves an fp32 sum, added up here."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,8 @@ def _sum_partials_kernel(
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        total += tl.load(partial_ptr + p[:, None] * C + cols[None, :], mask=(p < P)[:, None] & inside[None, :], other=0.0)
+        mask = (p < P)[:, None] & inside[None, :]
+        total += tl.load(partial_ptr + p[:, None] * C + cols[None, :], mask=mask, other=0.0)
     total = tl.sum(total, 0)
     out = sample * C + cols
     if which == 0:

@@ -1,4 +1,4 @@
-"""What every dual operator keeps, whatever the numbers: test classes derive from DualProperties and say which operator."""
+"""What every dual operator keeps, whatever the numbers: a test class derives from DualProperties and says of which."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,20 +73,20 @@ def assert_as_exact(case: Case, primals, tangents, *, extra=(), start: int | Non
 
     def by_plain(dtype):
         def cast(xs):
-            return tuple(None if x is None else x.detach().to(dtype or x.dtype) for x in xs)
+            return tuple(x.detach().to(dtype or x.dtype) for x in xs)
 
         inputs = tuple(x.requires_grad_() for x in cast(leaves))
         y = tensors(case.plain(*inputs))
         gradients = torch.autograd.grad(y, inputs, cast(cotangents))
-        rows = slice(None) if start is None else slice(start, start + next(x.shape[0] for x in tangents if x is not None))
+        n = tangents[0].shape[0]
+        rows = slice(start or 0, (start or 0) + n)
         some, rest = tuple(x[rows] for x in cast(primals)), cast(extra)
-        zeros = tuple(torch.zeros_like(x) if x_dot is None else x_dot for x, x_dot in zip(some, cast(tangents), strict=True))
-        y_dot = torch.func.jvp(lambda *xs: case.plain(*xs, *rest), some, zeros)[1]
+        y_dot = torch.func.jvp(lambda *xs: case.plain(*xs, *rest), some, cast(tangents))[1]
         return [x.detach() for x in (*y, *tensors(y_dot), *gradients)]
 
-    kinds = [f"{kind} {i}" for kind, xs in zip(("out", "out_dot", "gradient"), (cotangents, cotangents, leaves), strict=True)
-             for i in range(len(xs))]
-    for name, ours, exact, plain in zip(kinds, found, by_plain(torch.float64), by_plain(None), strict=True):
+    counts = {"out": len(cotangents), "out_dot": len(cotangents), "gradient": len(leaves)}
+    names = [f"{kind} {i}" for kind, count in counts.items() for i in range(count)]
+    for name, ours, exact, plain in zip(names, found, by_plain(torch.float64), by_plain(None), strict=True):
         assert_error(ours.detach(), exact, plain, name)
 
 
@@ -119,8 +119,10 @@ class DualProperties:
 
     def test_an_absent_tangent_is_zero(self, each_route, device):
         primals, tangents = self.case.make(device)
-        count = len(primals)
-        alone = [self._pair(primals, tuple(x if i == j else None for j, x in enumerate(tangents)))[1] for i in range(count)]
+        alone = []
+        for i in range(len(primals)):
+            one = tuple(x if i == j else None for j, x in enumerate(tangents))
+            alone.append(self._pair(primals, one)[1])
         for full, *parts in zip(self._pair(primals, tangents)[1], *alone, strict=True):
             assert relative_error(sum(parts), full) < 2e-6
 

@@ -69,9 +69,12 @@ def test_a_slice_is_as_exact_as_plain_torch(each_route, device):
     check((3, 11, 48), F16, F32, 1.0, device, start=1)
 
 
+GPU_SHAPES = [(4, 256, 4608), (3, 255, 1536), (2, 64, 3072), (1, 1024, 4096), (2, 17, 100)]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("shape", [(4, 256, 4608), (3, 255, 1536), (2, 64, 3072), (1, 1024, 4096), (2, 17, 100)], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_kernel_on_the_gpu(kernel_route, device, shape):
     check(shape, BF16, F32, 1.0, device)
     check(shape, BF16, BF16, 1.0, device)
@@ -79,7 +82,8 @@ def test_kernel_on_the_gpu(kernel_route, device, shape):
 
 @pytest.mark.parametrize("rows", (1, 8, 9, 300))
 def test_the_sum_over_rows_is_cut_into_chunks(kernel_route, device, rows):
-    x, bias, dy = torch.randn(rows, 40, device=device), torch.randn(40, device=device), torch.randn(rows, 40, device=device)
+    x, dy = torch.randn(2, rows, 40, device=device)
+    bias = torch.randn(40, device=device)
     dx, dbias = torch.ops.meanflow_kernels.bias_gelu_bwd(x, bias, dy)
     assert relative_error(dbias, dx.sum(0)) < 1e-6
     assert module._rows_per_chunk(rows, 40) % BACKWARD.block_r == 0
@@ -122,7 +126,7 @@ def test_reference_in_fp64():
 
 def test_empty(each_route, device):
     for shape in ((0, 3, 8), (2, 0, 8)):
-        x, bias = torch.randn(shape, device=device, requires_grad=True), torch.randn(8, device=device, requires_grad=True)
+        x, bias = (torch.randn(size, device=device, requires_grad=True) for size in (shape, 8))
         y, y_dot = bias_gelu_jvp((x,), (x.detach(),), bias)
         assert y.shape == y_dot.shape == shape
         assert torch.autograd.grad(y.sum(), bias)[0].abs().max() == 0
@@ -130,7 +134,7 @@ def test_empty(each_route, device):
 
 def test_opcheck(kernel_route, device):
     ops = torch.ops.meanflow_kernels
-    x, x_dot, bias = torch.randn(2, 3, 8, device=device), torch.randn(1, 3, 8, device=device), torch.randn(8, device=device)
+    x, x_dot, bias = (torch.randn(size, device=device) for size in ((2, 3, 8), (1, 3, 8), (8,)))
     leaves = x.clone().requires_grad_(), bias.clone().requires_grad_()
     torch.library.opcheck(ops.bias_gelu.default, leaves, test_utils=WITHOUT_GRADIENT)
     torch.library.opcheck(ops.bias_gelu_jvp.default, (x, bias, x_dot, 1), test_utils=WITHOUT_GRADIENT)

@@ -1,7 +1,7 @@
 """LayerNorm + modulate, its forward-mode derivative and its backward: one program a few rows, each row in registers.
 
-A row of C columns is a tuple of tiles whose widths are powers of two (1152 = 512 + 512 + 128): no lane idles at the widths
-of the DiT family, where one power of two would idle up to 44 % of them. All arithmetic is fp32.
+A row of C columns is a tuple of tiles whose widths are powers of two (1152 = 512 + 512 + 128): no lane idles at the
+widths of the DiT family, where one power of two would idle up to 44 % of them. All arithmetic is fp32.
 """
 
 import triton
@@ -10,10 +10,10 @@ import triton.language as tl
 
 @triton.constexpr_function
 def _tile_widths(c):
-    """The largest powers of two, 512 at most; what remains behind the first of them is one tile, rounded up to such a power.
+    """The largest powers of two, 512 at most; a rest behind the first of them is one tile, rounded up to such a power.
 
-    512 and not more: the compiler fetches all vectors of a tile at once, and 1024 columns take 27 registers more
-    (adaln_jvp at C = 1152, sm_90: 185 instead of 158, 8 programs an SM instead of 12).
+    512 and not more: the compiler fetches all vectors of a tile at once, and 1024 columns take more registers than
+    there are (gate_adaln_jvp at C = 1152, sm_90, triton 3.6: 20 bytes spilled).
     """
     widths = []
     while c > 0:

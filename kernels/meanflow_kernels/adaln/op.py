@@ -148,13 +148,15 @@ def compile_cases(arch: int) -> list[CompileCase]:
     return cases
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None) -> Tensor:
+def adaln(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """y = LayerNorm(x) (1 + scale) + shift: the adaptive LayerNorm of DiT (Peebles & Xie, arXiv 2212.09748), no affine.
 
     Args:
         x: (B, L, C). Statistics are fp32 whatever its dtype (fp64 where x is fp64, which runs the reference alone).
-        shift, scale: (B, C), of one dtype, which may differ from x's. Chunks of a (B, 6 C) projection are read in place;
-            of all arguments only one whose last stride is not 1 is copied.
+        shift, scale: (B, C), of one dtype, which may differ from x's. Chunks of a (B, 6 C) projection are read in
+            place; of all arguments only one whose last stride is not 1 is copied.
         eps: added to the variance. out_dtype: dtype of y, default x's.
 
     Returns:
@@ -190,8 +192,8 @@ def adaln_jvp(
         tangent_start: the tangents belong to samples tangent_start .. tangent_start + n; None: to all, n = B.
 
     Returns:
-        y (B, L, C) and y_dot (n, L, C), both in out_dtype; (y, None) where every tangent is None. Gradients flow through y
-        to the primals; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`.
+        y (B, L, C) and y_dot (n, L, C), both in out_dtype; (y, None) where every tangent is None. Gradients flow
+        through y to the primals; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.

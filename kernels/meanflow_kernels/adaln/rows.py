@@ -47,7 +47,7 @@ def row_launch(
     """One launch over the rows of samples.
 
     Args:
-        kernel: its parameters are named `{tensor}_ptr`, `stride_{tensor}_b`, `stride_{tensor}_l`, and as the scalars are.
+        kernel: its parameters are named `{tensor}_ptr`, `stride_{tensor}_b`, `stride_{tensor}_l`, or as a scalar is.
         rows: strided (B, L, C) tensors; the first is present and gives the grid. vectors: strided (B, C) tensors.
         contiguous: tensors without strides.
     """

@@ -147,7 +147,7 @@ _bias_gelu_jvp.register_autograd(_differentiate, setup_context=_save)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """The launch configs, at the hidden width of the largest DiT, for cross-compilation; the same for all architectures."""
+    """The launch configs, at the hidden width of the largest DiT, for cross-compilation; one for all architectures."""
     x, bias = torch.empty(32, 256, 4608, dtype=torch.bfloat16, device="meta"), torch.empty(4608, device="meta")
     launches = {
         "bias_gelu": _forward(x, bias, x, None, None, 0),

@@ -210,8 +210,8 @@ def gate_adaln_jvp(
         tangent_start: the tangents belong to samples tangent_start .. tangent_start + n; None: to all, n = B.
 
     Returns:
-        (x_out, h), (x_out_dot, h_dot); the tangents are (n, L, C), in the dtypes of their primals, and both None where every
-        tangent is None. Gradients flow through x_out and h to the primals; one asked of a tangent raises
+        (x_out, h), (x_out_dot, h_dot); the tangents are (n, L, C), in the dtypes of their primals, and both None where
+        every tangent is None. Gradients flow through x_out and h to the primals; one asked of a tangent raises
         :class:`~meanflow_kernels.dual.TangentGradientError`.
 
     Raises:
@@ -231,5 +231,6 @@ def gate_adaln_jvp(
     x_out, h = gate_adaln_ref(*primals, eps=eps)
     with torch.no_grad():
         x_out_dot, h_dot = gate_adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps)
+    x_out_dot, h_dot = x_out_dot.to(x.dtype), h_dot.to(out_dtype)
     inputs = (*primals, *tangents)
-    return (x_out.to(x.dtype), h.to(out_dtype)), (guard(x_out_dot.to(x.dtype), *inputs), guard(h_dot.to(out_dtype), *inputs))
+    return (x_out.to(x.dtype), h.to(out_dtype)), (guard(x_out_dot, *inputs), guard(h_dot, *inputs))

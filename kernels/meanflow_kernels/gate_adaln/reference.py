@@ -6,7 +6,9 @@ from ..adaln.reference import adaln_ref, adaln_tangent_ref
 from ..precision import upcast
 
 
-def gate_adaln_ref(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+def gate_adaln_ref(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
     """x and y (B, L, C), gate, shift and scale (B, C) -> x + gate y and its adaln, both (B, L, C), not yet rounded."""
     x, y, gate = upcast(x, y, gate)
     x = x + gate[:, None] * y

@@ -2,13 +2,13 @@
 
 The products are torch's, so they follow autocast, compile like any other and are seen by torch's FLOP counter.
 
-Two products or one: the weight is fetched a second time by a second product, but at a few hundred rows and more that is
-nothing beside the rows. So two are the rule, each with the bias where it belongs, in the product's epilogue, and each with
-a result of its own: a result that holds primal and tangent would keep the tangent alive for as long as autograd keeps the
-primal, and double the saved memory. Where x and x_dot do lie in one buffer, one after the other, one product of twice
-the rows fills the device better, and nothing is copied: then y and y_dot come as views of one buffer too, for the next
-linear to find. A caller who stacks them decides so (few rows, or no backward). A compiled region always has two
-products: what lies next to what is not known to the tracer.
+Two products or one: the weight is fetched a second time by a second product, but at a few hundred rows and more that
+is nothing beside the rows. So two are the rule, each with the bias where it belongs, in the product's epilogue, and
+each with a result of its own: a result that holds primal and tangent would keep the tangent alive as long as autograd
+keeps the primal, and double the saved memory. Where x and x_dot do lie in one buffer, one after the other, one product
+of twice the rows fills the device better, and nothing is copied: then y and y_dot come as views of one buffer too, for
+the next linear to find. A caller who stacks them decides so (few rows, or no backward). A compiled region always has
+two products: what lies next to what is not known to the tracer.
 """
 
 import torch
@@ -107,9 +107,9 @@ def linear_jvp(
         weight: (C, K). bias: (C,) or None. Parameters: they have no tangent.
 
     Returns:
-        y (B, ..., C), and y_dot (n, ..., C) or None. Gradients flow through y to x, weight and bias, for which x and weight
-        are saved; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`. Where x and x_dot are
-        adjacent views of one buffer, y and y_dot are too, of one product.
+        y (B, ..., C), and y_dot (n, ..., C) or None. Gradients flow through y to x, weight and bias, for which x and
+        weight are saved; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`. Where x and x_dot
+        are adjacent views of one buffer, y and y_dot are too, of one product.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or a weight or bias that carries a tangent of its own.

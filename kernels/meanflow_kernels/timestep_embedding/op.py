@@ -139,7 +139,7 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> T
     """Cosines, then sines, of t max_period^(-i / (dim // 2)): DiT's time features (Peebles & Xie, arXiv 2212.09748).
 
     Args:
-        t: (B,); the features come in its dtype (computed in fp32; in fp64 where t is fp64, which runs the reference alone).
+        t: (B,); the features come in its dtype (computed in fp32; in fp64 where t is, which runs the reference alone).
         dim: number of features; an odd one ends with a zero. max_period: the longest period over 2 pi.
 
     Returns:
