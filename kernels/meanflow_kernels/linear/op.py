@@ -108,8 +108,8 @@ def linear_jvp(
 
     Returns:
         y (B, ..., C), and y_dot (n, ..., C) or None. Gradients flow through y to x, weight and bias, for which x and
-        weight are saved; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`. Where x and x_dot
-        are adjacent views of one buffer, y and y_dot are too, of one product.
+        weight are saved; one asked of y_dot raises :class:`~meanflow_kernels.dual.TangentGradientError`.
+        Where x and x_dot are adjacent views of one buffer, y and y_dot are too, of one product.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or a weight or bias that carries a tangent of its own.
