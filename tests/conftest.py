@@ -1,10 +1,19 @@
-"""Shared by all tests."""
+"""Shared by all tests.
 
+Kernels are tested on the GPU where there is one, elsewhere on the CPU in Triton's interpreter (fp32 and fp16; its bf16 is
+wrong). The interpreter has to be chosen before the first import of triton. Cross-compilation needs a process without
+it: run it in a subprocess whose environment lacks TRITON_INTERPRET.
+"""
+
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
 

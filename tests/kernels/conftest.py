@@ -1,21 +1,12 @@
-"""Kernels are tested on the GPU where there is one, elsewhere on the CPU in Triton's interpreter (fp32 and fp16; its
-bf16 is wrong).
-
-The interpreter has to be chosen before the first import of triton. Cross-compilation needs a process without it: run
-it in a subprocess whose environment lacks TRITON_INTERPRET.
-"""
-
-import os
+"""Shared by the operators' tests."""
 
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(1)
+from meanflow_kernels.routing import Route, force_route
 
-from meanflow_kernels.routing import Route, force_route  # noqa: E402
+HAS_GPU = torch.cuda.is_available()
+torch.set_num_threads(1)
 
 
 @pytest.fixture
