@@ -82,4 +82,3 @@ def inspect(case, arch: int) -> dict:
         "global_loads": loads,
         "global_stores": stores,
     }
-

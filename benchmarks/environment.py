@@ -2,18 +2,10 @@
 
 import datetime
 import platform
-import subprocess
-from pathlib import Path
 
 import torch
 
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+from meanflow.runlog import commit as source_commit
 
 
 def _triton() -> str | None:
@@ -62,7 +54,7 @@ def environment(device: str, commit: str | None = None) -> dict:
         "driver": None,
         "torch": torch.__version__,
         "triton": _triton(),
-        "commit": commit or _commit(),
+        "commit": commit or source_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if device == "cpu":

@@ -62,7 +62,7 @@ def run_config(overrides: dict, seed: int, steps: int) -> RunConfig:
 
 
 def sweep(name: str, out: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> int:
-    """Train and judge every row of an axis; table.md, table.json and picture.png into out/name. Done runs are not repeated.
+    """Train and judge every row of an axis: table.md, table.json, picture.png in out/name. Done runs are not repeated.
 
     Returns:
         0, or the exit code of a training that a signal stopped.
@@ -80,7 +80,14 @@ def sweep(name: str, out: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEE
             device = choose_device(config.train.device)
             scores.append(judge.score_net(load_ema(folder, device)[0], device).as_dict())
         results[row] = {"paper_fid": fid, "scores": scores}
-    result = {"axis": name, "title": axis.title, "steps": steps, "seeds": list(seeds), "floor": judge.floor(), "rows": results}
+    result = {
+        "axis": name,
+        "title": axis.title,
+        "steps": steps,
+        "seeds": list(seeds),
+        "floor": judge.floor(),
+        "rows": results,
+    }
     (out / name).mkdir(parents=True, exist_ok=True)
     write_atomically(out / name / "table.json", json.dumps(result, indent=2) + "\n")
     write_atomically(out / name / "table.md", "\n".join(table(result)) + "\n")

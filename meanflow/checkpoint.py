@@ -82,11 +82,17 @@ def load(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint: got {path}, which cannot be read ({error}), wanted a whole checkpoint; {hint}") from None
+        raise UserError(
+            f"checkpoint: got {path}, which cannot be read ({error}), wanted a whole checkpoint; {hint}"
+        ) from None
     if metadata.get("format") != FORMAT:
-        raise UserError(f"checkpoint: got {path}, a foreign safetensors file, wanted one written by this project; {hint}")
+        raise UserError(
+            f"checkpoint: got {path}, a foreign safetensors file, wanted one written by this project; {hint}"
+        )
     if metadata["checksum"] != _checksum(tensors):
-        raise UserError(f"checkpoint: got {path}, whose contents do not match their checksum, wanted an intact one; {hint}")
+        raise UserError(
+            f"checkpoint: got {path}, whose contents do not match their checksum, wanted an intact one; {hint}"
+        )
     return Checkpoint(int(metadata["step"]), json.loads(metadata["config"]), tensors)
 
 

@@ -17,7 +17,9 @@ from .errors import TrainingStopped, UserError
 Options = TypeVar("Options")
 
 
-def parse(options: type[Options], args: list[str], *, prog: str, description: str, default: Options | None = None) -> Options:
+def parse(
+    options: type[Options], args: list[str], *, prog: str, description: str, default: Options | None = None
+) -> Options:
     """Command-line arguments as a dataclass of options.
 
     Raises:
@@ -67,6 +69,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
         else:
-            print(f"{prog}: error: {error}; make room or name a writable folder, and repeat the command", file=sys.stderr)
+            print(
+                f"{prog}: error: {error}; make room or name a writable folder, and repeat the command", file=sys.stderr
+            )
             code = 2
     sys.exit(code)

@@ -79,11 +79,11 @@ class ObjectiveConfig:
     share_equal: float = 0.75
     """Share of samples with r = t; the paper's Table 1a counts the others. 1 is flow matching."""
     equal_placement: Literal["first", "bernoulli"] = "first"
-    """Which samples get r = t: the first int(batch * share) of a device's batch (official), or each by a coin of its own."""
+    """Which samples get r = t: the first int(batch * share) of a device's batch (official), or each by a coin."""
     equal_time: Literal["max", "single"] = "max"
     """Their time: the larger of the two draws (official), or the first draw."""
     tangent: tuple[float, float] = (0.0, 1.0)
-    """(r_dot, t_dot) of the derivative's direction (v, r_dot, t_dot); (0, 1) is right, others are Table 1b's ablation."""
+    """(r_dot, t_dot) of the derivative's direction (v, r_dot, t_dot); (0, 1) is right, others are Table 1b."""
     clip_gap: bool = True
     """Clip t - r to [0, 1] in the target (official); it matters only for r > t."""
     norm_p: float = 1.0
@@ -103,7 +103,7 @@ class ObjectiveConfig:
     label_drop: float = 0.1
     """Probability of training a sample on the null class."""
     drop_placement: Literal["first", "bernoulli"] = "first"
-    """Which labels are dropped: the first n of a device's batch, n binomial (official), or each by a coin of its own."""
+    """Which labels are dropped: the first n of a device's batch, n binomial (official), or each by a coin."""
     guide_dropped: bool = False
     """Whether samples without a label are guided too; officially they take the plain velocity."""
 
@@ -263,13 +263,16 @@ def from_dict(values: dict) -> RunConfig:
     for section in fields(RunConfig):
         options = dict(values.get(section.name, {}))
         unknown = options.keys() - {option.name for option in fields(section.type)}
-        require(not unknown, f"config.{section.name}", sorted(unknown), "known options", "was it written by this version?")
+        require(
+            not unknown, f"config.{section.name}", sorted(unknown), "known options", "was it written by this version?"
+        )
         try:
             sections[section.name] = section.type(
                 **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
             )
         except TypeError as error:
             raise UserError(
-                f"config.{section.name}: got {options!r}, wanted all its options ({error}); was it written by this version?"
+                f"config.{section.name}: got {options!r}, wanted all its options ({error}); "
+                "was it written by this version?"
             ) from None
     return RunConfig(**sections)

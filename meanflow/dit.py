@@ -1,8 +1,8 @@
 """The diffusion transformer of MeanFlow, u(z, r, t | y), written once on (primal, tangent) pairs.
 
-Letters: B batch, L tokens, C model width, H heads, D head width, p patch. A plain forward is a dual forward whose tangents
-are absent. Class and parameter names are DiT's (Peebles & Xie, arXiv 2212.09748); the architecture is the one of the
-official MeanFlow code (Gsunshine/meanflow).
+Letters: B batch, L tokens, C model width, H heads, D head width, p patch. A plain forward is a dual forward whose
+tangents are absent. Class and parameter names are DiT's (Peebles & Xie, arXiv 2212.09748); the architecture is the
+one of the official MeanFlow code (Gsunshine/meanflow).
 """
 
 from typing import NamedTuple
@@ -151,7 +151,7 @@ class Mlp(nn.Module):
 
 
 class Stream(NamedTuple):
-    """The residual stream between blocks: x + gate * branch, not yet added up, so that the sum fuses into the next adaLN."""
+    """The residual stream between blocks: x + gate * branch, not yet added up: the sum fuses into the next adaLN."""
 
     x: Dual
     branch: Dual | None = None
@@ -242,7 +242,7 @@ class DiT(nn.Module):
         return self.x_embedder.proj.weight.dtype
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """The official initialisation: Xavier uniform, N(0, 0.02) for times and labels, zeros for adaLN and the last layer."""
+        """The official one: Xavier uniform, N(0, 0.02) for times and labels, zeros for adaLN and the last layer."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -312,8 +312,10 @@ class DiT(nn.Module):
 
 
 def position_table(width: int, grid: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Fixed sin-cos positions (grid^2, width), rounded once to dtype: the column in the first half of the channels, the row
-    in the second, each as sines then cosines (MAE's table, as DiT uses it)."""
+    """Fixed sin-cos positions (grid^2, width), rounded once to dtype (MAE's table, as DiT uses it).
+
+    The column is in the first half of the channels, the row in the second, each as sines then cosines.
+    """
     quarter = width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
     angles = torch.arange(grid, dtype=torch.float64, device=device)[:, None] * frequencies

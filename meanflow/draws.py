@@ -1,7 +1,7 @@
-"""Random numbers as a function of (seed, stream, step, sample), the same for any number of processes and after any resume.
+"""Random numbers as a function of (seed, stream, step, sample): any number of processes and any resume draw the same.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations: the bits
-are the same on every device.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations:
+the bits are the same on every device.
 """
 
 from enum import IntEnum
@@ -30,7 +30,9 @@ class Stream(IntEnum):
     BOOTSTRAP = 8
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four int64 tensors of 32-bit words and a key of two 32-bit words -> four words of random bits."""
     a, b, c, d = counter
     k0, k1 = key

@@ -1,4 +1,4 @@
-"""How good samples are: Fréchet distance, conditional accuracy, within-class variance; for digits, by a small classifier."""
+"""How good samples are: Fréchet distance, conditional accuracy, within-class variance, by a small classifier."""
 
 from dataclasses import asdict, dataclass
 

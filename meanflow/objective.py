@@ -1,7 +1,7 @@
 """The MeanFlow training target and loss (arXiv 2505.13447, Algorithm 1 and section 4.2).
 
-x data, e noise, z = (1 - t) x + t e, v = e - x, u(z, r, t) average velocity, sg stop-gradient. Tensors are (B, channels,
-height, width), times and losses (B,).
+x data, e noise, z = (1 - t) x + t e, v = e - x, u(z, r, t) average velocity, sg stop-gradient. Tensors are
+(B, channels, height, width), times and losses (B,).
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Terms:
 
 
 def func_jvp(net, primals, tangents, y, start=0):
-    """u and du/dt by torch.func.jvp, which works for any network; autograd records the derivative, and of all samples."""
+    """u and du/dt by torch.func.jvp, for any network; autograd records the derivative, and of all samples."""
 
     def whole(x, x_dot):
         out = torch.zeros_like(x)

@@ -27,6 +27,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 @torch.no_grad()
 def update_ema(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
-    """ema <- decay ema + (1 - decay) params, in place; after the optimizer's step, from a copy of the weights at step 0."""
+    """ema <- decay ema + (1 - decay) params, in place, after the optimizer's step; it starts as the weights."""
     torch._foreach_mul_(ema, decay)
     torch._foreach_add_(ema, params, alpha=1 - decay)

@@ -67,7 +67,8 @@ def _recipes() -> dict[str, Preset]:
             lambda model=model, epochs=epochs, omega=omega, kappa=kappa, interval=interval: _imagenet(
                 model, epochs, omega=omega, kappa=kappa, guidance_start=interval[0], guidance_end=interval[1]
             ),
-            f"Table 4, {model}, {epochs} epochs, omega {omega:g}, kappa {kappa:g}, t in [{interval[0]:g}, {interval[1]:g}]",
+            f"Table 4, {model}, {epochs} epochs, omega {omega:g}, kappa {kappa:g}, "
+            f"t in [{interval[0]:g}, {interval[1]:g}]",
             fid,
         )
         for name, (model, epochs, omega, kappa, interval, fid) in columns.items()

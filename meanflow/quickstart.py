@@ -44,7 +44,9 @@ def compare(configs: dict[str, RunConfig], out: Path) -> int:
         0, or the exit code of a training that a signal stopped.
     """
     for name, config in configs.items():
-        require(config.data.name == "digits", "data.name", config.data.name, "digits", "for latents see scripts/train.py")
+        require(
+            config.data.name == "digits", "data.name", config.data.name, "digits", "for latents see scripts/train.py"
+        )
         code = train(config, out / name)
         if code:
             return code
@@ -84,8 +86,18 @@ def report_lines(report: dict) -> list[str]:
     rows = [
         ("", "MeanFlow", "flow matching", "real digits"),
         ("---",) * 4,
-        ("Fréchet distance", f"{r['frechet']:.2f}", f"{r['frechet_flow_matching']:.2f}", f"{r['frechet_floor']:.2f} (floor)"),
-        ("within-class variance, of the real", f"{r['variance_ratio']:.2f}", f"{r['variance_ratio_flow_matching']:.2f}", "1"),
+        (
+            "Fréchet distance",
+            f"{r['frechet']:.2f}",
+            f"{r['frechet_flow_matching']:.2f}",
+            f"{r['frechet_floor']:.2f} (floor)",
+        ),
+        (
+            "within-class variance, of the real",
+            f"{r['variance_ratio']:.2f}",
+            f"{r['variance_ratio_flow_matching']:.2f}",
+            "1",
+        ),
         (
             "put into the right class",
             f"{r['accuracy']:.1%}",
@@ -97,12 +109,14 @@ def report_lines(report: dict) -> list[str]:
     return [
         "# One-step generation of handwritten digits",
         "",
-        f"Two networks, {r['steps']} training steps each ({r['train_seconds']:.0f} s for both), one evaluation an image.",
+        f"Two networks, {r['steps']} training steps each ({r['train_seconds']:.0f} s for both), "
+        "one evaluation an image.",
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
         "Fréchet distance: in the features of a small classifier; the floor is that of as many real digits drawn with",
-        f"replacement, the classes' mean images score {r['frechet_class_means']:.1f}. Flow matching in one step gives class means: always the",
+        f"replacement, the classes' mean images score {r['frechet_class_means']:.1f}. Flow matching in one step gives "
+        "class means: always the",
         "right class, never any variety.",
     ]
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: config, environment, a JSON line and TensorBoard scalars a log step, pictures of samples."""
+"""What a run leaves to read: config, environment, JSON lines and TensorBoard scalars, pictures of samples."""
 
 import json
 import os
@@ -64,7 +64,8 @@ class RunLog:
             held = json.loads(self.config_path.read_text()) if self.config_path.exists() else config
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(
-                f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; name another by --out"
+                f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
+                "name another by --out"
             ) from None
         self._compare(held, config, continuable)
 
@@ -132,7 +133,7 @@ class RunLog:
         self._sums = dict(sums)
 
     def write(self, step: int, epoch: float, lr: float) -> dict:
-        """Write the interval's means and start a new one; returns the row. raw is per sample, summed over its elements."""
+        """Write the interval's means and start a new one; returns the row. raw sums over a sample's elements."""
         s = {name: float(value) for name, value in self._sums.items()}
         self._sums = {}
         equal = s["samples"] - s["unequal_samples"]

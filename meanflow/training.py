@@ -176,9 +176,9 @@ class Trainer:
         batch = self.config.train.batch
         indices = self.order.indices(step)
         raise TrainingStopped(
-            f"loss or gradient: not finite at step {step} (seed {self.config.train.seed}, draws of samples 0 to {batch - 1} "
-            f"of step {step}, data {indices[0]}, {indices[1]} ... {indices[-1]}); last good checkpoint: "
-            f"{self.last_checkpoint or 'none'}; lower optim.lr or train in fp32, and repeat the command in a new folder"
+            f"loss or gradient: not finite at step {step} (seed {self.config.train.seed}, draws of samples "
+            f"0 to {batch - 1} of step {step}, data {indices[0]}, {indices[1]} ... {indices[-1]}); last good "
+            f"checkpoint: {self.last_checkpoint or 'none'}; lower optim.lr or train in fp32, in a new folder"
         )
 
     def draw_picture(self) -> None:
@@ -234,8 +234,8 @@ class Trainer:
             self.optimizer.state[p] = {key: x.to(self.device) for key, x in moments.items()}
         if state.step > self.config.train.steps:
             raise UserError(
-                f"train.steps: got {self.config.train.steps}, wanted at least the {state.step} already done in {self.out}; "
-                "raise it, or name another folder by --out"
+                f"train.steps: got {self.config.train.steps}, wanted at least the {state.step} already done "
+                f"in {self.out}; raise it, or name another folder by --out"
             )
         self.step, self.last_checkpoint = state.step, path
         self.log.restore_sums(state.part("log"))

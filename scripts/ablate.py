@@ -1,7 +1,7 @@
-"""Sweep one axis of the paper's ablations on digits: three seeds a row, a table and a picture beside the paper's numbers.
+"""Sweep one axis of the paper's ablations on digits: three seeds a row, table and picture beside the paper's numbers.
 
-    python scripts/ablate.py tangent          Table 1b
-    axes: share (1a) tangent (1b) embedding (1c) sampler (1d) weight (1e) omega (1f) kappa (Table 5)
+python scripts/ablate.py tangent          Table 1b
+axes: share (1a) tangent (1b) embedding (1c) sampler (1d) weight (1e) omega (1f) kappa (Table 5)
 """
 
 from dataclasses import dataclass

@@ -35,7 +35,9 @@ def main(args: list[str]) -> None:
     times = check_times(options.times) if options.times else even_times(options.steps)
     device = choose_device(options.device)
     net, config, path, step = load_ema(options.checkpoint, device)
-    require(config.data.name == "digits", "checkpoint", f"a model of {config.data.name}", "one of digits", "name another")
+    require(
+        config.data.name == "digits", "checkpoint", f"a model of {config.data.name}", "one of digits", "name another"
+    )
     judge = DigitsEvaluation(options.seed)
     scores = judge.score_net(net, device, times)
     result = {

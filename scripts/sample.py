@@ -68,7 +68,9 @@ def main(args: list[str]) -> None:
         save_png(targets[0], grid(pixels, options.columns), zoom=max(1, 32 // pixels.shape[-1]))
         np.savez(targets[1], images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     except OSError as error:
-        raise UserError(f"out: got {out}, which cannot be written ({error}), wanted a writable folder; name another") from None
+        raise UserError(
+            f"out: got {out}, which cannot be written ({error}), wanted a writable folder; name another"
+        ) from None
     schedule = " ".join(f"{t:g}" for t in times)
     print(f"{options.count} images, {len(times) - 1} evaluation(s) each, times {schedule}: {targets[0]}, {targets[1]}")
 

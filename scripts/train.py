@@ -1,7 +1,7 @@
 """Train a MeanFlow model. The same command again resumes the run.
 
-    python scripts/train.py PRESET [--out FOLDER] [--dry-run] [--SECTION.OPTION VALUE ...]
-    python scripts/train.py PRESET --help        all options of a preset, explained
+python scripts/train.py PRESET [--out FOLDER] [--dry-run] [--SECTION.OPTION VALUE ...]
+python scripts/train.py PRESET --help        all options of a preset, explained
 """
 
 import json

@@ -1,7 +1,7 @@
 """Shared by all tests.
 
-Kernels are tested on the GPU where there is one, elsewhere on the CPU in Triton's interpreter (fp32 and fp16; its bf16 is
-wrong). The interpreter has to be chosen before the first import of triton. Cross-compilation needs a process without
+Kernels are tested on the GPU where there is one, elsewhere on the CPU in Triton's interpreter (fp32 and fp16; its bf16
+is wrong). The interpreter has to be chosen before the first import of triton. Cross-compilation needs a process without
 it: run it in a subprocess whose environment lacks TRITON_INTERPRET.
 """
 

@@ -55,7 +55,7 @@ def network(name: str, dtype: torch.dtype) -> DiT:
 
 
 def assert_close(got: torch.Tensor, wanted: np.ndarray | torch.Tensor, mode: str, kind: str, name: str = "") -> None:
-    """Within the bar of the mode and kind, relative to the largest entry of the official array (or converted tensor)."""
+    """Within the bar of the mode and kind, relative to the largest entry of the official array."""
     wanted = tensor(wanted) if isinstance(wanted, np.ndarray) else wanted
     bar = F32[kind] if mode == "f32" else F64 if wanted.dtype == torch.float64 else F64_STORED_AS_F32
     got, wanted = got.detach().double(), wanted.double()

@@ -1,4 +1,4 @@
-"""Our folder kernels/ beside Hugging Face's package `kernels`: installed editable and normally, at the root and elsewhere."""
+"""Our folder kernels/ beside Hugging Face's package `kernels`, installed editable and normally, at the root or not."""
 
 import os
 import subprocess
@@ -58,7 +58,18 @@ def test_normal_install(tmp_path):
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "meanflow", "kernels", "csrc"):
         (source / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", site, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        site,
+        source,
+    ]
     # without a compiler: the native part has a test of its own
     env = os.environ | {"CXX": "false", "CUDA_HOME": str(tmp_path / "none")}
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -70,6 +70,7 @@ def moved_bytes(read: Iterable[Tensor | object], written: Iterable[Tensor | obje
     """Bytes of the tensors among ``read`` and ``written``; a view counts the elements that it shows."""
     return sum(x.numel() * x.element_size() for x in [*read, *written] if isinstance(x, Tensor))
 
+
 _POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "silu", "timestep_embedding")
 
 

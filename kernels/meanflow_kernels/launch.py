@@ -52,8 +52,8 @@ class Launch:
         x = next(x for x in self.args.values() if isinstance(x, Tensor))
         if not x.is_cuda and not triton.knobs.runtime.interpret:
             raise RuntimeError(
-                f"the Triton kernel was asked for {x.device} tensors: set TRITON_INTERPRET=1 before the first import of "
-                "triton to run it in the interpreter, or use force_route(Route.REFERENCE)"
+                f"the Triton kernel was asked for {x.device} tensors: set TRITON_INTERPRET=1 before the first import "
+                "of triton to run it in the interpreter, or use force_route(Route.REFERENCE)"
             )
         with torch.cuda.device_of(x):
             self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)

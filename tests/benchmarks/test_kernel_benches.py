@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 import meanflow_kernels
@@ -19,9 +19,7 @@ COLUMNS = "op shape dtype variant call ms ms_20 ms_80 flops bytes tflops gbps sh
 def _run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-quiet"]
     command += arguments
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=fresh.environment(), capture_output=True, text=True)
 
 
 def test_every_operator_has_a_bench_of_its_name():

@@ -1,10 +1,10 @@
 """Kernels, step, benches and GPU tests run where the package's other dependencies and the peers are not installed."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +70,9 @@ assert all(p.isfinite().all() for p in net.parameters())
 
 
 def _run(code: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK + code], cwd=ROOT, env=fresh.environment(), capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("name", ["tyro", "diffusers", "flash_attn.flash_attn_interface"])

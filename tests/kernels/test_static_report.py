@@ -1,11 +1,11 @@
 """The static report: its rules can fail, and every shipped launch config keeps them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytest.importorskip("triton", reason="the report compiles Triton kernels")
@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 def _python(*arguments: str) -> subprocess.CompletedProcess:
     """Run Python from the repository's root without the interpreter, in which nothing can be compiled."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=fresh.environment(), capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The method's own checks: derivatives with a closed form, a known velocity field, guidance, the adaptive weight, memory."""
+"""The method's own checks: derivatives with a closed form, a known velocity field, guidance, weight, memory."""
 
 import weakref
 
@@ -100,9 +100,7 @@ def test_tangent_on_a_slice_of_the_batch(start, count):
     net, (x, v, r, t, y) = small_dit(), small_batch()
     u, du_dt = net(x, r, t, y, tangents=(v, None, torch.ones_like(t)))
     rows = slice(start, start + count)
-    u_slice, du_dt_slice = net(
-        x, r, t, y, tangents=(v[rows], None, torch.ones_like(t[rows])), tangent_start=start
-    )
+    u_slice, du_dt_slice = net(x, r, t, y, tangents=(v[rows], None, torch.ones_like(t[rows])), tangent_start=start)
     torch.testing.assert_close(u_slice, u, rtol=0, atol=1e-13)
     torch.testing.assert_close(du_dt_slice, du_dt[rows], rtol=1e-12, atol=1e-12)
 

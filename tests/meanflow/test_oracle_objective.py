@@ -1,7 +1,5 @@
 """The objective against the official one: target, losses and the gradient of every parameter; whole training steps."""
 
-from dataclasses import fields
-
 import oracle
 import pytest
 import torch
@@ -106,7 +104,7 @@ def test_training_steps(mode):
     oracle.assert_close(torch.stack(losses), data[f"{mode}/losses"], mode, "derived", "losses")
     oracle.assert_close(torch.stack(norms), data[f"{mode}/grad_norms"], mode, "grad", "gradient norms")
     if mode == "f32":
-        return  # the keys' bias has gradient zero: Adam blows up whatever fp32 rounding leaves of it, here and officially
+        return  # the keys' bias has gradient zero: Adam blows up what fp32 rounding leaves of it, officially too
     for key, model in (("params", net), ("ema", ema)):
         state = model.state_dict()
         for name, wanted in from_official(oracle.group(data, f"f64/{key}/")).items():
@@ -162,5 +160,3 @@ def test_constants_of_the_recipe():
     data, optim = oracle.load("ema"), OptimConfig()
     assert (data["schedule_default"] == optim.ema_decay).all()
     assert (data["lr_schedule"] == optim.lr).all()
-
-

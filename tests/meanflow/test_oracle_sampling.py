@@ -54,7 +54,7 @@ def test_official_default_schedule_takes_one_step():
 
 
 def sampler_config(name: str) -> ObjectiveConfig:
-    """"logit_normal_m-0.4_s1_dp0.75" in our words."""
+    """ "logit_normal_m-0.4_s1_dp0.75" in our words."""
     parts = name.split("_")
     share = float(parts[-1].removeprefix("dp"))
     if parts[0] == "uniform":
@@ -110,5 +110,3 @@ def test_sampler_statistics():
             error = (torch.quantile(values, levels) - torch.from_numpy(official[key])).abs()
             bar = 5 * (1 + scale) * torch.from_numpy(official[f"{key}_se"]) + 1e-6
             assert (error <= bar).all(), (name, key)
-
-

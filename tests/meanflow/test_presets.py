@@ -30,7 +30,14 @@ def test_recipes_are_the_papers(name, row):
     assert (config.train.steps, config.train.batch) == (steps, 256)
     o, a = config.objective, config.optim
     assert (o.omega, o.kappa, (o.guidance_start, o.guidance_end)) == (omega, kappa, interval)
-    assert (o.time_mean, o.time_std, o.share_equal, o.norm_p, o.norm_c, o.label_drop) == (-0.4, 1.0, 0.75, 1.0, 0.01, 0.1)
+    assert (o.time_mean, o.time_std, o.share_equal, o.norm_p, o.norm_c, o.label_drop) == (
+        -0.4,
+        1.0,
+        0.75,
+        1.0,
+        0.01,
+        0.1,
+    )
     assert (a.lr, a.beta1, a.beta2, a.weight_decay, a.warmup_steps, a.ema_decay) == (1e-4, 0.9, 0.95, 0.0, 0, 0.9999)
     with torch.device("meta"):
         net = build_net(config.model)

@@ -31,7 +31,10 @@ def same_run(out: Path, whole: Path) -> bool:
 
 def test_what_a_run_leaves(whole):
     assert [row["step"] for row in runs.curve(whole)] == [3, 6, 9, 10]
-    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"step_00000008.safetensors", "step_00000010.safetensors"}
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {
+        "step_00000008.safetensors",
+        "step_00000010.safetensors",
+    }
     assert {p.name for p in (whole / "samples").iterdir()} == {"step_00000005.png", "step_00000010.png"}
     assert list((whole / "tensorboard").iterdir())
     environment = json.loads((whole / "environment.json").read_text())

@@ -82,9 +82,7 @@ def _(t, dim, max_period):
 
 
 @torch.library.custom_op("meanflow_kernels::timestep_embedding_jvp", mutates_args=())
-def _timestep_embedding_jvp(
-    t: Tensor, t_dot: Tensor, dim: int, start: int, max_period: float
-) -> tuple[Tensor, Tensor]:
+def _timestep_embedding_jvp(t: Tensor, t_dot: Tensor, dim: int, start: int, max_period: float) -> tuple[Tensor, Tensor]:
     y, y_dot = t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
     _forward(t, y, t_dot, y_dot, start, max_period).run()
     return y, y_dot
