@@ -150,7 +150,7 @@ def draw_samples(path: Path, images: dict[str, Tensor]) -> None:
 
     figure = Figure(figsize=(4.2 * len(images), 4.4), layout="constrained")
     for axes, (name, digits) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
-        axes.imshow(grid(digits, CLASSES).squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(grid(digits, CLASSES).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(TITLES[name])
         axes.set_xticks([9 * c + 4.5 for c in range(CLASSES)], range(CLASSES))
         axes.set_yticks([])
