@@ -61,9 +61,20 @@ _DUAL_100: Rows = (*_DUAL[:2], (128, AttentionConfig(32, 32, 4, 2)))
 _BWD_DKDV_100: Rows = (_BWD_DKDV[0], _BWD_DKDV[2])
 
 # IEEE products run on the FMA pipes with their operands in registers: many warps, and small tiles for wide heads
-_DUAL_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 16, 8, 2)))
-_PLAIN_FP32: Rows = ((64, AttentionConfig(32, 32, 8, 2)), (128, AttentionConfig(16, 16, 4, 2)))
-_BWD_DQ_FP32: Rows = ((128, AttentionConfig(32, 16, 4, 2)),)
+# (the rows for one head dim alone: its neighbours' tiles spill 8 to 48 bytes there)
+_DUAL_FP32: Rows = (
+    (64, AttentionConfig(32, 32, 8, 2)),
+    (72, AttentionConfig(16, 16, 8, 2)),
+    (80, AttentionConfig(16, 16, 4, 2)),
+    (128, AttentionConfig(16, 16, 8, 2)),
+)
+_PLAIN_FP32: Rows = (
+    (40, AttentionConfig(32, 32, 8, 2)),
+    (48, AttentionConfig(16, 16, 4, 2)),
+    (64, AttentionConfig(32, 32, 8, 2)),
+    (128, AttentionConfig(16, 16, 4, 2)),
+)
+_BWD_DQ_FP32: Rows = ((128, AttentionConfig(16, 16, 4, 2)),)
 _BWD_DKDV_FP32: Rows = ((64, AttentionConfig(16, 32, 8, 2)), (128, AttentionConfig(16, 32, 4, 2)))
 
 

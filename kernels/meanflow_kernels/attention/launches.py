@@ -126,7 +126,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     if arch not in (80, 90):
         return [case for head_dim in (64, 72, 128) for case in head_dim_cases(arch, bf16, head_dim, 1023)]
     rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [(bf16, d, 1024) for d in (64, 72)]
-    rows += [(fp32, d, 1023) for d in (64, 72, 128)]
+    rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
     return [case for row in rows for case in head_dim_cases(arch, *row)]
 
 
