@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meanflow_kernels import adaln_jvp, attention_jvp, bias_gelu_jvp, gate_adaln_jvp, linear_jvp, silu_jvp
 from meanflow_kernels import timestep_embedding_jvp
+from meanflow_kernels.dual import guard
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
@@ -53,8 +54,13 @@ def _on(op_jvp, *duals: Dual, **options):
         options["tangent_start"] = start
     out, out_dot = op_jvp(tuple(x.primal for x in duals), tuple(x.tangent for x in duals), **options)
     if isinstance(out, tuple):
-        return tuple(Dual(y, y_dot, start) for y, y_dot in zip(out, out_dot, strict=True))
-    return Dual(out, out_dot, start)
+        return tuple(_dual(y, y_dot, start) for y, y_dot in zip(out, out_dot, strict=True))
+    return _dual(out, out_dot, start)
+
+
+def _dual(x: Tensor, x_dot: Tensor | None, start: int | None) -> Dual:
+    # detached, so that what wraps a block (a checkpoint, FSDP) finds nothing to differentiate in the tangent
+    return Dual(x, None if x_dot is None else x_dot.detach(), start)
 
 
 class Linear(nn.Linear):
@@ -64,8 +70,7 @@ class Linear(nn.Linear):
         """x (..., in_features) -> (..., out_features)."""
         dtype = x.primal.dtype
         bias = self.bias.to(dtype) if with_bias else None
-        y, y_dot = linear_jvp((x.primal,), (x.tangent,), self.weight.to(dtype), bias)
-        return Dual(y, y_dot, x.start)
+        return _dual(*linear_jvp((x.primal,), (x.tangent,), self.weight.to(dtype), bias), x.start)
 
 
 class PatchEmbed(nn.Module):
@@ -80,8 +85,8 @@ class PatchEmbed(nn.Module):
         p = self.proj.kernel_size[0]
         weight = self.proj.weight.flatten(1).to(dtype)
         patches = z.map(lambda x: _patchify(x, p)).to(dtype)
-        x, x_dot = linear_jvp((patches.primal,), (patches.tangent,), weight, self.proj.bias.to(dtype))
-        return Dual(x, x_dot, z.start)
+        bias = self.proj.bias.to(dtype)
+        return _dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
 
 
 def _patchify(x: Tensor, p: int) -> Tensor:
@@ -289,7 +294,7 @@ class DiT(nn.Module):
         u = self.final_layer(stream, c).to(self.dtype)
         grid = self.input_size // self.patch_size
         u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))
-        return u if tangents is None else (u, u_dot)
+        return u if tangents is None else (u, guard(u_dot, u))
 
     def _condition(self, r: Dual, t: Dual, y: Tensor, dtype: torch.dtype) -> Dual:
         times = {"t": t, "r": r, "h": t + r.map(torch.neg)}

@@ -5,33 +5,35 @@ x data, e noise, z = (1 - t) x + t e, v = e - x, u(z, r, t) average velocity, sg
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import ObjectiveConfig
 from .draws import Draws, Stream
+from .plan import Plan, whole_batch
 
 # (net, (z, r, t), (z_dot, r_dot, t_dot), y, start) -> u, du_dt; the directions are those of the samples from start on
 Jvp = Callable[[nn.Module, tuple, tuple, Tensor, int], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a step computes, for its gradient, the log and the tests; a row a sample."""
+class Terms(NamedTuple):
+    """What a step computes, for its gradient, the log and the tests; a row a sample, in the plan's order."""
 
     loss: Tensor
-    """The scalar that is differentiated. With p = 1 it is about 1 whatever the network does: watch raw."""
+    """The scalar that is differentiated, alone. With p = 1 it is about 1 whatever the network does: watch raw."""
     raw: Tensor
     """Squared error ||u - sg(u_tgt)||^2, summed over a sample (B,)."""
     weight: Tensor
     """sg((raw + c)^p), which raw is divided by (B,)."""
     v_loss: Tensor
     """||u - v||^2 against the unguided velocity, only logged (B,)."""
+    equal: Tensor
+    """Whether r = t (B,) bool."""
     u: Tensor
     du_dt: Tensor
-    """The derivative of the samples from first_unequal on."""
+    """The derivative of the samples from the plan's start on."""
     u_tgt: Tensor
     v_g: Tensor
     """The guided velocity: in the target, and the direction of the derivative."""
@@ -66,26 +68,49 @@ def drop_mask(config: ObjectiveConfig, uniforms: Tensor) -> Tensor:
     return torch.arange(len(drop), device=drop.device) < drop.sum()
 
 
-def mix(v: Tensor, u_null: Tensor, u_cond: Tensor | None, omega: Tensor, kappa: Tensor) -> Tensor:
+def mix(config: ObjectiveConfig, v: Tensor, u_null: Tensor, u_cond: Tensor | None) -> Tensor:
     """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null) (paper, appendix B.1).
 
     u_cond None is kappa 0.
     """
-    v_g = omega * v + (1 - omega - kappa) * u_null
-    return v_g if u_cond is None else v_g + kappa * u_cond
+    v_g = config.omega * v + (1 - config.omega - config.kappa) * u_null
+    return v_g if u_cond is None else v_g + config.kappa * u_cond
 
 
-@torch.no_grad()
-def guided_velocity(config: ObjectiveConfig, net: nn.Module, z: Tensor, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    """The velocity with guidance folded in: the network's own predictions at h = 0, on the true labels."""
-    if not config.guided:
-        return v
-    inside = _column((config.guidance_start <= t) & (t <= config.guidance_end), v)
-    omega = torch.where(inside, v.new_tensor(config.omega), 1.0)
-    kappa = torch.where(inside, v.new_tensor(config.kappa), 0.0)
-    u_null = net(z, t, t, torch.full_like(y, net.num_classes))
-    u_cond = net(z, t, t, y) if config.kappa else None
-    return mix(v, u_null, u_cond, omega, kappa)
+class Guidance(NamedTuple):
+    """The network's own predictions at h = 0, for the samples that are guided."""
+
+    config: ObjectiveConfig
+    plan: Plan
+    predictions: Tensor
+    """(G, ...), a row for each row of the plan."""
+
+    @classmethod
+    @torch.no_grad()
+    def predict(cls, config: ObjectiveConfig, net: nn.Module, z: Tensor, t: Tensor, y: Tensor, plan: Plan):
+        """One forward of all rows; none at all without rows."""
+        if not len(plan.rows):
+            return cls(config, plan, z[:0])
+        t = t[plan.rows]
+        y = torch.where(plan.null, net.num_classes, y[plan.rows])
+        return cls(config, plan, net(z[plan.rows], t, t, y))
+
+    def velocity(self, v: Tensor, u: Tensor | None, samples: slice) -> Tensor:
+        """The guided velocity of some samples.
+
+        u is the primal pass of the same samples; None where the plan has none of them take it for a prediction.
+        """
+        plan, v = self.plan, v[samples]
+        if not len(plan.rows):
+            # every guided sample has rows of its own
+            return v
+        cond_row, u_cond = plan.cond_row[samples], None
+        if self.config.kappa:
+            u_cond = self.predictions[cond_row.clamp(min=0)]
+            if u is not None:
+                u_cond = torch.where(_column(cond_row < 0, v), u, u_cond)
+        v_g = mix(self.config, v, self.predictions[plan.null_row[samples]], u_cond)
+        return torch.where(_column(plan.guided[samples], v), v_g, v)
 
 
 def meanflow_terms(
@@ -97,8 +122,8 @@ def meanflow_terms(
     t: Tensor,
     y: Tensor,
     drop: Tensor,
+    plan: Plan | None = None,
     *,
-    first_unequal: int = 0,
     guide: nn.Module | None = None,
     jvp: Jvp = pair_jvp,
 ) -> Terms:
@@ -107,37 +132,41 @@ def meanflow_terms(
     Args:
         net: u(z, r, t, y) with an attribute num_classes, the null class.
         x, e: data and noise. r, t: times. y: labels, int64. drop: (B,) bool, who trains on the null class.
-        first_unequal: the samples before it have r = t: their target has no derivative in it, so none is computed.
+        plan: which samples need which pass (`Planner.plan`); None is the official step, each on every sample. The
+            numbers are the same.
         guide: the network that predicts guidance; None is net itself.
         jvp: how the derivative is taken.
     """
+    plan = whole_batch(config, r, t, drop) if plan is None else plan
+    if plan.order is not None:
+        x, e, r, t, y, drop = (a[plan.order] for a in (x, e, r, t, y, drop))
     t_ = _column(t, x)
     z = (1 - t_) * x + t_ * e
     v = e - x
-    v_g = guided_velocity(config, net if guide is None else guide, z, t, y, v)
-    if not config.guide_dropped:
-        v_g = torch.where(_column(drop, v), v, v_g)
-    y_in = torch.where(drop, net.num_classes, y)
+    equal, rest = slice(0, plan.start), slice(plan.start, None)
+    guidance = Guidance.predict(config, net if guide is None else guide, z, t, y, plan)
+    v_g_rest = guidance.velocity(v, None, rest)
 
-    rest = slice(first_unequal, None)
-    direction = (v_g[rest], *(torch.full_like(t[rest], rate) if rate else None for rate in config.tangent))
-    u, du_dt = jvp(net, (z, r, t), direction, y_in, first_unequal)
-    du_dt = du_dt.detach()
+    direction = (v_g_rest, *(torch.full_like(t[rest], rate) if rate else None for rate in config.tangent))
+    u, du_dt = jvp(net, (z, r, t), direction, torch.where(drop, net.num_classes, y), plan.start)
+    u_sg, du_dt = u.detach(), du_dt.detach()
     gap = (t - r).clamp(0, 1) if config.clip_gap else t - r
-    # the MeanFlow identity as a target (Eq. 10)
-    u_tgt = torch.cat([v_g[:first_unequal], v_g[rest] - _column(gap[rest], x) * du_dt])
+    # the MeanFlow identity as a target (Eq. 10); where r = t it is the velocity
+    v_g_equal = guidance.velocity(v, u_sg[equal], equal)
+    u_tgt = torch.cat([v_g_equal, v_g_rest - _column(gap[rest], x) * du_dt])
 
     raw = (u - u_tgt).square().flatten(1).sum(1)
     weight = (raw.detach() + config.norm_c) ** config.norm_p  # appendix B.2
     return Terms(
         loss=(raw / weight).mean(),
-        raw=raw,
+        raw=raw.detach(),
         weight=weight,
-        v_loss=(u.detach() - v).square().flatten(1).sum(1),
-        u=u,
+        v_loss=(u_sg - v).square().flatten(1).sum(1),
+        equal=r == t,
+        u=u_sg,
         du_dt=du_dt,
         u_tgt=u_tgt,
-        v_g=v_g,
+        v_g=torch.cat([v_g_equal, v_g_rest]),
     )
 
 

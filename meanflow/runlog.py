@@ -103,9 +103,9 @@ class RunLog:
 
     # --- numbers ---
 
-    def add(self, terms: Terms, equal: Tensor, grad_norm: Tensor) -> None:
+    def add(self, terms: Terms, grad_norm: Tensor) -> None:
         """Add a step to the interval's sums; nothing waits for the device."""
-        raw, unequal = terms.raw.detach(), ~equal
+        raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
         du_dt = terms.du_dt.square().flatten(1).mean(1)  # of the last samples of the batch, or all
         values = {
             "steps": torch.ones((), device=raw.device),

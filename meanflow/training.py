@@ -21,10 +21,11 @@ from .draws import Draws, Stream
 from .errors import TrainingStopped, UserError
 from .images import make_decoder, to_uint8
 from .objective import Terms, draw_noise, drop_mask, meanflow_terms
+from .plan import Planner
 from .optim import learning_rate, make_optimizer, update_ema
 from .runlog import RunLog
 from .sampling import sample
-from .times import draw_times, equal_prefix
+from .times import draw_times
 
 GRID_CLASSES, GRID_ROWS = 10, 8
 # what may change between a run and its continuation
@@ -83,6 +84,7 @@ class Trainer:
         net = build_net(config.model, compute_dtype)
         net.init_weights(torch.Generator().manual_seed(config.train.seed))
         self.net = net.to(self.device)
+        self.planner = Planner(config.objective, config.train.batch)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = make_optimizer(config.optim, self.net)
         self.step = 0
@@ -97,8 +99,8 @@ class Trainer:
         """The random numbers of a step for this process's samples."""
         return Draws(self.config.train.seed, step, torch.arange(self.config.train.batch, device=self.device))
 
-    def compute_terms(self, step: int) -> tuple[Terms, Tensor]:
-        """The loss of a step, and which of its samples have r = t."""
+    def compute_terms(self, step: int) -> Terms:
+        """The loss of a step."""
         config, draws = self.config, self.draws(step)
         batch = self.dataset.read(self.order.indices(step))
         batch = type(batch)(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
@@ -106,7 +108,8 @@ class Trainer:
         r, t = draw_times(config.objective, draws)
         drop = drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP))
         guide = self.ema if config.objective.guidance_weights == "ema" else None
-        terms = meanflow_terms(
+        plan = self.planner.plan(r, t, drop)
+        return meanflow_terms(
             config.objective,
             self.net,
             x,
@@ -115,14 +118,13 @@ class Trainer:
             t,
             batch.labels,
             drop,
-            first_unequal=equal_prefix(config.objective, len(x)),
+            plan,
             guide=guide,
         )
-        return terms, r == t
 
     def train_step(self) -> None:
         """One optimizer step."""
-        terms, equal = self.compute_terms(self.step)
+        terms = self.compute_terms(self.step)
         self.optimizer.zero_grad()
         terms.loss.backward()
         grad_norm = nn.utils.get_total_norm(p.grad for p in self.net.parameters())
@@ -133,7 +135,7 @@ class Trainer:
 
         bad = ~(torch.isfinite(terms.raw).all() & torch.isfinite(grad_norm))
         self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
-        self.log.add(terms, equal, grad_norm)
+        self.log.add(terms, grad_norm)
         self.step += 1
 
     # --- the run ---
