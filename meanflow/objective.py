@@ -170,6 +170,27 @@ def meanflow_terms(
     )
 
 
+class MeanFlowLoss(nn.Module):
+    """:func:`meanflow_terms` as one module, so that all passes of a step are one call to compile, or to wrap in DDP.
+
+    Args:
+        net: the network in training. config: of the objective.
+        guide: the network that predicts guidance, for weights other than net's; it is not trained.
+    """
+
+    def __init__(self, config: ObjectiveConfig, net: nn.Module, guide: nn.Module | None = None):
+        super().__init__()
+        self.config, self.net = config, net
+        # in a tuple, which keeps it out of the module's parameters
+        self._guide = (guide,)
+
+    def forward(
+        self, x: Tensor, e: Tensor, r: Tensor, t: Tensor, y: Tensor, drop: Tensor, plan: Plan | None = None
+    ) -> Terms:
+        """The arguments of :func:`meanflow_terms`."""
+        return meanflow_terms(self.config, self.net, x, e, r, t, y, drop, plan, guide=self._guide[0])
+
+
 def draw_noise(x: Tensor, draws: Draws) -> Tensor:
     """Standard normal noise shaped like the batch x."""
     return draws.normal(Stream.NOISE, tuple(x.shape[1:])).to(x.dtype)
