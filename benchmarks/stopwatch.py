@@ -11,7 +11,7 @@ from meanflow_kernels.counts import Work
 
 from . import timing
 from .environment import clocks
-from .peaks import PEAKS
+from meanflow.peaks import PEAKS
 from .table import table
 
 

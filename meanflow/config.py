@@ -149,6 +149,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     ema_decay: float = 0.9999
     """Decay of the moving average, which starts as a copy of the weights at step 0."""
+    implementation: Literal["native", "torch", "apex"] = "native"
+    """The step in one pass over memory with the average (csrc), torch's fused AdamW, or NVIDIA apex's FusedAdam."""
 
     def __post_init__(self):
         require(self.lr > 0, "optim.lr", self.lr, "a positive number", "change it")
@@ -198,6 +200,10 @@ class TrainConfig:
     """Dtype of matrix products and attention. Weights, residual stream, target and loss stay in fp32."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """What fp32 matrix products may round their inputs to: nothing, TF32, bf16 (torch.set_float32_matmul_precision)."""
+    compile: bool = False
+    """Compile the whole step, once: minutes for a large network, of which a repeated run takes most from a cache."""
+    cuda_graph: bool = False
+    """Capture the step, optimizer included, in CUDA graphs: a GPU that waits for the host no longer does."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: a resumed run is bit-exact on CUDA too (on the CPU it always is)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,21 +1,57 @@
-"""The optimizer and the moving average of the weights."""
+"""The optimizer, whose step also moves the average of the weights."""
+
+from collections.abc import Sequence
 
 import torch
+from meanflow_kernels.adamw_ema import AdamWEMA
 from torch import Tensor, nn
 
 from .config import OptimConfig
+from .errors import UserError
+
+APEX = (
+    "optim.implementation: got apex, whose FusedAdam cannot be used here ({}), wanted NVIDIA's apex and a GPU; "
+    "install it from github.com/NVIDIA/apex (PyPI's apex is another package), or take native or torch"
+)
 
 
-def make_optimizer(config: OptimConfig, net: nn.Module) -> torch.optim.AdamW:
-    """Adam with decoupled weight decay, as the official code calls it."""
-    return torch.optim.AdamW(
-        net.parameters(),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def make_optimizer(
+    config: OptimConfig, net: nn.Module, ema: nn.Module | None = None, *, captured: bool = False
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay, as the official code calls it; its step() updates the moving average too.
+
+    Args:
+        config: says which implementation; all compute the same.
+        net: fp32 parameters, or shards of them (FSDP2).
+        ema: a network of the same parameters that follows net's, ema <- decay ema + (1 - decay) net.
+        captured: the step will be captured in a CUDA graph: the learning rate is a tensor on the device.
+
+    Raises:
+        UserError: for apex where NVIDIA's apex is not installed.
+    """
+    params = list(net.parameters())
+    averages = [] if ema is None else list(ema.parameters())
+    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+    if captured:
+        options["lr"] = torch.tensor(config.lr, device=params[0].device)
+    if config.implementation == "native":
+        return AdamWEMA(params, **options, emas={config.ema_decay: averages} if averages else None)
+    if config.implementation == "apex":
+        optimizer = _apex(params, options, captured)
+    else:
+        optimizer = torch.optim.AdamW(params, **options, fused=True, capturable=captured)
+    if averages:
+        optimizer.register_step_post_hook(lambda *_: update_ema(averages, params, config.ema_decay))
+    return optimizer
+
+
+def _apex(params: list[Tensor], options: dict, captured: bool) -> torch.optim.Optimizer:
+    try:
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(params, **options, adam_w_mode=True, capturable=captured)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(APEX.format(error)) from None
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -25,8 +61,51 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return config.lr
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """For the next step; in place where the rate is a tensor, for a captured graph reads it there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 @torch.no_grad()
-def update_ema(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
+def update_ema(ema: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
     """ema <- decay ema + (1 - decay) params, in place, after the optimizer's step; it starts as the weights."""
-    torch._foreach_mul_(ema, decay)
-    torch._foreach_add_(ema, params, alpha=1 - decay)
+    torch._foreach_lerp_(list(ema), list(params), 1 - decay)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by name, the same for every implementation: steps taken and moments of each parameter."""
+    tensors = {}
+    for name, p in net.named_parameters():
+        state = optimizer.state[p]
+        step = state["step"] if _counts_by_parameter(optimizer) else optimizer.param_groups[0]["step"]
+        tensors[f"step.{name}"] = torch.as_tensor(step, dtype=torch.float32).reshape(())
+        tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
+    return tensors
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Continue from :func:`state_tensors`, of any implementation.
+
+    Raises:
+        KeyError: for a parameter without a state.
+    """
+    group = optimizer.param_groups[0]
+    for name, p in net.named_parameters():
+        step = tensors[f"step.{name}"]
+        optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in MOMENTS}
+        if _counts_by_parameter(optimizer):
+            optimizer.state[p]["step"] = step.to(p.device)
+        else:
+            group["step"] = step.to(p.device, torch.int32).reshape(1) if optimizer.capturable else int(step)
+
+
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    # apex counts the steps of a group's parameters together
+    return isinstance(optimizer, torch.optim.AdamW)

@@ -25,8 +25,8 @@ SIZES_PER_BATCH = 8
 class Plan(NamedTuple):
     """A step's passes, for B samples in planned order: those that need no derivative come first."""
 
-    start: int
-    """Samples from here on get the derivative; before it all have r = t."""
+    tangent: Tensor
+    """The samples that get the derivative (n,) int64: the last of the order. All others have r = t."""
     order: Tensor | None
     """The planned order (B,) int64; None where the batch has it already."""
     guided: Tensor
@@ -39,6 +39,11 @@ class Plan(NamedTuple):
     """Where a guided sample's u(z, t, t | null) is in the guidance forward (B,) int64."""
     cond_row: Tensor
     """Where its u(z, t, t | y) is (B,) int64, or -1: it is the primal pass."""
+
+    @property
+    def start(self) -> int:
+        """The first sample that gets the derivative."""
+        return len(self.guided) - len(self.tangent)
 
     def to(self, device: torch.device) -> "Plan":
         """On another device; nothing waits."""
@@ -126,7 +131,7 @@ class Planner:
         null_row[null] = torch.arange(len(null))
         cond_row[conditional] = torch.arange(len(null), len(rows))
         return Plan(
-            start=start,
+            tangent=sample[start:],
             order=order,
             guided=guided,
             rows=torch.cat([rows, rows.new_zeros(padding)]),
@@ -141,7 +146,7 @@ class Planner:
         sample = torch.arange(self.batch)
         rows = torch.arange(guidance_size) % self.batch
         return Plan(
-            start=start,
+            tangent=sample[start:],
             order=None if self.config.equal_placement == "first" else sample,
             guided=torch.full((self.batch,), guidance_size > 0),
             rows=rows,
@@ -156,7 +161,7 @@ def whole_batch(config: ObjectiveConfig, r: Tensor, t: Tensor, drop: Tensor) -> 
     sample = torch.arange(len(t), device=t.device)
     passes = 0 if not config.guided else 2 if config.kappa else 1
     return Plan(
-        start=0,
+        tangent=sample,
         order=None,
         guided=guided_mask(config, t, drop),
         rows=sample.repeat(passes),

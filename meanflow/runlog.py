@@ -72,7 +72,7 @@ class RunLog:
     def _compare(self, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
         for section, options in config.items():
             for name, value in options.items():
-                if section == "train" and name in continuable:
+                if f"{section}.{name}" in continuable:
                     continue
                 before = held.get(section, {}).get(name)
                 require(

@@ -15,21 +15,23 @@ from tqdm import tqdm
 
 from . import checkpoint as ckpt
 from .config import ModelConfig, RunConfig, from_dict, to_dict
-from .data import Dataset, Order, draw_latents, open_dataset
+from .data import Dataset, Order, open_dataset
 from .dit import DiT
 from .draws import Draws, Stream
 from .errors import TrainingStopped, UserError
 from .images import make_decoder, to_uint8
-from .objective import Terms, draw_noise, drop_mask, meanflow_terms
+from .objective import MeanFlowLoss, drop_mask
+from .optim import learning_rate, load_state_tensors, make_optimizer, set_learning_rate, state_tensors
 from .plan import Planner
-from .optim import learning_rate, make_optimizer, update_ema
 from .runlog import RunLog
 from .sampling import sample
+from .step import Inputs, Step
 from .times import draw_times
 
 GRID_CLASSES, GRID_ROWS = 10, 8
 # what may change between a run and its continuation
-CONTINUABLE = ("steps", "log_every", "sample_every", "save_every", "keep_last")
+CONTINUABLE = ("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep_last",
+               "train.compile", "train.cuda_graph", "optim.implementation")  # fmt: skip
 
 
 def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None) -> DiT:
@@ -84,9 +86,12 @@ class Trainer:
         net = build_net(config.model, compute_dtype)
         net.init_weights(torch.Generator().manual_seed(config.train.seed))
         self.net = net.to(self.device)
-        self.planner = Planner(config.objective, config.train.batch)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.optimizer = make_optimizer(config.optim, self.net)
+        self.optimizer = make_optimizer(config.optim, self.net, self.ema, captured=self._captured)
+        self.planner = Planner(config.objective, config.train.batch)
+        guide = self.ema if config.objective.guidance_weights == "ema" else None
+        loss = MeanFlowLoss(config.objective, self.net, guide)
+        self.make_step = Step(config, loss, self.optimizer, self.planner)
         self.step = 0
         self.first_bad = torch.tensor(-1, device=self.device)
         self.last_checkpoint: Path | None = None
@@ -95,44 +100,21 @@ class Trainer:
 
     # --- a step ---
 
-    def draws(self, step: int) -> Draws:
-        """The random numbers of a step for this process's samples."""
-        return Draws(self.config.train.seed, step, torch.arange(self.config.train.batch, device=self.device))
-
-    def compute_terms(self, step: int) -> Terms:
-        """The loss of a step."""
-        config, draws = self.config, self.draws(step)
-        batch = self.dataset.read(self.order.indices(step))
-        batch = type(batch)(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
-        x = draw_latents(batch, draws, config.data)
+    def inputs(self, step: int) -> Inputs:
+        """What a step computes with: data, draws and plan of this process's samples."""
+        config, samples = self.config, torch.arange(self.config.train.batch)
+        # on the host: the plan decides the shapes of what the device does
+        draws = Draws(config.train.seed, step, samples)
         r, t = draw_times(config.objective, draws)
         drop = drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP))
-        guide = self.ema if config.objective.guidance_weights == "ema" else None
+        batch = self.dataset.read(self.order.indices(step))
         plan = self.planner.plan(r, t, drop)
-        return meanflow_terms(
-            config.objective,
-            self.net,
-            x,
-            draw_noise(x, draws),
-            r,
-            t,
-            batch.labels,
-            drop,
-            plan,
-            guide=guide,
-        )
+        return Inputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(self.device)
 
     def train_step(self) -> None:
         """One optimizer step."""
-        terms = self.compute_terms(self.step)
-        self.optimizer.zero_grad()
-        terms.loss.backward()
-        grad_norm = nn.utils.get_total_norm(p.grad for p in self.net.parameters())
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, self.step)
-        self.optimizer.step()
-        update_ema(list(self.ema.parameters()), list(self.net.parameters()), self.config.optim.ema_decay)
-
+        set_learning_rate(self.optimizer, self.rate(self.step))
+        terms, grad_norm = self.make_step(self.inputs(self.step))
         bad = ~(torch.isfinite(terms.raw).all() & torch.isfinite(grad_norm))
         self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
         self.log.add(terms, grad_norm)
@@ -149,9 +131,12 @@ class Trainer:
         train = self.config.train
         bar = tqdm(total=train.steps * train.batch, initial=self.step * train.batch, unit="img", unit_scale=True,
                    desc=self.out.name, mininterval=1.0, dynamic_ncols=True)  # fmt: skip
+        first, start = self.step, time.perf_counter()
         with bar:
             while self.step < train.steps and not stop():
                 self.train_step()
+                if self.step == first + 1:
+                    self._say_first_step(time.perf_counter() - start)
                 bar.update(train.batch)
                 done = self.step == train.steps
                 if self.step % train.log_every == 0 or done:
@@ -165,6 +150,19 @@ class Trainer:
         if self.step < train.steps:
             self.save()
         return self.step == train.steps
+
+    def _say_first_step(self, seconds: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        compiling = self.make_step.compile_seconds
+        tqdm.write(f"{self.out}: first step after {seconds:.1f} s" + f", {compiling:.1f} s of it compiling" * (compiling > 0))
+
+    @property
+    def _captured(self) -> bool:
+        graphs = self.config.train.cuda_graph
+        if graphs and self.device.type != "cuda":
+            raise UserError("train.cuda_graph: got True, wanted a GPU to capture on; set it False, or train.device cuda")
+        return graphs
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -210,9 +208,7 @@ class Trainer:
             return
         tensors = {f"model.{name}": x for name, x in self.net.state_dict().items()}
         tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
-        for name, p in self.net.named_parameters():
-            for key, x in self.optimizer.state[p].items():
-                tensors[f"optimizer.{key}.{name}"] = x
+        tensors |= {f"optimizer.{name}": x for name, x in state_tensors(self.optimizer, self.net).items()}
         tensors |= {f"log.{name}": x for name, x in self.log.sums().items()}
         state = ckpt.Checkpoint(self.step, to_dict(self.config), tensors)
         self.log.flush()
@@ -229,11 +225,12 @@ class Trainer:
         state = ckpt.load(path)
         load_weights(self.net, state.part("model"), path)
         load_weights(self.ema, state.part("ema"), path)
-        for name, p in self.net.named_parameters():
-            moments = {key: state.tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if any(x is None for x in moments.values()):
-                raise UserError(f"checkpoint: got {path}, which lacks the optimizer's state, wanted one of this run")
-            self.optimizer.state[p] = {key: x.to(self.device) for key, x in moments.items()}
+        try:
+            load_state_tensors(self.optimizer, self.net, state.part("optimizer"))
+        except KeyError as error:
+            raise UserError(
+                f"checkpoint: got {path}, which lacks {error} of the optimizer, wanted one of this run; delete it"
+            ) from None
         if state.step > self.config.train.steps:
             raise UserError(
                 f"train.steps: got {self.config.train.steps}, wanted at least the {state.step} already done "

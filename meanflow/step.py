@@ -1,0 +1,230 @@
+"""One training step, from stored latents to new weights: plain, compiled, or captured whole in CUDA graphs."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .config import RunConfig
+from .data import Batch, draw_latents
+from .draws import Draws
+from .errors import UserError
+from .objective import MeanFlowLoss, Terms, draw_noise
+from .plan import Plan, Planner
+
+
+class Inputs(NamedTuple):
+    """All that a step depends on, but the weights: tensors on its device."""
+
+    batch: Batch
+    samples: Tensor
+    """(B,) int64, each sample's index in the global batch: what its draws are a function of."""
+    step: Tensor
+    """() int64."""
+    r: Tensor
+    t: Tensor
+    drop: Tensor
+    plan: Plan
+
+    def to(self, device: torch.device) -> "Inputs":
+        """On a device; the host does not wait for a GPU."""
+
+        def move(x):
+            if not isinstance(x, Tensor) or x.device == device:
+                return x
+            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+        return pytree.tree_map(move, self)
+
+
+class Step:
+    """A training step. Calling it makes one.
+
+    Args:
+        config: of the run; train.compile and train.cuda_graph say how.
+        loss: the objective, which may be wrapped for several processes. It is compiled here unless ``compiled``.
+        optimizer: its step() updates the moving average too.
+        planner: of the plans to come, whose sizes are declared.
+    """
+
+    def __init__(self, config: RunConfig, loss: nn.Module, optimizer: torch.optim.Optimizer, planner: Planner):
+        self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
+        self.params = [p for p in loss.parameters() if p.requires_grad]
+        self._draw = self._draw_batch
+        self._warm = not config.train.compile
+        self.compile_seconds = 0.0
+        """Spent on compiling and capturing so far."""
+        self._graphs: dict[tuple, _Graph] = {}
+        if config.train.compile:
+            self._draw = torch.compile(self._draw_batch, fullgraph=True, dynamic=False)
+            compile_loss(loss)
+
+    def __call__(self, inputs: Inputs) -> tuple[Terms, Tensor]:
+        """Update the weights; returns the step's terms and the norm of its gradient.
+
+        What a captured step returns is overwritten by the next.
+
+        Raises:
+            UserError: where memory or the compiler fails, naming the setting that helps.
+        """
+        with explained_failures():
+            if not self._warm:
+                self._warm_up(inputs)
+            with torch.compiler.set_stance("fail_on_recompile") if self.config.train.compile else nullcontext():
+                if self.config.train.cuda_graph:
+                    return self._replay(inputs)
+                return self._run(inputs)
+
+    def _draw_batch(self, batch: Batch, samples: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        draws = Draws(self.config.train.seed, step, samples)
+        x = draw_latents(batch, draws, self.config.data)
+        return x, draw_noise(x, draws)
+
+    def _gradient(self, inputs: Inputs) -> Terms:
+        batch, samples, step, r, t, drop, plan = inputs
+        x, e = self._draw(batch, samples, step)
+        if self.config.train.compile:
+            declare_sizes(plan)
+        terms = self.loss(x, e, r, t, batch.labels, drop, plan)
+        self.optimizer.zero_grad()
+        terms.loss.backward()
+        return terms
+
+    def _run(self, inputs: Inputs) -> tuple[Terms, Tensor]:
+        terms = self._gradient(inputs)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.params])
+        self.optimizer.step()
+        return terms, grad_norm
+
+    def _warm_up(self, inputs: Inputs) -> None:
+        """Compile for every size that the planner declares. The weights stay as they are."""
+        with self._timed("compiling the step"):
+            for plan in self._declared_plans():
+                self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
+            self.optimizer.zero_grad()
+        self._warm = True
+
+    def _declared_plans(self) -> list[Plan]:
+        return [
+            self.planner.example(guidance, tangent)
+            # the largest first: memory that fits it fits the others
+            for tangent in reversed(self.planner.tangent_sizes)
+            for guidance in reversed(self.planner.guidance_sizes)
+        ]
+
+    @contextmanager
+    def _timed(self, what: str):
+        start = time.perf_counter()
+        with heartbeat(what):
+            yield
+        self.compile_seconds += time.perf_counter() - start
+
+    # --- CUDA graphs ---
+
+    def _replay(self, inputs: Inputs) -> tuple[Terms, Tensor]:
+        if not self._graphs:
+            # a first step by hand loads what a capture must not load
+            result = self._run(inputs)
+            self._capture(inputs)
+            return result
+        return self._graphs[_shapes(inputs)](inputs)
+
+    def _capture(self, inputs: Inputs) -> None:
+        with self._timed("capturing the step"):
+            pool = torch.cuda.graph_pool_handle()
+            for plan in self._declared_plans():
+                example = inputs._replace(plan=plan).to(inputs.samples.device)
+                self.optimizer.zero_grad()
+                self._graphs[_shapes(example)] = _Graph(self._run, example, pool)
+
+
+class _Graph:
+    """A function of tensors, captured with its inputs' shapes."""
+
+    def __init__(self, run: Callable[[Inputs], tuple], inputs: Inputs, pool):
+        self._inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._outputs = run(self._inputs)
+
+    def __call__(self, inputs: Inputs) -> tuple:
+        for held, new in zip(pytree.tree_leaves(self._inputs), pytree.tree_leaves(inputs), strict=True):
+            if isinstance(held, Tensor):
+                held.copy_(new, non_blocking=True)
+        self._graph.replay()
+        return self._outputs
+
+
+def _shapes(inputs: Inputs) -> tuple:
+    return len(inputs.plan.rows), inputs.plan.start
+
+
+def compile_loss(loss: nn.Module) -> None:
+    """Compile the whole target computation, forward and backward, as one graph without a break."""
+    loss.compile(fullgraph=True, dynamic=False)
+
+
+def declare_sizes(plan: Plan) -> None:
+    """Mark what differs from plan to plan, so that one compiled graph serves all sizes but the empty one."""
+    for group in (plan.rows, plan.null, plan.tangent if plan.order is not None else plan.rows):
+        if len(group):
+            torch._dynamo.mark_dynamic(group, 0)
+
+
+@contextmanager
+def heartbeat(what: str, every: float = 10.0):
+    """Say that something long is at work, and for how long."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def beat():
+        while not done.wait(every):
+            print(f"{what}: {time.perf_counter() - start:.0f} s ...", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    print(f"{what}: done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+MEMORY = (
+    "memory: the step does not fit ({}), wanted a smaller one; lower train.batch, set train.precision bf16, or set "
+    "train.checkpoint_blocks True, which computes blocks twice and keeps less"
+)
+COMPILE = (
+    "train.compile: got True, but the step could not be compiled ({}), wanted a working compiler (on the CPU a C++ one, "
+    "g++ or clang++); set train.compile False, which computes the same more slowly"
+)
+
+
+@contextmanager
+def explained_failures():
+    """Failures that a setting can help, as one line that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(MEMORY.format(_first_line(error))) from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise UserError(MEMORY.format(_first_line(error))) from None
+        if _is_compiler(error):
+            raise UserError(COMPILE.format(_first_line(error))) from error
+        raise
+
+
+def _is_compiler(error: RuntimeError) -> bool:
+    exceptions = sys.modules.get("torch._dynamo.exc")
+    return exceptions is not None and isinstance(error, exceptions.TorchDynamoException)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
