@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from meanflow.peaks import PEAKS
 from meanflow_kernels.counts import Work
 
 from . import timing
 from .environment import clocks
-from meanflow.peaks import PEAKS
 from .table import table
 
 

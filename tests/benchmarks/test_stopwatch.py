@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.bench_silu import VARIANTS, Case, measure
 from benchmarks.environment import _nvml, environment
-from meanflow.peaks import PEAKS
 from benchmarks.shapes import MODELS, naming, on
 from benchmarks.stopwatch import Stopwatch, check, relative_error
 from benchmarks.timing import Ceilings, device_ms, measure_ceilings, quantiles
+from meanflow.peaks import PEAKS
 from meanflow_kernels import silu, silu_jvp
 from meanflow_kernels.counts import Work
 
