@@ -5,10 +5,12 @@ tangents are absent. Class and parameter names are DiT's (Peebles & Xie, arXiv 2
 one of the official MeanFlow code (Gsunshine/meanflow).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meanflow_kernels import adaln_jvp, attention_jvp, bias_gelu_jvp, gate_adaln_jvp, linear_jvp, silu_jvp
 from meanflow_kernels import timestep_embedding_jvp
@@ -172,18 +174,42 @@ class Stream(NamedTuple):
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, checkpointed: bool = False):
         super().__init__()
+        self.checkpointed = checkpointed
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, stream: Stream, c: Dual) -> Stream:
         """stream of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
+        # inside the block, so that its hooks (FSDP's) run once a pass
+        if self.checkpointed and torch.is_grad_enabled():
+            return _checkpointed(self._branches, stream, c)
+        return self._branches(stream, c)
+
+    def _branches(self, stream: Stream, c: Dual) -> Stream:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).split(6)
         x, h = stream.adaln(shift_msa, scale_msa, c.primal.dtype)
         x, h = Stream(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, c.primal.dtype)
         return Stream(x, self.mlp(h), gate_mlp)
+
+
+def _checkpointed(branches: Callable[[Stream, Dual], Stream], stream: Stream, c: Dual) -> Stream:
+    """branches(stream, c), which backward computes again instead of keeping what it saves."""
+    if torch.compiler.is_compiling():
+        return checkpoint(branches, stream, c, use_reentrant=False, preserve_rng_state=False)
+    # what is saved depends on the primals alone: neither keep the tangents for the second time nor compute them
+    duals = [(stream, c)]
+
+    def run(*primals: Tensor | None) -> Stream:
+        if duals:
+            return branches(*duals.pop())
+        *stream, c = (None if x is None else Dual(x) for x in primals)
+        return branches(Stream(*stream), c)
+
+    primals = (None if x is None else x.primal for x in (*stream, c))
+    return checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
 
 
 class FinalLayer(nn.Module):
@@ -211,6 +237,7 @@ class DiT(nn.Module):
         time_embedding: which of "t", "r" and "h" (= t - r) are embedded, each by its own MLP (paper, Table 1c).
         compute_dtype: dtype of matrix products and attention; None is the parameters' dtype. The residual stream,
             LayerNorm statistics, time features and the output keep the parameters' dtype.
+        checkpoint_blocks: compute each block a second time in backward, and keep only its inputs until then.
     """
 
     def __init__(
@@ -226,6 +253,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         time_embedding: tuple[str, ...] = ("t", "h"),
         compute_dtype: torch.dtype | None = None,
+        checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -236,7 +264,9 @@ class DiT(nn.Module):
         for time in self.time_embedding:
             self.add_module(f"{time}_embedder", TimestepEmbedder(hidden_size))
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, checkpoint_blocks) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.register_buffer("pos_embed", self._position_table(), persistent=False)
         self.init_weights()
