@@ -171,10 +171,12 @@ def compile_loss(loss: nn.Module) -> None:
 
 
 def declare_sizes(plan: Plan) -> None:
-    """Mark what differs from plan to plan, so that one compiled graph serves all sizes but the empty one."""
-    for group in (plan.rows, plan.null, plan.tangent if plan.order is not None else plan.rows):
-        if len(group):
-            torch._dynamo.mark_dynamic(group, 0)
+    """Mark what differs from plan to plan: one compiled graph serves all sizes of a group but none, and all samples."""
+    groups = [plan.rows, plan.null] if len(plan.rows) else []
+    if plan.order is not None and 0 < plan.start < len(plan.guided):
+        groups.append(plan.tangent)
+    for group in groups:
+        torch._dynamo.mark_dynamic(group, 0)
 
 
 @contextmanager
@@ -197,12 +199,12 @@ def heartbeat(what: str, every: float = 10.0):
 
 
 MEMORY = (
-    "memory: the step does not fit ({}), wanted a smaller one; lower train.batch, set train.precision bf16, or set "
-    "train.checkpoint_blocks True, which computes blocks twice and keeps less"
+    "memory: the step does not fit ({}), wanted a smaller one; lower --train.batch, take --train.precision bf16, or "
+    "--train.checkpoint-blocks, which computes blocks twice and keeps less"
 )
 COMPILE = (
     "train.compile: got True, but the step could not be compiled ({}), wanted a working compiler (on the CPU a C++ one, "
-    "g++ or clang++); set train.compile False, which computes the same more slowly"
+    "g++ or clang++); take --train.no-compile, which computes the same more slowly"
 )
 
 
