@@ -1,0 +1,267 @@
+"""The accounts of a step: the bars that it must stay below, and that the counts are counts of what runs."""
+
+import functools
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from meanflow_kernels.routing import Route, force_route
+from torch import nn
+
+from benchmarks import accounting
+from benchmarks.accounting import ExactPlanner, Flops, MetaStep, account, count, plan_sizes
+from benchmarks.accounting import find_rates, floor, saved_bytes
+from meanflow import cli
+from meanflow.config import ModelConfig, RunConfig
+from meanflow.draws import Draws, Stream
+from meanflow.errors import UserError
+from meanflow.objective import drop_mask, func_jvp, meanflow_terms
+from meanflow.peaks import PEAKS
+from meanflow.plan import Planner, whole_batch
+from meanflow.presets import preset
+from meanflow.times import draw_times
+
+BARS = {  # overrides of XL/2's own objective, most F a step
+    "unguided": ({"omega": 1.0, "kappa": 0.0}, 3.30),
+    "guided everywhere": ({"guidance_start": 0.0, "guidance_end": 1.0}, 4.58),
+    "own recipe": ({}, 4.40),
+}
+BATCHES = [32, pytest.param(256, marks=pytest.mark.slow)]
+
+
+def xl2(batch: int, **objective) -> RunConfig:
+    config = preset("imagenet-xl2")
+    objective = replace(config.objective, **objective)
+    return replace(config, objective=objective, train=replace(config.train, batch=batch, precision="bf16"))
+
+
+def tiny(**objective) -> RunConfig:
+    config = preset("digits")
+    objective = replace(config.objective, **{"share_equal": 0.75, "omega": 0.2, "kappa": 0.5} | objective)
+    model, train = replace(config.model, depth=1), replace(config.train, batch=8)
+    return replace(config, model=model, objective=objective, train=train)
+
+
+@functools.cache
+def accounts_of_xl2(batch: int, bar: str) -> dict:
+    return account(xl2(batch, **BARS[bar][0]))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("bar", BARS)
+def test_a_step_of_xl2_stays_below_its_bar(bar, batch):
+    config, accounts, most = xl2(batch, **BARS[bar][0]), accounts_of_xl2(batch, bar), BARS[bar][1]
+    assert accounts["batches"] == 1000 and config.objective.share_equal == 0.75
+    assert accounts["step_in_forwards"] <= most
+    if bar != "own recipe":
+        # whatever is drawn
+        assert max(size["forwards"] for size in accounts["sizes"]) <= most
+    assert accounts["step_in_forwards_unpadded"] <= accounts["step_in_forwards"]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("bar", BARS)
+def test_nothing_is_saved_for_the_derivative_or_guidance(bar, batch):
+    accounts = accounts_of_xl2(batch, bar)
+    assert accounts["saved_bytes"] <= 1.02 * accounts["saved_bytes_flow_matching"]
+    # a stream in fp32, 28 blocks of two branches
+    assert accounts["saved_bytes_flow_matching"] > batch * 256 * 1152 * 4 * 28 * 2
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_parts_are_the_whole(bar):
+    accounts = accounts_of_xl2(32, bar)
+    parts = accounts["parts"]
+    for key in ("flops", "linear", "attention", "forwards"):
+        assert sum(part[key] for part in parts.values()) == pytest.approx(accounts["step"][key], rel=1e-12)
+    assert accounts["step"]["forwards"] == accounts["step_in_forwards"]
+    for name, part in parts.items():
+        # the kernels' operators have been counted, not overlooked
+        assert (part["attention"] > 0) == (part["linear"] > 0) == (name != "guidance" or bar != "unguided"), name
+    assert parts["primal"]["flops"] == accounts["forward_flops"]
+    # a flash backward is 2.5 forwards, the derivative of a quarter of the samples twice theirs
+    assert parts["backward"]["attention"] == 2.5 * parts["primal"]["attention"]
+    assert parts["tangent"]["attention"] == 2 / 4 * parts["primal"]["attention"]
+
+
+@pytest.mark.parametrize("model, gmacs", {"B/4": 5.6, "B/2": 23.1, "M/2": 54.0, "L/2": 80.9, "XL/2": 119.0}.items())
+def test_forward_is_the_papers(model, gmacs):
+    config = replace(tiny(), model=ModelConfig.official(model))
+    counted = MetaStep(config).plain_forward().total / config.train.batch / 2e9
+    assert counted == pytest.approx(gmacs, rel=0.01)
+
+
+def test_parts_are_proportional_to_their_rows():
+    step = MetaStep(tiny(equal_placement="bernoulli"))
+    guidance_sizes, tangent_sizes = step.planner.guidance_sizes, step.planner.tangent_sizes
+    assert len(guidance_sizes) > 5 and len(tangent_sizes) >= 5
+    bare = {n: step.forward(0, n) for n in tangent_sizes}
+    a_row = step.parts(guidance_sizes[1], tangent_sizes[1], bare)
+    for guidance, tangent in zip(guidance_sizes[1:], (*tangent_sizes[1:], *tangent_sizes), strict=False):
+        parts = step.parts(guidance, tangent, bare)
+        assert parts["guidance"] == a_row["guidance"] * (guidance / guidance_sizes[1])
+        assert parts["tangent"] == a_row["tangent"] * (tangent / tangent_sizes[1])
+        assert (parts["primal"], parts["backward"]) == (a_row["primal"], a_row["backward"])
+    assert step.parts(0, 0, bare)["guidance"] == step.parts(0, 0, bare)["tangent"] == Flops()
+
+
+def drawn(config: RunConfig, step: int, rank: int = 0):
+    """Times and dropped labels of a rank's batch."""
+    batch = config.train.batch
+    draws = Draws(config.train.seed, step, torch.arange(batch) + rank * batch)
+    return *draw_times(config.objective, draws), drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP))
+
+
+@pytest.mark.parametrize("placement", ["first", "bernoulli"])
+def test_means_are_those_of_the_drawn_steps(placement):
+    config = tiny(equal_placement=placement, guidance_end=0.5, label_drop=0.3)
+    ranks, batches = 3, 4
+    accounts = account(config, ranks=ranks, batches=batches)
+    step, planner = MetaStep(config), Planner(config.objective, config.train.batch)
+    exact = ExactPlanner(config.objective, config.train.batch)
+
+    def forwards(planner, index, rank):
+        plan = planner.plan(*drawn(config, index, rank))
+        return count(lambda: step.loss(plan).backward()).total / accounts["forward_flops"]
+
+    padded = [[forwards(planner, index, rank) for rank in range(ranks)] for index in range(batches)]
+    assert len({n for of_ranks in padded for n in of_ranks}) > 2
+    assert accounts["step_in_forwards"] == pytest.approx(sum(p[0] for p in padded) / batches, rel=1e-12)
+    assert accounts["step_in_forwards_slowest_rank"] == pytest.approx(sum(map(max, padded)) / batches, rel=1e-12)
+    unpadded = sum(forwards(exact, index, 0) for index in range(batches)) / batches
+    assert accounts["step_in_forwards_unpadded"] == pytest.approx(unpadded, rel=1e-12)
+    assert unpadded < accounts["step_in_forwards"] < accounts["step_in_forwards_slowest_rank"]
+    assert sum(size["batches"] for size in accounts["sizes"]) == batches
+
+
+@pytest.mark.parametrize("placement", ["first", "bernoulli"])
+def test_exact_sizes_have_no_padding(placement):
+    config = tiny(equal_placement=placement, guidance_end=0.5, label_drop=0.3)
+    planner = ExactPlanner(config.objective, config.train.batch)
+    for index in range(20):
+        r, t, drop = drawn(config, index)
+        guided = (t <= 0.5) & ~drop
+        needed = int(guided.sum() + (guided & (r != t)).sum())
+        assert plan_sizes(config, planner, index, 0) == (needed, int((r != t).sum()))
+
+
+def test_saved_bytes_of_a_known_graph():
+    layer = nn.Linear(8, 8)
+
+    def loss():
+        x = torch.ones(4, 8)
+        torch.ones(1000, requires_grad=True).exp().sum()  # a graph that nobody keeps
+        y = layer(x).exp()  # x and the result are kept, the weight is no news
+        y = y.view(8, 4) * y.view(8, 4)  # the same memory, seen in two ways
+        return y.sum()
+
+    assert saved_bytes(loss, layer) == 2 * 4 * 8 * 4
+
+
+def test_a_target_that_is_not_stopped_is_seen():
+    step = MetaStep(tiny())
+    r, t, drop = drawn(step.config, 0)
+    plan = whole_batch(step.config.objective, r, t, drop).to(accounting.META)
+
+    def not_stopped():
+        def jvp(net, primals, tangents, y, start):
+            with force_route(Route.REFERENCE):
+                u, du_dt = func_jvp(net, primals, tangents, y, start)
+            return u + du_dt.sum(), du_dt
+
+        inputs = (step.x, step.e, step.r, step.t, step.y, step.drop)
+        return meanflow_terms(step.config.objective, step.net, *inputs, plan, jvp=jvp).loss
+
+    assert saved_bytes(not_stopped, step.net) > 1.8 * account(step.config, batches=1)["saved_bytes"]
+
+
+def test_weights_and_optimizer():
+    accounts = account(tiny(), batches=1)
+    count = accounts["parameters"]
+    assert count == sum(p.numel() for p in MetaStep(tiny()).net.parameters())
+    assert accounts["parameter_bytes"] == 4 * count
+    # parameter, gradient, two moments and the average are read, all but the gradient written
+    assert (accounts["optimizer_bytes"], accounts["optimizer_state_bytes"]) == (9 * 4 * count, 3 * 4 * count)
+
+
+def write_rows(folder, gpu: str, **ceilings):
+    folder.mkdir(parents=True)
+    rows = [{"gpu": gpu, "bound": bound, "ceiling": ceiling} for bound, of in ceilings.items() for ceiling in of]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rates_are_given_measured_or_the_datasheets(tmp_path):
+    gpu, peak = "NVIDIA H200", PEAKS["NVIDIA H200"]
+
+    def found(gpu=gpu, **given):
+        return [(rate.value, rate.source) for rate in find_rates(gpu, results=tmp_path, **given)]
+
+    assert found() == [(peak.tflops, "datasheet"), (peak.gbps, "datasheet")]
+    write_rows(tmp_path / "other", "NVIDIA B200", gemm=[1500.0], copy=[7000.0])
+    assert found() == [(peak.tflops, "datasheet"), (peak.gbps, "datasheet")]
+    write_rows(tmp_path / "h200", gpu, gemm=[700.0, 720.0])
+    assert found() == [(720.0, "measured"), (peak.gbps, "datasheet")]
+    assert found(copy_gbps=4000.0) == [(720.0, "measured"), (4000.0, "given")]
+    assert found("mine", gemm_tflops=1.0, copy_gbps=2.0) == [(1.0, "given"), (2.0, "given")]
+    with pytest.raises(UserError, match="gpu: got 'mine', wanted one of NVIDIA A100"):
+        found("mine", gemm_tflops=1.0)
+
+
+def test_floor_is_products_and_bytes(tmp_path):
+    gemm, copy = find_rates("mine", gemm_tflops=200.0, copy_gbps=1000.0, results=tmp_path)
+    accounts = floor({"step_flops": 4e12, "optimizer_bytes": 3e9}, "mine", gemm, copy)
+    assert accounts["floor_ms"] == 20 + 3
+    assert (accounts["floor"]["gemm_ms"], accounts["floor"]["optimizer_ms"]) == (20, 3)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run the command in this process: exit code, output, error output."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["accounting.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            cli.run(accounting.main)
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+def test_command(command, tmp_path):
+    path = tmp_path / "new" / "accounts.json"
+    args = ["--preset", "digits", "--batch", 64, "--batches", 5, "--ranks", 2]
+    code, out, err = command(*args, "--json", path, "--gemm-tflops", 500, "--copy-gbps", 2000)
+    assert code == 0, err
+    accounts = json.loads(path.read_text())
+    keys = "forward_flops step_in_forwards step_in_forwards_unpadded step_in_forwards_slowest_rank parts saved_bytes "
+    keys += "saved_bytes_flow_matching parameters parameter_bytes optimizer_bytes floor_ms floor environment"
+    assert set(keys.split()) <= accounts.keys()
+    assert accounts["floor"]["gemm_source"] == "given" and accounts["precision"] == "bf16"
+    assert [line.split()[0] for line in out.splitlines()[1:7]] == ["part", *accounts["parts"], "step"]
+    assert "500 TFLOP/s (given)" in out and "slowest of 2 ranks" in out
+    assert "100%" in err  # progress
+    code, out, _ = command(*args, "--precision", "fp32")
+    assert code == 0 and "no rate of fp32 products is known" in out
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    {
+        "--preset digitz --batch 8": "preset: got 'digitz', wanted one of digits",
+        "--preset digits --batch 0": "train.batch: got 0, wanted a positive whole number",
+        "--preset imagenet-xl2 --batch 3": "train.batch: got 3, wanted one that a share of r = t of 0.75 divides",
+        "--preset digits --batch 8 --gpu GTX": "gpu: got 'GTX', wanted one of NVIDIA A100",
+        "--preset digits --batch 8 --ranks 0": "ranks: got 0, wanted a positive whole number",
+        "--preset digits --batch 8 --batches 0": "batches: got 0, wanted a positive whole number",
+        "--preset digits --batch 8 --gemm-tflops -1": "gemm-tflops: got -1.0, wanted a positive number",
+        "--preset digits": "--batch",
+        "--preset digits --batch 8 --fast": "Unrecognized options: --fast",
+    }.items(),
+)
+def test_bad_input(command, line, message):
+    code, _, err = command(*line.split())
+    assert code == 2
+    assert message in err and err.startswith("accounting.py: error: ") and err.count("\n") == 1
