@@ -202,6 +202,8 @@ class TrainConfig:
     """What fp32 matrix products may round their inputs to: nothing, TF32, bf16 (torch.set_float32_matmul_precision)."""
     compile: bool = False
     """Compile the whole step, once: minutes for a large network, of which a repeated run takes most from a cache."""
+    checkpoint_blocks: bool = False
+    """Compute each block again in backward instead of keeping what it saves: less memory, a third more work."""
     cuda_graph: bool = False
     """Capture the step, optimizer included, in CUDA graphs: a GPU that waits for the host no longer does."""
     deterministic: bool = False

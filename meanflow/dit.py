@@ -65,14 +65,43 @@ def _dual(x: Tensor, x_dot: Tensor | None, start: int | None) -> Dual:
     return Dual(x, None if x_dot is None else x_dot.detach(), start)
 
 
+class _Copy(torch.autograd.Function):
+    """A parameter by its low-precision copy; the gradient is the parameter's."""
+
+    @staticmethod
+    def forward(weight, copy):
+        return copy.view_as(copy)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, dweight):
+        return dweight.to(ctx.dtype), None
+
+
 class Linear(nn.Linear):
-    """A linear layer on pairs, computed in its input's dtype."""
+    """A linear layer on pairs, computed in its input's dtype.
+
+    ``copy`` holds the weight in that dtype, where an optimizer keeps it (`DiT.make_copies`); else each call casts it.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.register_buffer("copy", None, persistent=False)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.copy is not None:
+            self.copy.copy_(self.weight.detach())
 
     def forward(self, x: Dual, *, with_bias: bool = True) -> Dual:
         """x (..., in_features) -> (..., out_features)."""
         dtype = x.primal.dtype
         bias = self.bias.to(dtype) if with_bias else None
-        return _dual(*linear_jvp((x.primal,), (x.tangent,), self.weight.to(dtype), bias), x.start)
+        weight = self.weight.to(dtype) if self.copy is None else _Copy.apply(self.weight, self.copy)
+        return _dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
 
 
 class PatchEmbed(nn.Module):
@@ -290,6 +319,18 @@ class DiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+    def make_copies(self) -> list[Tensor | None]:
+        """Keep the weights of the linear layers in compute_dtype too, for an optimizer to keep up to date.
+
+        Returns:
+            The copies in the order of parameters(), None for a parameter without one.
+        """
+        copies = {}
+        for module in self.modules():
+            if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
+                module.copy = copies[module.weight] = module.weight.detach().to(self.compute_dtype)
+        return [copies.get(p) for p in self.parameters()]
 
     def forward(
         self,

@@ -16,7 +16,7 @@ APEX = (
 
 
 def make_optimizer(
-    config: OptimConfig, net: nn.Module, ema: nn.Module | None = None, *, captured: bool = False
+    config: OptimConfig, net: nn.Module, ema: nn.Module | None = None, *, copies: bool = False, captured: bool = False
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay, as the official code calls it; its step() updates the moving average too.
 
@@ -24,6 +24,7 @@ def make_optimizer(
         config: says which implementation; all compute the same.
         net: fp32 parameters, or shards of them (FSDP2).
         ema: a network of the same parameters that follows net's, ema <- decay ema + (1 - decay) net.
+        copies: keep the network's low-precision weights too (`DiT.make_copies`), where the implementation can.
         captured: the step will be captured in a CUDA graph: the learning rate is a tensor on the device.
 
     Raises:
@@ -35,7 +36,8 @@ def make_optimizer(
     if captured:
         options["lr"] = torch.tensor(config.lr, device=params[0].device)
     if config.implementation == "native":
-        return AdamWEMA(params, **options, emas={config.ema_decay: averages} if averages else None)
+        emas = {config.ema_decay: averages} if averages else None
+        return AdamWEMA(params, **options, emas=emas, copies=net.make_copies() if copies else ())
     if config.implementation == "apex":
         optimizer = _apex(params, options, captured)
     else:

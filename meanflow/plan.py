@@ -161,7 +161,8 @@ def whole_batch(config: ObjectiveConfig, r: Tensor, t: Tensor, drop: Tensor) -> 
     sample = torch.arange(len(t), device=t.device)
     passes = 0 if not config.guided else 2 if config.kappa else 1
     return Plan(
-        tangent=sample,
+        # a tensor of its own: a compiled region would take one that is passed twice for a case of its own
+        tangent=sample.clone(),
         order=None,
         guided=guided_mask(config, t, drop),
         rows=sample.repeat(passes),

@@ -31,6 +31,7 @@ def _imagenet(model: str, epochs: int, *, time_embedding: str = "t,h", **objecti
             batch=BATCH,
             # the official program leaves fp32 products to the accelerator's default, one bf16 pass
             matmul="medium",
+            compile=True,
         ),
     )
 

@@ -1,5 +1,6 @@
 """One training step, from stored latents to new weights: plain, compiled, or captured whole in CUDA graphs."""
 
+import functools
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from .config import RunConfig
 from .data import Batch, draw_latents
 from .draws import Draws
 from .errors import UserError
-from .objective import MeanFlowLoss, Terms, draw_noise
+from .objective import Terms, draw_noise
 from .plan import Plan, Planner
 
 
@@ -43,6 +44,13 @@ class Inputs(NamedTuple):
         return pytree.tree_map(move, self)
 
 
+def draw_batch(config: RunConfig, batch: Batch, samples: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Data x and noise e of a step, each (B, channels, size, size)."""
+    draws = Draws(config.train.seed, step, samples)
+    x = draw_latents(batch, draws, config.data)
+    return x, draw_noise(x, draws)
+
+
 class Step:
     """A training step. Calling it makes one.
 
@@ -56,13 +64,13 @@ class Step:
     def __init__(self, config: RunConfig, loss: nn.Module, optimizer: torch.optim.Optimizer, planner: Planner):
         self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
         self.params = [p for p in loss.parameters() if p.requires_grad]
-        self._draw = self._draw_batch
+        self._draw = functools.partial(draw_batch, config)
         self._warm = not config.train.compile
         self.compile_seconds = 0.0
         """Spent on compiling and capturing so far."""
         self._graphs: dict[tuple, _Graph] = {}
         if config.train.compile:
-            self._draw = torch.compile(self._draw_batch, fullgraph=True, dynamic=False)
+            self._draw = torch.compile(self._draw, fullgraph=True, dynamic=False)
             compile_loss(loss)
 
     def __call__(self, inputs: Inputs) -> tuple[Terms, Tensor]:
@@ -80,11 +88,6 @@ class Step:
                 if self.config.train.cuda_graph:
                     return self._replay(inputs)
                 return self._run(inputs)
-
-    def _draw_batch(self, batch: Batch, samples: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        draws = Draws(self.config.train.seed, step, samples)
-        x = draw_latents(batch, draws, self.config.data)
-        return x, draw_noise(x, draws)
 
     def _gradient(self, inputs: Inputs) -> Terms:
         batch, samples, step, r, t, drop, plan = inputs
@@ -203,8 +206,8 @@ MEMORY = (
     "--train.checkpoint-blocks, which computes blocks twice and keeps less"
 )
 COMPILE = (
-    "train.compile: got True, but the step could not be compiled ({}), wanted a working compiler (on the CPU a C++ one, "
-    "g++ or clang++); take --train.no-compile, which computes the same more slowly"
+    "train.compile: got True, but the step could not be compiled ({}), wanted a working compiler (on the CPU a C++ "
+    "one, g++ or clang++); take --train.no-compile, which computes the same more slowly"
 )
 
 

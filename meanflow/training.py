@@ -31,10 +31,10 @@ from .times import draw_times
 GRID_CLASSES, GRID_ROWS = 10, 8
 # what may change between a run and its continuation
 CONTINUABLE = ("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep_last",
-               "train.compile", "train.cuda_graph", "optim.implementation")  # fmt: skip
+               "train.compile", "train.cuda_graph", "train.checkpoint_blocks", "optim.implementation")  # fmt: skip
 
 
-def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None) -> DiT:
+def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None, *, checkpoint_blocks: bool = False) -> DiT:
     """The network of a configuration."""
     return DiT(
         input_size=config.input_size,
@@ -47,6 +47,7 @@ def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None) -> 
         num_classes=config.num_classes,
         time_embedding=tuple(config.time_embedding.split(",")),
         compute_dtype=compute_dtype,
+        checkpoint_blocks=checkpoint_blocks,
     )
 
 
@@ -83,11 +84,13 @@ class Trainer:
         self.order = Order(len(self.dataset), config.train.batch, config.train.seed, config.data.drop_last)
 
         compute_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        net = build_net(config.model, compute_dtype)
+        net = build_net(config.model, compute_dtype, checkpoint_blocks=config.train.checkpoint_blocks)
         net.init_weights(torch.Generator().manual_seed(config.train.seed))
         self.net = net.to(self.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.optimizer = make_optimizer(config.optim, self.net, self.ema, captured=self._captured)
+        self.optimizer = make_optimizer(
+            config.optim, self.net, self.ema, copies=compute_dtype is not None, captured=self._captured
+        )
         self.planner = Planner(config.objective, config.train.batch)
         guide = self.ema if config.objective.guidance_weights == "ema" else None
         loss = MeanFlowLoss(config.objective, self.net, guide)
@@ -155,13 +158,17 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         compiling = self.make_step.compile_seconds
-        tqdm.write(f"{self.out}: first step after {seconds:.1f} s" + f", {compiling:.1f} s of it compiling" * (compiling > 0))
+        tqdm.write(
+            f"{self.out}: first step after {seconds:.1f} s" + f", {compiling:.1f} s of it compiling" * (compiling > 0)
+        )
 
     @property
     def _captured(self) -> bool:
         graphs = self.config.train.cuda_graph
         if graphs and self.device.type != "cuda":
-            raise UserError("train.cuda_graph: got True, wanted a GPU to capture on; set it False, or train.device cuda")
+            raise UserError(
+                "train.cuda_graph: got True, wanted a GPU to capture on; set it False, or train.device cuda"
+            )
         return graphs
 
     def rate(self, step: int) -> float:

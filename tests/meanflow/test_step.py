@@ -12,6 +12,7 @@ import runs
 import torch
 from torch import nn
 
+from meanflow.dit import Linear
 from meanflow.errors import UserError
 from meanflow.objective import MeanFlowLoss
 from meanflow.optim import load_state_tensors, make_optimizer, state_tensors
@@ -110,6 +111,22 @@ def test_a_run_goes_on_with_another_implementation(tmp_path):
     train(with_optimizer("torch"), tmp_path / "part")
     for a, b in zip(runs.curve(tmp_path / "part"), runs.curve(tmp_path / "whole"), strict=True):
         assert a["raw"] == pytest.approx(b["raw"], rel=1e-5)
+
+
+def test_low_precision_weights_are_the_weights(tmp_path):
+    # the native optimizer keeps the bf16 weights, torch's leaves them to be cast at each call
+    for name in ("native", "torch"):
+        train(with_optimizer(name, precision="bf16"), tmp_path / name)
+    native, cast = (runs.curve(tmp_path / name) for name in ("native", "torch"))
+    for a, b in zip(native, cast, strict=True):
+        assert a["raw"] == pytest.approx(b["raw"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
+    resumed = Trainer(with_optimizer("native", precision="bf16"), tmp_path / "native")
+    layers = [m for m in resumed.net.modules() if isinstance(m, Linear)]
+    assert layers and all(m.weight.abs().max() > 0 for m in layers)
+    assert all(torch.equal(m.copy, m.weight.bfloat16()) for m in layers)
+    assert not any("copy" in name for name in resumed.net.state_dict())
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -20,7 +20,7 @@ class AdamWEMA(torch.optim.AdamW):
         lr: a number, or a scalar tensor (on the device, to change it in a captured CUDA graph).
         emas: for each decay the tensors that average the parameters, in the order of the parameters;
             for instance ``{0.9999: copy.deepcopy(net).parameters()}``.
-        copies: the bf16 tensors that receive the parameters, in the same order; or none.
+        copies: the bf16 tensors that receive the parameters, in the same order, None for a parameter without; or none.
 
     Raises:
         ValueError: as adamw_ema; also for a state dict of amsgrad, of maximize or of coupled weight decay.
@@ -35,21 +35,21 @@ class AdamWEMA(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         emas: Mapping[float, Iterable[Tensor]] | None = None,
-        copies: Iterable[Tensor] = (),
+        copies: Iterable[Tensor | None] = (),
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.emas = {decay: self._by_parameter(f"emas[{decay}]", tensors) for decay, tensors in (emas or {}).items()}
         self.copies = self._by_parameter("copies", copies) if (copies := list(copies)) else {}
         self._complete_state()
 
-    def _by_parameter(self, name: str, tensors: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    def _by_parameter(self, name: str, tensors: Iterable[Tensor | None]) -> dict[Tensor, Tensor]:
         params, tensors = [p for group in self.param_groups for p in group["params"]], list(tensors)
         if len(params) != len(tensors):
             raise ValueError(
                 f"{name}: got {len(tensors)} tensors, wanted {len(params)}, one a parameter; "
                 "pass them in the order of the parameters"
             )
-        return {p: x.detach() for p, x in zip(params, tensors, strict=True)}
+        return {p: x.detach() for p, x in zip(params, tensors, strict=True) if x is not None}
 
     @torch.no_grad()
     def _complete_state(self) -> None:
@@ -83,20 +83,25 @@ class AdamWEMA(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [self.state[p] for p in params]
-            adamw_ema(
-                params,
-                [p.grad for p in params],
-                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")),
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                emas={decay: [ema[p] for p in params] for decay, ema in self.emas.items()},
-                copies=[self.copies[p] for p in params] if self.copies else (),
-            )
+            moved = [p for p in group["params"] if p.grad is not None]
+            self._move([p for p in moved if p in self.copies], group)
+            self._move([p for p in moved if p not in self.copies], group)
             rest = [p for p in group["params"] if p.grad is None]
             for decay, ema in self.emas.items() if rest else ():
                 torch._foreach_lerp_([ema[p] for p in rest], rest, 1 - decay)
         return loss
+
+    def _move(self, params: list[Tensor], group: dict) -> None:
+        """Step parameters that all have a copy, or that all have none."""
+        states = [self.state[p] for p in params]
+        adamw_ema(
+            params,
+            [p.grad for p in params],
+            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            emas={decay: [ema[p] for p in params] for decay, ema in self.emas.items()},
+            copies=[self.copies[p] for p in params if p in self.copies],
+        )

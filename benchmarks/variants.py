@@ -1,0 +1,174 @@
+"""The step by every name it is timed under: as public trainers write it, ours, and ours without an ingredient."""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from meanflow.data import Batch
+from meanflow.draws import Draws, Stream
+from meanflow.objective import MeanFlowLoss, drop_mask
+from meanflow.optim import make_optimizer
+from meanflow.plan import Planner, whole_batch
+from meanflow.presets import preset
+from meanflow.step import Inputs, Step, draw_batch
+from meanflow.times import draw_times
+from meanflow.training import build_net
+
+from .naive import NaiveDiT, naive_terms
+
+WEIGHT_STD = 0.02
+"""Of the weights that start at zero, so that every gradient depends on everything."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, the same for every variant."""
+
+    run: RunConfig
+    device: str
+
+    @classmethod
+    def of(cls, model: str, batch: int, device: str, precision: str, objective: ObjectiveConfig) -> "Workload":
+        """A size by name ("XL/2") on synthetic latents."""
+        base = preset("imagenet-b4")
+        return cls(
+            RunConfig(
+                model=ModelConfig.official(model),
+                objective=objective,
+                optim=OptimConfig(),
+                data=base.data,
+                train=TrainConfig(steps=1, batch=batch, precision=precision, matmul="high", device=device),
+            ),
+            device,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.run.train.precision == "bf16" else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Initial weights without zeros, on the CPU."""
+        generator = torch.Generator().manual_seed(0)
+        net = build_net(self.run.model)
+        net.init_weights(generator)
+        for p in net.parameters():
+            if p.ndim > 1 and not p.any():
+                nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
+        return net.state_dict()
+
+    def inputs(self, step: int) -> Inputs:
+        """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
+        run, samples = self.run, torch.arange(self.run.train.batch)
+        draws, generator = Draws(0, step, samples), torch.Generator().manual_seed(step)
+        r, t = draw_times(run.objective, draws)
+        drop = drop_mask(run.objective, draws.uniform(Stream.LABEL_DROP))
+        shape = (len(samples), run.model.in_channels, run.model.input_size, run.model.input_size)
+        mean = 5 * torch.randn(shape, generator=generator)
+        labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)
+        batch = Batch(mean, torch.full_like(mean, 0.1), labels)
+        plan = Planner(run.objective, len(samples)).plan(r, t, drop)
+        return Inputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
+
+
+class Variant:
+    """A way to make the step.
+
+    Args:
+        work: what is trained.
+    """
+
+    net: nn.Module
+
+    def prepare(self, inputs: Inputs) -> None:
+        """What is not timed."""
+
+    def step(self, inputs: Inputs) -> None:
+        """One step: every pass, backward, optimizer and average."""
+        raise NotImplementedError
+
+    def gradient(self) -> Tensor:
+        """The last step's, of all parameters, as one fp32 vector on the CPU."""
+        return torch.cat([p.grad.detach().float().flatten().cpu() for p in self.net.parameters()])
+
+    def _place(self, net: nn.Module, work: Workload) -> nn.Module:
+        net.load_state_dict(work.weights())
+        self.net = net.to(work.device)
+        return copy.deepcopy(self.net).requires_grad_(False)
+
+
+class Naive(Variant):
+    """As public trainers make it; torch's own fused optimizer. Latents and noise are given to it."""
+
+    def __init__(self, work: Workload, *, compiled: bool = False):
+        objective = work.run.objective
+        ema = self._place(NaiveDiT(work.run.model, work.compute_dtype), work)
+        self.optimizer = make_optimizer(replace(work.run.optim, implementation="torch"), self.net, ema)
+        self.draw = functools.partial(draw_batch, work.run)
+
+        def loss(*inputs):
+            return naive_terms(objective, self.net, *inputs).loss
+
+        self.loss = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+
+    def prepare(self, inputs: Inputs) -> None:
+        self.drawn = self.draw(inputs.batch, inputs.samples, inputs.step)
+
+    def step(self, inputs: Inputs) -> None:
+        self.optimizer.zero_grad()
+        self.loss(*self.drawn, inputs.r, inputs.t, inputs.batch.labels, inputs.drop).backward()
+        self.optimizer.step()
+
+
+class Ours(Variant):
+    """The trainer's own step.
+
+    Args:
+        whole: every pass on every sample, as the official step. implementation: of the optimizer.
+        train: options of the step, on top of the workload's.
+    """
+
+    def __init__(self, work: Workload, *, whole: bool = False, implementation: str = "native", **train):
+        run = work.run
+        run = replace(run, train=replace(run.train, **train), optim=replace(run.optim, implementation=implementation))
+        ema = self._place(build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work)
+        optimizer = make_optimizer(
+            run.optim, self.net, ema, copies=work.compute_dtype is not None, captured=run.train.cuda_graph
+        )
+        planner = (WholeBatch if whole else Planner)(run.objective, run.train.batch)
+        self.make_step = Step(run, MeanFlowLoss(run.objective, self.net), optimizer, planner)
+        self.planner = planner
+
+    def prepare(self, inputs: Inputs) -> None:
+        self.plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu()).to(inputs.r.device)
+
+    def step(self, inputs: Inputs) -> None:
+        self.make_step(inputs._replace(plan=self.plan))
+
+
+class WholeBatch(Planner):
+    """Plans the official step: every pass on every sample."""
+
+    def __init__(self, config: ObjectiveConfig, batch: int):
+        super().__init__(config, batch)
+        self.tangent_sizes = (batch,)
+        self.guidance_sizes = (0 if not config.guided else 2 * batch if config.kappa else batch,)
+
+    def plan(self, r, t, drop):
+        return whole_batch(self.config, r, t, drop)
+
+
+VARIANTS: dict[str, Callable[[Workload], Variant]] = {
+    "naive": Naive,
+    "naive-compiled": functools.partial(Naive, compiled=True),
+    "ours": functools.partial(Ours, compile=True),
+    "ours-captured": functools.partial(Ours, compile=True, cuda_graph=True),
+    "ours-eager": Ours,
+    "ours-whole-batch": functools.partial(Ours, compile=True, whole=True),
+    "ours-torch-optimizer": functools.partial(Ours, compile=True, implementation="torch"),
+}
+"""Whole steps by name; each "ours-" leaves one ingredient out, but for "ours-captured", which adds CUDA graphs."""
