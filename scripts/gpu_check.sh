@@ -12,6 +12,9 @@ Runs the parts in this order (default: all), each within 9 minutes, from the sou
   tests      the tests of the operators with their kernels on the GPU, and every other test that needs one
   attention  attention timed against SDPA, math attention under torch.func.jvp, and the peers that are installed
   pointwise  the other operators timed against plain torch, eager and compiled
+  step-b4    B/4's training step at batch 256: naive, compiled, captured; with and without guidance
+  step-xl2   XL/2's at batch 32: ours, and the derivative's overhead
+  naive-xl2  XL/2's as public trainers make it, eager and compiled, beside ours
 
 Logs, the result rows (rows.jsonl, appended) and summary.txt go to the folder $OUT (default: gpu_check).
 --commit says what the rows are of, where the tree is no git checkout.
@@ -20,7 +23,7 @@ Exit code: 0 all parts passed, 1 a part failed, 2 no GPU or a wrong argument.
 TEXT
 }
 
-PARTS=(static tests attention pointwise)
+PARTS=(static tests attention pointwise step-b4 step-xl2 naive-xl2)
 LIMIT=540
 
 static() {
@@ -45,6 +48,30 @@ attention() {
 
 pointwise() {
     bench adaln gate_adaln bias_gelu silu linear timestep_embedding
+}
+
+step-b4() {
+    local failed=0
+    step --model B/4 --batch 256 --compare naive,naive-compiled,ours-eager,ours,ours-captured || failed=1
+    step --model B/4 --batch 256 --kappa 0 --compare ours,ours-captured || failed=1
+    return $failed
+}
+
+step-xl2() {
+    local failed=0
+    step --model XL/2 --batch 32 --compare ours,ours-captured || failed=1
+    # what the derivative costs: a quarter of the samples with r < t over none
+    step --model XL/2 --batch 32 --kappa 0 --compare ours-captured || failed=1
+    step --model XL/2 --batch 32 --kappa 0 --share 0 --compare ours-captured || failed=1
+    return $failed
+}
+
+naive-xl2() {
+    step --model XL/2 --batch 32 --compare naive,naive-compiled,ours-captured
+}
+
+step() {
+    run python3 -m benchmarks.step "$@" --rows "$OUT/rows.jsonl" "${COMMIT[@]}"
 }
 
 # a process a bench, so that a peer that breaks the process breaks no other

@@ -12,6 +12,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/gpu_check.sh"
 
+PARTS = ["static", "tests", "attention", "pointwise", "step-b4", "step-xl2", "naive-xl2"]
+
 # stands in for python3: it "sees" a GPU, and fails the commands that contain the word in FAILING
 STUB = """#!/bin/bash
 [[ -n "$FAILING" && "$*" == *"$FAILING"* ]] && { echo "broken: $*"; exit 1; }
@@ -42,31 +44,35 @@ def test_without_a_gpu_it_says_so(tmp_path):
 def test_list_and_help_teach(tmp_path):
     parts = _run(tmp_path, "--list").stdout.split()
     text = _run(tmp_path, "--help").stdout
-    assert parts == ["static", "tests", "attention", "pointwise"]
+    assert parts == PARTS
     assert all(f"\n  {part} " in text for part in parts)
 
 
 def test_wrong_part_is_refused(tmp_path):
     run = _run(tmp_path, "attentoin")
     assert run.returncode == 2
-    assert "no part 'attentoin', wanted some of: static tests attention pointwise" in run.stderr
+    assert f"no part 'attentoin', wanted some of: {' '.join(PARTS)}" in run.stderr
 
 
 def test_parts_that_pass(tmp_path):
     run = _run(tmp_path, "--commit", "abc")
     assert run.returncode == 0, run.stdout + run.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["attention.log", "pointwise.log", "static.log", "summary.txt", "tests.log"]
+    assert files == sorted(["summary.txt", *(f"{part}.log" for part in PARTS)])
     assert "--commit abc benchmarks/bench_attention.py" in (tmp_path / "out/attention.log").read_text()
-    table = run.stdout.splitlines()[-5:]
+    table = run.stdout.splitlines()[-1 - len(PARTS) :]
     assert table[0].split() == ["part", "result", "seconds", "log"]
-    parts = ("static", "tests", "attention", "pointwise")
-    assert [line.split()[:2] for line in table[1:]] == [[part, "passed"] for part in parts]
+    assert [line.split()[:2] for line in table[1:]] == [[part, "passed"] for part in PARTS]
 
 
 @pytest.mark.parametrize(
     ("failing", "part"),
-    [("tests/kernels", "tests"), ("bench_silu.py", "pointwise"), ("benchmarks.static_report", "static")],
+    [
+        ("tests/kernels", "tests"),
+        ("bench_silu.py", "pointwise"),
+        ("benchmarks.static_report", "static"),
+        ("--share 0", "step-xl2"),
+    ],
 )
 def test_part_that_fails(tmp_path, failing, part):
     run = _run(tmp_path, failing=failing)

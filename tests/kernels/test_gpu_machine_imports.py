@@ -68,6 +68,12 @@ make_optimizer(config.optim, net).step()
 assert all(p.isfinite().all() for p in net.parameters())
 """
 
+BENCH = """
+from benchmarks import step
+
+step.main("--device cpu --model S/8 --batch 4 --precision fp32 --repeats 1 --compare naive,ours-eager".split())
+"""
+
 
 def _run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -80,7 +86,7 @@ def test_the_block_blocks(name):
     assert f"No module named {name.partition('.')[0]!r}" in _run(f"import {name}").stderr
 
 
-@pytest.mark.parametrize("code", [OPERATORS, STEP], ids=["operators", "step"])
+@pytest.mark.parametrize("code", [OPERATORS, STEP, BENCH], ids=["operators", "step", "bench"])
 def test_code_runs(code):
     run = _run(code)
     assert run.returncode == 0, run.stderr
