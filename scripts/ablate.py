@@ -1,7 +1,7 @@
 """Sweep one axis of the paper's ablations on digits: three seeds a row, table and picture beside the paper's numbers.
 
 python scripts/ablate.py tangent          Table 1b
-axes: share (1a) tangent (1b) embedding (1c) sampler (1d) weight (1e) omega (1f) kappa (Table 5)
+axes: share (1a) tangent (1b) embedding (1c) sampler (1d) weight (1e) omega (1f) kappa (Table 5) precision (ours)
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from meanflow.ablation import SEEDS, STEPS, sweep
 @dataclass(frozen=True)
 class Options:
     axis: Positional[str]
-    """share, tangent, embedding, sampler, weight, omega or kappa."""
+    """share, tangent, embedding, sampler, weight, omega, kappa or precision."""
     steps: int = STEPS
     """Training steps a run."""
     seeds: tuple[int, ...] = SEEDS
