@@ -64,10 +64,12 @@ class Planner:
     Args:
         config: of the objective.
         batch: samples B.
+        never_empty: a guided objective's plans have rows to predict even where no sample is guided. Devices that share
+            one network's weights (FSDP2) need it: they have to call the network equally often.
     """
 
-    def __init__(self, config: ObjectiveConfig, batch: int):
-        self.config, self.batch = config, batch
+    def __init__(self, config: ObjectiveConfig, batch: int, *, never_empty: bool = False):
+        self.config, self.batch, self.never_empty = config, batch, never_empty
         # torch specialises a compiled region on a dimension of one
         self.granule = max(2, -(-batch // SIZES_PER_BATCH))
         self.tangent_sizes = self._tangent_sizes()
@@ -91,7 +93,7 @@ class Planner:
         always = (config.guidance_start, config.guidance_end) == (0, 1)
         if always and config.label_drop == 0 and len(self.tangent_sizes) == 1:
             return (most,)
-        return self._multiples(most)
+        return self._multiples(most)[self.never_empty :]
 
     @property
     def _primal_serves(self) -> bool:
