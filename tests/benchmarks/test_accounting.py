@@ -151,9 +151,9 @@ def test_saved_bytes_of_a_known_graph():
     layer = nn.Linear(8, 8)
 
     def loss():
-        x = torch.ones(4, 8)
+        x = torch.ones(4, 8, requires_grad=True)
         torch.ones(1000, requires_grad=True).exp().sum()  # a graph that nobody keeps
-        y = layer(x).exp()  # x and the result are kept, the weight is no news
+        y = layer(x).exp()  # x and the result are kept; the weight too, but it is no news
         y = y.view(8, 4) * y.view(8, 4)  # the same memory, seen in two ways
         return y.sum()
 

@@ -21,6 +21,7 @@ OBJECTIVES = {
     "kappa": ObjectiveConfig(omega=1.0, kappa=0.5),
     "interval": GUIDED,
     "dropped are guided too": replace(GUIDED, guide_dropped=True),
+    "gap not clipped": ObjectiveConfig(clip_gap=False),
     "another power": ObjectiveConfig(norm_p=0.5),
     "another tangent": ObjectiveConfig(tangent=(0.5, 1.0)),
 }
@@ -48,6 +49,7 @@ def inputs(model: ModelConfig):
     torch.manual_seed(1)
     x, e = torch.randn(2, BATCH, model.in_channels, model.input_size, model.input_size)
     r, t = torch.rand(2, BATCH).sort(0).values
+    r[-1], t[-1] = t[-1].clone(), r[-1].clone()  # r > t, for the clip
     sample = torch.arange(BATCH)
     # each its own tensor, as naive_terms asks for
     return x.clone(), e.clone(), torch.where(sample < 4, t, r), t.clone(), sample % model.num_classes, sample < 1
@@ -129,6 +131,13 @@ def test_costs_what_the_official_step_costs():
     assert step(ObjectiveConfig()) == derivative + with_gradient
     assert step(ObjectiveConfig(omega=2.0)) == plain + derivative + with_gradient
     assert step(GUIDED) == 2 * plain + derivative + with_gradient
+
+
+def test_guidance_is_predicted_without_a_graph():
+    (_, naive), batch, recorded = networks(TINY), inputs(TINY), []
+    naive.register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    naive_terms(GUIDED, naive, *batch)
+    assert recorded == [False, False, True]
 
 
 def test_compiles_whole():
