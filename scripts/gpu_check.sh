@@ -11,7 +11,7 @@ Runs the parts in this order (default: all), each within 9 minutes, from the sou
   static     registers, spills, shared memory and load widths of every launch config, on this machine's Triton
   tests      the tests of the operators with their kernels on the GPU, and every other test that needs one
   attention  attention timed against SDPA, math attention under torch.func.jvp, and the peers that are installed
-  pointwise  the other operators timed against plain torch, eager and compiled
+  pointwise  the other operators and the optimizer timed against plain torch, eager and compiled
   step-b4    B/4's training step at batch 256: naive, compiled, captured; with and without guidance
   step-xl2   XL/2's at batch 32: ours, and the derivative's overhead
   naive-xl2  XL/2's as public trainers make it, eager and compiled, beside ours
@@ -47,7 +47,10 @@ attention() {
 }
 
 pointwise() {
-    bench adaln gate_adaln bias_gelu silu linear timestep_embedding
+    local failed=0
+    bench adaln gate_adaln bias_gelu silu linear timestep_embedding || failed=1
+    run python3 -m benchmarks.optimizer --rows "$OUT/rows.jsonl" "${COMMIT[@]}" || failed=1
+    return $failed
 }
 
 step-b4() {

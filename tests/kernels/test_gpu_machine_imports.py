@@ -69,9 +69,10 @@ assert all(p.isfinite().all() for p in net.parameters())
 """
 
 BENCH = """
-from benchmarks import step
+from benchmarks import optimizer, step
 
 step.main("--device cpu --model S/8 --batch 4 --precision fp32 --repeats 1 --compare naive,ours-eager".split())
+optimizer.main("--device cpu --model S/8 --repeats 2".split())
 """
 
 
