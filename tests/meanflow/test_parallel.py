@@ -148,8 +148,8 @@ class Engine:
         return self.loss(*inputs, plan)
 
     def backward(self, inputs, plan=None):
-        terms = self.terms(inputs, plan)
         self.net.zero_grad()
+        terms = self.terms(inputs, plan)
         terms.loss.backward()
         return terms
 
