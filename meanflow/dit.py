@@ -100,7 +100,8 @@ class Linear(nn.Linear):
         """x (..., in_features) -> (..., out_features)."""
         dtype = x.primal.dtype
         bias = self.bias.to(dtype) if with_bias else None
-        weight = self.weight.to(dtype) if self.copy is None else _Copy.apply(self.weight, self.copy)
+        kept = self.copy is not None and self.copy.dtype == dtype
+        weight = _Copy.apply(self.weight, self.copy) if kept else self.weight.to(dtype)
         return _dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
 
 
