@@ -20,6 +20,7 @@ from meanflow.objective import MeanFlowLoss
 from meanflow.optim import update_ema
 from meanflow.parallel import compile_blocks, gathered, replicate, shard
 from meanflow.plan import Planner
+from meanflow.step import declare_sizes
 from meanflow_kernels.adamw_ema import AdamWEMA
 
 F64 = torch.float64
@@ -141,10 +142,7 @@ class Engine:
     def terms(self, inputs, plan=None):
         plan = plan_of(self.objective, inputs, **self.options) if plan is None else plan
         if self.compiled:
-            # as the training step does
-            for group in (plan.rows, plan.null) + ((plan.tangent,) if plan.order is not None else ()):
-                if len(group):
-                    torch._dynamo.mark_dynamic(group, 0)
+            declare_sizes(plan)
         return self.loss(*inputs, plan)
 
     def backward(self, inputs, plan=None):
