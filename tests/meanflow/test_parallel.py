@@ -24,7 +24,8 @@ from meanflow.step import declare_sizes
 from meanflow_kernels.adamw_ema import AdamWEMA
 
 F64 = torch.float64
-RANKS, BATCH, SECONDS = 2, 8, 120
+# a hang fails after so long; a compiler at work takes its time
+RANKS, BATCH, SECONDS = 2, 8, 240
 GUIDED = ObjectiveConfig(omega=0.2, kappa=0.92, guidance_end=0.75)
 BY_EMA = replace(GUIDED, guidance_weights="ema")
 COIN = replace(GUIDED, equal_placement="bernoulli")
@@ -217,10 +218,10 @@ def test_compiled_gradients_are_those_of_one_process(ranks, name, checkpoint_blo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("objective, backend", [(COIN, "aot_eager"), (GUIDED, "inductor")], ids=("coin", "inductor"))
 @pytest.mark.parametrize("name", ENGINES)
-def test_compiled_gradients_with_groups_of_any_size(ranks, name, backend):
-    for found in ranks(gradient_error, name, COIN, False, backend, None, True):
+def test_compiled_gradients_with_groups_of_any_size(ranks, name, objective, backend):
+    for found in ranks(gradient_error, name, objective, False, backend, None, True):
         assert found["error"] < 1e-10
 
 
