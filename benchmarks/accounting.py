@@ -130,6 +130,9 @@ class MetaStep:
 class ExactPlanner(Planner):
     """A planner for which every size is declared: nothing is padded."""
 
+    def _guidance_sizes(self) -> tuple[int, ...]:
+        return (0, *super()._guidance_sizes())
+
     def _multiples(self, most: int) -> tuple[int, ...]:
         return tuple(range(most + 1))
 

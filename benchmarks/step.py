@@ -4,9 +4,9 @@ python -m benchmarks.step --model XL/2 --batch 32 --compare naive,naive-compiled
 python -m benchmarks.step --device cpu --model S/4 --batch 32 --precision fp32 --kappa 0.5
 
 All variants make the same steps: same weights, draws, dtype and recipe, guidance, backward, optimizer and moving
-average included. Their gradients are compared before anything is timed. On a CPU the variants take turns, so that what
-else the machine does falls on all of them, and the ratios are of pairs; on a GPU each is built, timed and freed alone,
-so that its peak memory is its own.
+average included; what the host does before (reading data, drawing times, planning) is not. Gradients are compared
+before anything is timed. On a CPU the variants take turns, so that what else the machine does falls on all of them, and
+the ratios are of pairs; on a GPU each is built, timed and freed alone, so that its peak memory is its own.
 """
 
 import argparse
@@ -92,27 +92,22 @@ def interleaved(work: Workload, names: list[str], repeats: int) -> list[dict]:
         # every other turn backwards, so that nobody always follows the same neighbour
         for name in names if step % 2 else reversed(names):
             samples[name].append(timed(variants[name], inputs, work.device))
-    return [
-        row(name, samples[name], work, compile_seconds[name])
-        | {"ratios": ratios([a / b for a, b in zip(samples[names[0]], samples[name], strict=True)]), "to": names[0]}
-        for name in names
-    ]
+    return [row(name, samples[name], work, compile_seconds[name]) | against(samples, name) for name in names]
 
 
 def in_turn(work: Workload, names: list[str], repeats: int) -> list[dict]:
     """Each variant alone on the GPU."""
-    rows, reference, first = [], None, None
+    rows, samples, reference = [], {}, None
     batches = [work.inputs(step) for step in range(repeats)]
     for name in tqdm(names, desc="timing", unit="variant"):
         variant, seconds, reference = start(work, name, reference)
         timed(variant, batches[0], work.device)
         torch.cuda.reset_peak_memory_stats()
-        samples = [timed(variant, inputs, work.device) for inputs in batches]
-        first = first or samples
+        samples[name] = [timed(variant, inputs, work.device) for inputs in batches]
         rows.append(
-            row(name, samples, work, seconds)
+            row(name, samples[name], work, seconds)
             | {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-            | {"ratios": ratios([a / b for a, b in zip(first, samples, strict=True)]), "to": names[0]}
+            | against(samples, name)
             | clocks()
         )
         del variant
@@ -147,15 +142,19 @@ def timed(variant: Variant, inputs, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    variant.step(inputs)
+    variant.step()
     if device == "cuda":
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - begin)
 
 
-def ratios(samples: list[float]) -> dict[str, float]:
-    low, middle, high = quantiles(samples)
-    return {"20": low, "50": middle, "80": high}
+def against(samples: dict[str, list[float]], name: str) -> dict:
+    """How many times as fast a variant is as the first, and as the compiled naive step: quantiles over the pairs."""
+    bases = {base for base in (next(iter(samples)), "naive-compiled") if base in samples and base != name}
+    pairs = {base: [a / b for a, b in zip(samples[base], samples[name], strict=True)] for base in bases}
+    return {
+        "times": {base: dict(zip(("20", "50", "80"), quantiles(found), strict=True)) for base, found in pairs.items()}
+    }
 
 
 def row(name: str, samples: list[float], work: Workload, first_step_seconds: float) -> dict:
@@ -178,14 +177,16 @@ def report(rows: list[dict]) -> str:
     title = (
         f"{head['model']}, batch {head['batch']}, {head['precision']}, {guided}, r != t {head['share']:.0%}, {where}"
     )
+    bases = sorted({base for r in rows for base in r["times"]})
     lines = []
     for r in rows:
-        spread = f"{r['ratios']['20']:.2f} to {r['ratios']['80']:.2f}"
         memory = f"{r['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in r else "-"
+        times = (r["times"].get(base) for base in bases)
         lines.append([r["variant"], f"{r['ms']:.1f}", f"{r['ms_20']:.1f} to {r['ms_80']:.1f}",
-                      f"{r['images_per_second']:.1f}", f"{r['ratios']['50']:.2f}", spread, memory,
-                      f"{r['first_step_seconds']:.0f}"])  # fmt: skip
-    header = ["step", "ms", "20 to 80 %", "img/s", f"x {rows[0]['to']}", "20 to 80 %", "peak GiB", "first step s"]
+                      f"{r['images_per_second']:.1f}",
+                      *(f"{x['50']:.2f} ({x['20']:.2f} to {x['80']:.2f})" if x else "-" for x in times),
+                      memory, f"{r['first_step_seconds']:.0f}"])  # fmt: skip
+    header = ["step", "ms", "20 to 80 %", "img/s", *(f"x {base}" for base in bases), "peak GiB", "first step s"]
     return f"{title}\n{table(header, lines)}"
 
 

@@ -15,7 +15,7 @@ from meanflow.objective import MeanFlowLoss, drop_mask
 from meanflow.optim import make_optimizer
 from meanflow.plan import Planner, whole_batch
 from meanflow.presets import preset
-from meanflow.step import Inputs, Step, draw_batch
+from meanflow.step import Inputs, Step, compile_loss, draw_batch
 from meanflow.times import draw_times
 from meanflow.training import build_net
 
@@ -85,9 +85,10 @@ class Variant:
     net: nn.Module
 
     def prepare(self, inputs: Inputs) -> None:
-        """What is not timed."""
+        """Take the inputs of the next step; this is not timed."""
+        raise NotImplementedError
 
-    def step(self, inputs: Inputs) -> None:
+    def step(self) -> None:
         """One step: every pass, backward, optimizer and average."""
         raise NotImplementedError
 
@@ -116,11 +117,12 @@ class Naive(Variant):
         self.loss = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 
     def prepare(self, inputs: Inputs) -> None:
-        self.drawn = self.draw(inputs.batch, inputs.samples, inputs.step)
+        x, e = self.draw(inputs.batch, inputs.samples, inputs.step)
+        self.inputs = (x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop)
 
-    def step(self, inputs: Inputs) -> None:
+    def step(self) -> None:
         self.optimizer.zero_grad()
-        self.loss(*self.drawn, inputs.r, inputs.t, inputs.batch.labels, inputs.drop).backward()
+        self.loss(*self.inputs).backward()
         self.optimizer.step()
 
 
@@ -139,27 +141,28 @@ class Ours(Variant):
         optimizer = make_optimizer(
             run.optim, self.net, ema, copies=work.compute_dtype is not None, captured=run.train.cuda_graph
         )
-        planner = (WholeBatch if whole else Planner)(run.objective, run.train.batch)
-        self.make_step = Step(run, MeanFlowLoss(run.objective, self.net), optimizer, planner)
-        self.planner = planner
+        loss = MeanFlowLoss(run.objective, self.net)
+        if run.train.compile:
+            compile_loss(loss)
+        self.whole, self.objective = whole, run.objective
+        self.make_step = Step(run, loss, optimizer, (WholeBatch if whole else Planner)(run.objective, run.train.batch))
 
     def prepare(self, inputs: Inputs) -> None:
-        self.plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu()).to(inputs.r.device)
+        if self.whole:
+            inputs = inputs._replace(plan=whole_batch(self.objective, inputs.r, inputs.t, inputs.drop))
+        self.inputs = inputs
 
-    def step(self, inputs: Inputs) -> None:
-        self.make_step(inputs._replace(plan=self.plan))
+    def step(self) -> None:
+        self.make_step(self.inputs)
 
 
 class WholeBatch(Planner):
-    """Plans the official step: every pass on every sample."""
+    """Declares the one size of the official step: every pass on every sample."""
 
     def __init__(self, config: ObjectiveConfig, batch: int):
         super().__init__(config, batch)
         self.tangent_sizes = (batch,)
         self.guidance_sizes = (0 if not config.guided else 2 * batch if config.kappa else batch,)
-
-    def plan(self, r, t, drop):
-        return whole_batch(self.config, r, t, drop)
 
 
 VARIANTS: dict[str, Callable[[Workload], Variant]] = {

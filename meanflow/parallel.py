@@ -8,8 +8,7 @@
                                                 loss = MeanFlowLoss(config, net, guide)
 
 Copy before sharding; make the optimizer after it, for sharding replaces the parameters. Each process plans its own
-batch. Under DDP the plans may have any sizes; under FSDP2 a forward pass is a collective operation, so all processes
-need the same passes: `Planner(..., never_empty=True)`.
+batch. Under FSDP2 a forward pass is a collective operation: all processes need the same passes, which plans have.
 
 Gradients are means over the processes: with batches of one size, those of the whole batch in one process.
 """
@@ -18,7 +17,7 @@ import inspect
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     guided: Tensor
     """Whether a sample's target is guided (B,) bool."""
     rows: Tensor
-    """The sample of each row of the guidance forward (G,) int64. Padding repeats one; G may be 0."""
+    """The sample of each row of the guidance forward (G,) int64. Padding repeats one."""
     null: Tensor
     """Whether a row of the guidance forward is on the null class (G,) bool."""
     null_row: Tensor
@@ -64,12 +64,10 @@ class Planner:
     Args:
         config: of the objective.
         batch: samples B.
-        never_empty: a guided objective's plans have rows to predict even where no sample is guided. Devices that share
-            one network's weights (FSDP2) need it: they have to call the network equally often.
     """
 
-    def __init__(self, config: ObjectiveConfig, batch: int, *, never_empty: bool = False):
-        self.config, self.batch, self.never_empty = config, batch, never_empty
+    def __init__(self, config: ObjectiveConfig, batch: int):
+        self.config, self.batch = config, batch
         # torch specialises a compiled region on a dimension of one
         self.granule = max(2, -(-batch // SIZES_PER_BATCH))
         self.tangent_sizes = self._tangent_sizes()
@@ -93,7 +91,8 @@ class Planner:
         always = (config.guidance_start, config.guidance_end) == (0, 1)
         if always and config.label_drop == 0 and len(self.tangent_sizes) == 1:
             return (most,)
-        return self._multiples(most)[self.never_empty :]
+        # never none: one shape less to compile, and devices that share one network's weights call it equally often
+        return self._multiples(most)[1:]
 
     @property
     def _primal_serves(self) -> bool:

@@ -17,6 +17,7 @@ from .data import Batch, draw_latents
 from .draws import Draws
 from .errors import UserError
 from .objective import Terms, draw_noise
+from .parallel import gathered
 from .plan import Plan, Planner
 
 
@@ -56,7 +57,7 @@ class Step:
 
     Args:
         config: of the run; train.compile and train.cuda_graph say how.
-        loss: the objective, which may be wrapped for several processes. It is compiled here unless ``compiled``.
+        loss: the objective, compiled (`compile_loss`) if train.compile says so, and then wrapped for several processes.
         optimizer: its step() updates the moving average too.
         planner: of the plans to come, whose sizes are declared.
     """
@@ -71,7 +72,6 @@ class Step:
         self._graphs: dict[tuple, _Graph] = {}
         if config.train.compile:
             self._draw = torch.compile(self._draw, fullgraph=True, dynamic=False)
-            compile_loss(loss)
 
     def __call__(self, inputs: Inputs) -> tuple[Terms, Tensor]:
         """Update the weights; returns the step's terms and the norm of its gradient.
@@ -101,7 +101,7 @@ class Step:
 
     def _run(self, inputs: Inputs) -> tuple[Terms, Tensor]:
         terms = self._gradient(inputs)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.params])
+        grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.params]))
         self.optimizer.step()
         return terms, grad_norm
 

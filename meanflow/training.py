@@ -25,7 +25,7 @@ from .optim import learning_rate, load_state_tensors, make_optimizer, set_learni
 from .plan import Planner
 from .runlog import RunLog
 from .sampling import sample
-from .step import Inputs, Step
+from .step import Inputs, Step, compile_loss
 from .times import draw_times
 
 GRID_CLASSES, GRID_ROWS = 10, 8
@@ -94,6 +94,8 @@ class Trainer:
         self.planner = Planner(config.objective, config.train.batch)
         guide = self.ema if config.objective.guidance_weights == "ema" else None
         loss = MeanFlowLoss(config.objective, self.net, guide)
+        if config.train.compile:
+            compile_loss(loss)
         self.make_step = Step(config, loss, self.optimizer, self.planner)
         self.step = 0
         self.first_bad = torch.tensor(-1, device=self.device)

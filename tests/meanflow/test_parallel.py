@@ -109,8 +109,8 @@ def batch(rank: int, step: int = 0, dtype=F64, *, dropped: int = 1, equal: int =
     return x, e, torch.where(sample < equal, t, r), t, sample % 2, sample < dropped
 
 
-def plan_of(objective, inputs, **options):
-    return Planner(objective, BATCH, **options).plan(inputs[2], inputs[3], inputs[5])
+def plan_of(objective, inputs):
+    return Planner(objective, BATCH).plan(inputs[2], inputs[3], inputs[5])
 
 
 def whole_loss(loss: MeanFlowLoss, batches, *, planned: bool = False) -> Tensor:
@@ -128,20 +128,18 @@ class Engine:
     def __init__(self, name: str, objective: ObjectiveConfig, net: DiT, guide: DiT | None = None, backend: str = ""):
         self.objective, self.net, self.compiled = objective, net, bool(backend)
         self.loss = MeanFlowLoss(objective, net, guide)
-        self.options = {}
         if name == "ddp":
             if backend:
                 self.loss.compile(fullgraph=True, dynamic=False, backend=backend)
             self.loss = replicate(self.loss)
             return
-        self.options["never_empty"] = True
         for each in (net,) if guide is None else (net, guide):
             if backend:
                 compile_blocks(each, backend)
             shard(each)
 
     def terms(self, inputs, plan=None):
-        plan = plan_of(self.objective, inputs, **self.options) if plan is None else plan
+        plan = plan_of(self.objective, inputs) if plan is None else plan
         if self.compiled:
             declare_sizes(plan)
         return self.loss(*inputs, plan)
@@ -176,7 +174,7 @@ def gradient_error(
     whole_loss(MeanFlowLoss(objective, wanted), batches).backward()
     engine = Engine(name, objective, network(**sizes, checkpoint_blocks=checkpoint_blocks), backend=backend)
     if all_sizes:
-        planner = Planner(objective, BATCH, **engine.options)
+        planner = Planner(objective, BATCH)
         for tangent in reversed(planner.tangent_sizes):
             for guidance in reversed(planner.guidance_sizes):
                 engine.backward(batches[rank], planner.example(guidance, tangent))
@@ -186,7 +184,7 @@ def gradient_error(
         terms = engine.backward(batches[rank])
     return {
         "error": furthest(grads(engine.net), grads(wanted)),
-        "guidance rows": len(plan_of(objective, batches[rank], **engine.options).rows),
+        "guidance rows": len(plan_of(objective, batches[rank]).rows),
         "tangent recorded": terms.du_dt.requires_grad,
     }
 
@@ -237,9 +235,10 @@ UNEVEN = {  # samples dropped and with r = t on each process
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_process_may_lack_what_another_has(ranks, name, shares):
     batches = [batch(rank, dropped=dropped, equal=equal) for rank, (dropped, equal) in enumerate(shares)]
-    for (dropped, _), found in zip(shares, ranks(gradient_error, name, COIN, False, "", batches), strict=True):
+    for found in ranks(gradient_error, name, COIN, False, "", batches):
         assert found["error"] < 1e-10
-        assert (found["guidance rows"] == 0) == (dropped == BATCH and name == "ddp")
+        # where nobody is guided the guidance forward, a collective operation under FSDP2, has rows all the same
+        assert found["guidance rows"] > 0
 
 
 # --- steps ---
