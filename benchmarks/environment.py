@@ -46,6 +46,18 @@ def clocks() -> dict:
     return found | ({"missing": missing} if missing else {})
 
 
+def energy() -> dict:
+    """What the current GPU has used since its driver was loaded, in joules, or why that cannot be read."""
+
+    def read(pynvml, gpu) -> dict:
+        return {"joules": pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3}
+
+    if not torch.cuda.is_available():
+        return {"missing": {"joules": "no NVIDIA GPU"}}
+    found, missing = _nvml(read)
+    return found | ({"missing": {"joules": missing["nvml"]}} if missing else {})
+
+
 def environment(device: str, commit: str | None = None) -> dict:
     """Hardware, driver, versions, commit and date. ``commit`` is for a tree that is no git checkout."""
     row = {

@@ -10,6 +10,7 @@ the ratios are of pairs; on a GPU each is built, timed and freed alone, so that 
 """
 
 import argparse
+import functools
 import gc
 import json
 import time
@@ -18,24 +19,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from meanflow.config import ObjectiveConfig
+from meanflow.config import ObjectiveConfig, RunConfig
 from meanflow.errors import UserError
+from meanflow.peaks import PEAKS
 
-from .environment import clocks, environment
+from .accounting import account
+from .environment import clocks, energy, environment
 from .table import table
-from .timing import quantiles
+from .timing import quantiles, stamp
 from .variants import VARIANTS, Variant, Workload
 
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """||g - g_first|| / ||g_first||: the rounding of two orders of summation, far below any mistake's."""
 
 
-def arguments(args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, where, and where the rows go."""
     parser.add_argument("--model", default="XL/2", help="size and patch, for instance B/4 (default XL/2)")
     parser.add_argument("--batch", type=int, default=32, help="samples a step (default 32)")
-    parser.add_argument("--compare", default="naive,naive-compiled,ours", help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument(
+        "--input-size", type=int, default=32, help="side of the latents; 64 is ImageNet-512 (default 32)"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products and attention")
     parser.add_argument("--omega", type=float, default=1.0, help="guidance: weight of the sample's velocity")
     parser.add_argument(
@@ -44,40 +48,60 @@ def arguments(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="t that is guided (default 0 1)")
     parser.add_argument("--share", type=float, default=0.25, help="share of r != t (default 0.25)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=None, help="timed steps a variant (default 10, on a GPU 30)")
+    parser.add_argument("--repeats", type=int, default=None, help="timed steps")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
-    return parser.parse_args(args)
 
 
-def main(args: list[str] | None = None) -> None:
-    options = arguments(args)
-    names = options.compare.split(",")
-    if unknown := set(names) - VARIANTS.keys():
-        raise SystemExit(f"--compare: got {sorted(unknown)}, wanted some of {','.join(VARIANTS)}; see --help")
+def make_workload(options: argparse.Namespace) -> Workload:
+    """What the arguments ask for.
+
+    Raises:
+        UserError: for a value out of range.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
-    try:
-        objective = ObjectiveConfig(
-            omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
-            guidance_start=options.interval[0], guidance_end=options.interval[1],
-        )  # fmt: skip
-        work = Workload.of(options.model, options.batch, options.device, options.precision, objective)
-    except UserError as error:
-        raise SystemExit(f"benchmarks.step: error: {error}") from None
-    repeats = options.repeats or (30 if options.device == "cuda" else 10)
-    measure = in_turn if options.device == "cuda" else interleaved
-    rows = measure(work, names, repeats)
-    name = {"model": options.model, "batch": options.batch, "precision": options.precision, "omega": options.omega,
-            "kappa": options.kappa, "interval": options.interval, "share": options.share}  # fmt: skip
-    stamp = environment(options.device, options.commit)
-    rows = [name | row | stamp for row in rows]
+    objective = ObjectiveConfig(
+        omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
+        guidance_start=options.interval[0], guidance_end=options.interval[1],
+    )  # fmt: skip
+    return Workload.of(options.model, options.batch, options.device, options.precision, objective, options.input_size)
+
+
+def identity(options: argparse.Namespace) -> dict:
+    """The columns of a row that say what was trained."""
+    names = ("model", "batch", "input_size", "precision", "omega", "kappa", "interval", "share")
+    return {name: getattr(options, name) for name in names}
+
+
+def append(rows: list[dict], options: argparse.Namespace) -> list[dict]:
+    """The rows with where and when; they are written too, if a file is named."""
+    rows = [row | environment(options.device, options.commit) for row in rows]
     if options.rows:
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         with options.rows.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--compare", default="naive,naive-compiled,ours", help=f"some of {','.join(VARIANTS)}")
+    add_workload_arguments(parser)
+    options = parser.parse_args(args)
+    names = options.compare.split(",")
+    if unknown := set(names) - VARIANTS.keys():
+        raise SystemExit(f"--compare: got {sorted(unknown)}, wanted some of {','.join(VARIANTS)}; see --help")
+    try:
+        work = make_workload(options)
+    except UserError as error:
+        raise SystemExit(f"benchmarks.step: error: {error}") from None
+    measure = in_turn if options.device == "cuda" else interleaved
+    rows = measure(work, names, options.repeats or (30 if options.device == "cuda" else 10))
+    rows = append([identity(options) | row for row in rows], options)
     print(report(rows))
 
 
@@ -103,9 +127,11 @@ def in_turn(work: Workload, names: list[str], repeats: int) -> list[dict]:
         variant, seconds, reference = start(work, name, reference)
         timed(variant, batches[0], work.device)
         torch.cuda.reset_peak_memory_stats()
+        before = energy()
         samples[name] = [timed(variant, inputs, work.device) for inputs in batches]
         rows.append(
             row(name, samples[name], work, seconds)
+            | joules(before, energy(), repeats * work.run.train.batch)
             | {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
             | against(samples, name)
             | clocks()
@@ -115,6 +141,13 @@ def in_turn(work: Workload, names: list[str], repeats: int) -> list[dict]:
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def joules(before: dict, after: dict, images: int) -> dict:
+    """The GPU's energy for an image, waiting between steps included, or why it is not known."""
+    if "joules" in before and "joules" in after:
+        return {"joules_per_image": (after["joules"] - before["joules"]) / images}
+    return {"missing": {"joules_per_image": before["missing"]["joules"]}}
 
 
 def start(work: Workload, name: str, reference: torch.Tensor | None) -> tuple[Variant, float, torch.Tensor]:
@@ -139,13 +172,9 @@ def start(work: Workload, name: str, reference: torch.Tensor | None) -> tuple[Va
 def timed(variant: Variant, inputs, device: str) -> float:
     """Milliseconds of one step, from asking for it to its end."""
     variant.prepare(inputs)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = stamp(device)
     variant.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - begin)
+    return stamp(device) - begin
 
 
 def against(samples: dict[str, list[float]], name: str) -> dict:
@@ -159,7 +188,10 @@ def against(samples: dict[str, list[float]], name: str) -> dict:
 
 def row(name: str, samples: list[float], work: Workload, first_step_seconds: float) -> dict:
     low, ms, high = quantiles(samples)
+    needed = needed_flops(work.run)
+    peak = PEAKS.get(torch.cuda.get_device_name()) if work.device == "cuda" else None
     return {
+        "kind": "step",
         "variant": name,
         "ms": ms,
         "ms_20": low,
@@ -167,7 +199,17 @@ def row(name: str, samples: list[float], work: Workload, first_step_seconds: flo
         "samples": len(samples),
         "images_per_second": 1e3 * work.run.train.batch / ms,
         "first_step_seconds": first_step_seconds,
+        "needed_flops": needed,
+        "tflops": needed / ms / 1e9,
+        "mfu": needed / ms / 1e9 / peak.tflops if peak and work.run.train.precision == "bf16" else None,
     }
+
+
+@functools.cache
+def needed_flops(run: RunConfig) -> float:
+    """What the recipe needs, whoever computes it: the planned step without its padding, mean of 100 drawn batches."""
+    accounts = account(run, batches=100)
+    return accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]
 
 
 def report(rows: list[dict]) -> str:
@@ -186,7 +228,12 @@ def report(rows: list[dict]) -> str:
                       f"{r['images_per_second']:.1f}",
                       *(f"{x['50']:.2f} ({x['20']:.2f} to {x['80']:.2f})" if x else "-" for x in times),
                       memory, f"{r['first_step_seconds']:.0f}"])  # fmt: skip
+        if r["mfu"]:
+            lines[-1].append(f"{r['mfu']:.1%}")
     header = ["step", "ms", "20 to 80 %", "img/s", *(f"x {base}" for base in bases), "peak GiB", "first step s"]
+    if head["mfu"]:
+        header.append("MFU")
+        title += f"\nMFU: {head['needed_flops'] / 1e12:.1f} TFLOP that the recipe needs, over time and datasheet peak"
     return f"{title}\n{table(header, lines)}"
 
 

@@ -77,6 +77,13 @@ def host_ms(fn: Callable[[], object], device: str, samples: int = 10) -> float:
     return quantiles(times)[1]
 
 
+def stamp(device: str) -> float:
+    """The clock in milliseconds, once the device has done what it was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
 def wall_ms(fn: Callable[[], object], samples: int = SAMPLES) -> list[float]:
     """Milliseconds of each of ``samples`` calls on the CPU."""
     times = []

@@ -33,12 +33,14 @@ class Workload:
     device: str
 
     @classmethod
-    def of(cls, model: str, batch: int, device: str, precision: str, objective: ObjectiveConfig) -> "Workload":
+    def of(
+        cls, model: str, batch: int, device: str, precision: str, objective: ObjectiveConfig, input_size: int = 32
+    ) -> "Workload":
         """A size by name ("XL/2") on synthetic latents."""
         base = preset("imagenet-b4")
         return cls(
             RunConfig(
-                model=ModelConfig.official(model),
+                model=ModelConfig.official(model, input_size=input_size),
                 objective=objective,
                 optim=OptimConfig(),
                 data=base.data,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from .config import RunConfig
@@ -91,18 +92,22 @@ class Step:
 
     def _gradient(self, inputs: Inputs) -> Terms:
         batch, samples, step, r, t, drop, plan = inputs
-        x, e = self._draw(batch, samples, step)
+        with record_function("draw"):
+            x, e = self._draw(batch, samples, step)
         if self.config.train.compile:
             declare_sizes(plan)
-        terms = self.loss(x, e, r, t, batch.labels, drop, plan)
+        with record_function("loss"):
+            terms = self.loss(x, e, r, t, batch.labels, drop, plan)
         self.optimizer.zero_grad()
-        terms.loss.backward()
+        with record_function("backward"):
+            terms.loss.backward()
         return terms
 
     def _run(self, inputs: Inputs) -> tuple[Terms, Tensor]:
         terms = self._gradient(inputs)
         grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.params]))
-        self.optimizer.step()
+        with record_function("optimizer"):
+            self.optimizer.step()
         return terms, grad_norm
 
     def _warm_up(self, inputs: Inputs) -> None:

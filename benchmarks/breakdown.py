@@ -1,0 +1,158 @@
+"""Where a step's time goes: by part, and by kind of work.
+
+python -m benchmarks.breakdown --model XL/2 --batch 32
+python -m benchmarks.breakdown --device cpu --model S/8 --batch 4 --precision fp32 --eager --trace step.json
+
+By part: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
+guidance, and without guidance and derivative, and the differences are the parts' cost. By kind: the kernels of some
+steps under torch.profiler, told apart by their names. --trace writes those steps for https://ui.perfetto.dev, with the
+parts as named ranges.
+"""
+
+import argparse
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+from meanflow.errors import UserError
+from meanflow.objective import MeanFlowLoss
+from meanflow.optim import make_optimizer
+from meanflow.plan import Planner
+from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
+from meanflow.training import build_net
+
+from .step import add_workload_arguments, append, identity, make_workload
+from .table import table
+from .timing import quantiles, stamp
+from .variants import Ours, Workload
+
+PROFILED_STEPS = 3
+KINDS = {  # a kernel's or operator's name tells its kind; the first that matches
+    "attention": r"attention|flash|fmha",
+    "GEMM": r"gemm|cutlass|cublas|nvjet|xmma|aten::(add)?mm|aten::bmm|mkl_linear|mkldnn|packed_linear",
+    "optimizer": r"adam|lerp|multi_tensor|_foreach",
+    "memory": r"memcpy|memset|copy",
+}
+OTHER = "pointwise"
+
+
+class Parts:
+    """The step cut into its phases, for an objective."""
+
+    def __init__(self, work: Workload, *, compiled: bool):
+        run = work.run
+        net = build_net(run.model, work.compute_dtype)
+        net.load_state_dict(work.weights())
+        self.net, self.run, self.compiled = net.to(work.device), run, compiled
+        self.loss = MeanFlowLoss(run.objective, self.net)
+        if compiled:
+            compile_loss(self.loss)
+        ema = build_net(run.model).to(work.device).requires_grad_(False)
+        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=work.compute_dtype is not None)
+        self.planner = Planner(run.objective, run.train.batch)
+
+    def times(self, inputs: Inputs, device: str) -> dict[str, float]:
+        """Milliseconds of each phase."""
+        plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu()).to(inputs.r.device)
+        if self.compiled:
+            declare_sizes(plan)
+        at = [stamp(device)]
+        x, e = draw_batch(self.run, inputs.batch, inputs.samples, inputs.step)
+        at.append(stamp(device))
+        loss = self.loss(x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop, plan).loss
+        at.append(stamp(device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        at.append(stamp(device))
+        self.optimizer.step()
+        at.append(stamp(device))
+        return dict(zip(("draw", "loss", "backward", "optimizer"), (b - a for a, b in zip(at, at[1:])), strict=True))
+
+
+def by_part(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]:
+    """Median milliseconds of each part."""
+    objective = work.run.objective
+    unguided = replace(objective, omega=1.0, kappa=0.0)
+    objectives = {"whole": objective, "unguided": unguided, "primal": replace(unguided, share_equal=1.0)}
+    found = {}
+    for name, each in objectives.items():
+        variant = replace(work, run=replace(work.run, objective=each))
+        parts, batches = Parts(variant, compiled=compiled), [variant.inputs(k) for k in range(repeats + 2)]
+        samples = [parts.times(inputs, work.device) for inputs in batches][2:]
+        found[name] = {phase: quantiles([s[phase] for s in samples])[1] for phase in samples[0]}
+    whole = found["whole"]
+    return {
+        "draw": whole["draw"],
+        "guidance": whole["loss"] - found["unguided"]["loss"],
+        "primal": found["primal"]["loss"],
+        "tangent": found["unguided"]["loss"] - found["primal"]["loss"],
+        "backward": whole["backward"],
+        "optimizer": whole["optimizer"],
+    }
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, float]:
+    """Milliseconds a step of each kind of kernel; on a GPU also those in which it waited."""
+    variant = Ours(work, compile=compiled)
+    batches = [work.inputs(k) for k in range(PROFILED_STEPS + 2)]
+    gpu = work.device == "cuda"
+    for inputs in batches[:2]:
+        variant.prepare(inputs)
+        variant.step()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    begin = stamp(work.device)
+    with profile(activities=activities) as profiler:
+        for inputs in batches[2:]:
+            variant.prepare(inputs)
+            variant.step()
+        wall = stamp(work.device) - begin
+    if trace:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    ms = Counter()
+    for event in profiler.key_averages():
+        if event.key in ("draw", "loss", "backward", "optimizer"):
+            continue
+        ms[kind_of(event.key)] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
+    if gpu:
+        ms["idle"] = max(0.0, wall - sum(ms.values()))
+    return {kind: total / PROFILED_STEPS for kind, total in ms.items()}
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.breakdown", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_workload_arguments(parser)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--trace", type=Path, default=None, help="write a trace of some steps to this file")
+    options = parser.parse_args(args)
+    try:
+        work = make_workload(options)
+    except UserError as error:
+        raise SystemExit(f"benchmarks.breakdown: error: {error}") from None
+    repeats = options.repeats or (20 if options.device == "cuda" else 5)
+    found = {
+        "part": by_part(work, repeats, compiled=not options.eager),
+        "kind": by_kind(work, options.trace, compiled=not options.eager),
+    }
+    variant = "ours-eager" if options.eager else "ours"
+    rows = [
+        identity(options) | {"kind": "breakdown", "variant": variant, "by": by, "ms": ms} for by, ms in found.items()
+    ]
+    rows = append(rows, options)
+    for row in rows:
+        total = sum(row["ms"].values())
+        lines = [[name, f"{ms:.2f}", f"{ms / total:.0%}"] for name, ms in row["ms"].items()]
+        print(table([f"by {row['by']}", "ms", "share"], [*lines, ["sum", f"{total:.2f}", ""]]), "\n")
+
+
+if __name__ == "__main__":
+    main()

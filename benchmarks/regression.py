@@ -1,0 +1,145 @@
+"""Is this tree slower than another revision? Both make the same steps in turns, in one run.
+
+python -m benchmarks.regression --base HEAD~1
+python -m benchmarks.regression --base main --device cpu --model S/8 --batch 4 --precision fp32 --variant ours-eager
+
+The other revision is checked out beside this tree and works in a process of its own, as this one does. Turns alternate,
+so that what else the machine does falls on both; the ratio is the median over the pairs of a turn, with its 20 to 80 %
+quantiles. Exit code 1 where this tree is slower: where even the 20 % quantile of its time over the other's exceeds
+--tolerance.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from meanflow.errors import UserError
+
+from .step import add_workload_arguments, append, identity, make_workload, timed
+from .timing import quantiles
+from .variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+READY = "ready"
+TURNS = {"cuda": 40, "cpu": 15}
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Take a step for each number on standard input, and answer with its milliseconds."""
+    work = make_workload(options)
+    variant = VARIANTS[options.variant](work)
+    timed(variant, work.inputs(0), work.device)
+    print(READY, flush=True)
+    for line in sys.stdin:
+        print(timed(variant, work.inputs(int(line)), work.device), flush=True)
+
+
+class Side:
+    """A revision at work."""
+
+    def __init__(self, tree: Path, arguments: list[str]):
+        environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}"}
+        command = [sys.executable, "-m", "benchmarks.regression", "--serve", *arguments]
+        self.tree = tree
+        self.process = subprocess.Popen(
+            command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def answer(self) -> str:
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise SystemExit(f"benchmarks.regression: error: the step failed in {self.tree}; its message is above")
+        return line
+
+    def step(self, number: int) -> float:
+        """Milliseconds of a step."""
+        print(number, file=self.process.stdin, flush=True)
+        return float(self.answer())
+
+
+@contextlib.contextmanager
+def checkout(revision: str) -> Iterator[Path]:
+    """The tree of a revision, with the native libraries of this one where their source is the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        added = _git("worktree", "add", "--detach", str(tree), revision)
+        if added.returncode:
+            reason = added.stderr.strip().splitlines()[-1]
+            raise SystemExit(f"--base: got {revision!r}, wanted a revision of this repository ({reason}); see git log")
+        try:
+            if not (tree / "benchmarks" / "regression.py").exists():
+                raise SystemExit(f"--base: got {revision!r}, which cannot be timed yet, wanted one with this command")
+            if _git("diff", "--quiet", revision, "--", "csrc").returncode == 0:
+                for library in (ROOT / "kernels" / "meanflow_kernels").glob("native_*.so"):
+                    shutil.copy(library, tree / "kernels" / "meanflow_kernels")
+            yield tree
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def compare(here: Side, there: Side, turns: int) -> dict:
+    """Times of both, and the quantiles of here over there by the pairs of a turn."""
+    for side in (here, there):
+        assert side.answer() == READY
+    samples = {here: [], there: []}
+    for turn in range(turns):
+        for side in (here, there) if turn % 2 else (there, here):
+            samples[side].append(side.step(turn))
+    ratios = quantiles([a / b for a, b in zip(samples[here], samples[there], strict=True)])
+    return {
+        "kind": "regression",
+        "ms": quantiles(samples[here])[1],
+        "base_ms": quantiles(samples[there])[1],
+        "ratio": dict(zip(("20", "50", "80"), ratios, strict=True)),
+        "turns": turns,
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.regression", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--base", default="HEAD", help="the revision to compare with (default HEAD)")
+    parser.add_argument("--variant", default="ours", choices=VARIANTS, help="of the step (default ours)")
+    parser.add_argument("--tolerance", type=float, default=0.03, help="how much slower is slower (default 0.03)")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    add_workload_arguments(parser)
+    args = sys.argv[1:] if args is None else args
+    options = parser.parse_args(args)
+    if options.serve:
+        serve(options)
+        return
+    try:
+        make_workload(options)
+    except UserError as error:
+        raise SystemExit(f"benchmarks.regression: error: {error}") from None
+    with checkout(options.base) as tree:
+        sides = []
+        try:
+            sides += [Side(ROOT, args), Side(tree, args)]
+            row = compare(*sides, options.repeats or TURNS[options.device])
+        finally:
+            for side in sides:
+                side.process.kill()
+                side.process.wait()
+    (row,) = append([identity(options) | {"variant": options.variant, "base": options.base} | row], options)
+    ratio = row["ratio"]
+    slower = ratio["20"] > 1 + options.tolerance
+    print(f"{options.variant}, {options.model}, batch {options.batch}: this tree {row['ms']:.1f} ms, "
+          f"{options.base} {row['base_ms']:.1f} ms; time over {options.base}'s: "
+          f"{ratio['50']:.3f} ({ratio['20']:.3f} to {ratio['80']:.3f}, {row['turns']} pairs)"
+          + (": SLOWER" if slower else ""))  # fmt: skip
+    sys.exit(slower)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The step's timings: numbers that can be recomputed, nothing timed that is wrong, parts, kinds, traces, revisions."""
+
+import json
+import subprocess
+import sys
+
+import fresh
+import pytest
+import torch
+
+from benchmarks import breakdown, regression, step, variants
+from benchmarks.accounting import account
+from meanflow_kernels.adamw_ema.native import MISSING
+
+SMALL = "--device cpu --model S/8 --batch 4 --precision fp32 --repeats 2".split()
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_agree_with_each_other(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    step.main([*SMALL, "--compare", "naive,ours-eager", "--rows", str(rows)])
+    naive, ours = rows_of(rows)
+    assert (naive["variant"], ours["variant"]) == ("naive", "ours-eager") and ours["kind"] == "step"
+    for row in (naive, ours):
+        assert row["device"] == "cpu" and row["gpu"] is None and row["mfu"] is None and row["commit"]
+        assert row["images_per_second"] == pytest.approx(4 / row["ms"] * 1e3)
+        assert row["tflops"] == pytest.approx(row["needed_flops"] / row["ms"] / 1e9)
+        assert row["ms_20"] <= row["ms"] <= row["ms_80"]
+    # one work for both: what the recipe needs, not what a variant wastes
+    work = step.make_workload(options())
+    accounts = account(work.run, batches=100)
+    needed = accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]
+    assert naive["needed_flops"] == ours["needed_flops"] == needed
+    assert ours["times"].keys() == {"naive"} and naive["times"] == {}
+    text = capsys.readouterr().out
+    assert "CPU (" in text and f"{ours['ms']:.1f}" in text and "gradient" in text
+
+
+def options(*more):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    step.add_workload_arguments(parser)
+    return parser.parse_args([*SMALL, *more])
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch, tmp_path):
+    class Wrong(variants.Ours):
+        def step(self):
+            super().step()
+            with torch.no_grad():
+                self.net.final_layer.linear.bias.grad.mul_(1.5)
+
+    monkeypatch.setitem(variants.VARIANTS, "wrong", Wrong)
+    with pytest.raises(SystemExit, match="wrong: its gradient is .* off, nothing was timed"):
+        step.main([*SMALL, "--compare", "ours-eager,wrong", "--rows", str(tmp_path / "rows")])
+    assert not (tmp_path / "rows").exists()
+
+
+def test_bad_input():
+    with pytest.raises(SystemExit, match="--compare: got .*'fastest'"):
+        step.main(["--compare", "fastest"])
+    with pytest.raises(SystemExit, match="model: got 'Q/3'"):
+        step.main(["--model", "Q/3", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="objective.kappa: got 2"):
+        breakdown.main(["--kappa", "2", "--device", "cpu"])
+
+
+def test_kernels_have_kinds():
+    names = {
+        "attention": ["_attention_jvp_kernel", "flash_bwd_dq_dk_dv_loop"],
+        "GEMM": ["nvjet_hsh_128x256", "sm90_xmma_gemm_bf16bf16", "aten::addmm", "cutlass_80_tensorop"],
+        "optimizer": ["adamw_ema_kernel<2>", "multi_tensor_apply_kernel"],
+        "memory": ["Memcpy HtoD (Pinned -> Device)", "aten::copy_"],
+        "pointwise": ["_gate_adaln_jvp_kernel", "triton_poi_fused_add_3", "aten::mul"],
+    }
+    for kind, found in names.items():
+        assert [breakdown.kind_of(name) for name in found] == [kind] * len(found)
+
+
+def test_breakdown_and_trace(tmp_path, capsys):
+    rows, trace = tmp_path / "rows.jsonl", tmp_path / "trace" / "step.json"
+    breakdown.main([*SMALL, "--eager", "--rows", str(rows), "--trace", str(trace)])
+    parts, kinds = (row["ms"] for row in rows_of(rows))
+    assert parts.keys() == {"draw", "guidance", "primal", "tangent", "backward", "optimizer"}
+    assert kinds["GEMM"] > 0 and kinds["pointwise"] > 0
+    ranges = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"draw", "loss", "backward", "optimizer"} <= ranges
+    assert "by part" in capsys.readouterr().out
+
+
+def run_regression(*arguments):
+    command = [sys.executable, "-m", "benchmarks.regression", *SMALL, "--variant", "ours-eager", *arguments]
+    return subprocess.run(command, cwd=fresh.ROOT, env=fresh.environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_revision_that_is_not_there():
+    done = run_regression("--base", "no-such-revision")
+    assert done.returncode == 1 and "--base: got 'no-such-revision', wanted a revision" in done.stderr
+
+
+@pytest.mark.slow
+def test_against_itself():
+    done = run_regression("--base", "HEAD", "--tolerance", "10")
+    assert done.returncode == 0, done.stderr
+    assert "time over HEAD's: " in done.stdout and "2 pairs" in done.stdout
+
+
+def test_a_slower_revision_is_called_slower():
+    class Side:
+        def __init__(self, ms):
+            self.ms = ms
+
+        def answer(self):
+            return regression.READY
+
+        def step(self, number):
+            return self.ms + number
+
+    row = regression.compare(Side(220.0), Side(200.0), 11)
+    assert row["ratio"]["50"] == pytest.approx(225 / 205) and (row["ms"], row["base_ms"]) == (225.0, 205.0)
+
+
+def test_native_libraries_go_along():
+    if "cpu" in MISSING:
+        pytest.skip(f"no native library here: {MISSING['cpu']}")
+    with regression.checkout("HEAD") as tree:
+        assert (tree / "kernels/meanflow_kernels/native_cpu.so").exists()
+    assert not tree.exists()
