@@ -1,0 +1,101 @@
+"""What the report's sections are written with: numbers, tables, notes, and the line that names the hardware."""
+
+import html
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from . import plots
+from .rows import hardware
+
+NONE = "–"
+WORKLOAD = ("model", "batch", "input_size", "precision", "omega", "kappa", "interval", "share")
+"""The columns that say which step was made."""
+
+
+@dataclass
+class Page:
+    """The report while it is written."""
+
+    out: Path
+    names: set[str] = field(default_factory=set)
+
+    def figure(self, name: str, figure: Figure) -> str:
+        """Write a figure's files and return it as HTML."""
+        stem = base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        while stem in self.names:
+            stem = f"{base}-{len(self.names)}"
+        self.names.add(stem)
+        return f"<figure>{plots.save(figure, self.out / stem, html.escape(name, quote=True))}</figure>"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Significant digits, zeros at the end too; every digit in front of the point."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
+
+
+def spread(row: dict) -> str:
+    return f"{number(row['ms_20'])} to {number(row['ms_80'])}"
+
+
+def grid(header: list[str], lines: list[list[str]], caption: str) -> str:
+    """A table; a column without "=" in front of its title is of numbers and stands right."""
+    words = [title.startswith("=") for title in header]
+
+    def line(cells: list[str], tag: str) -> str:
+        sides = (' class="words"' if left else "" for left in words)
+        return "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for s, c in zip(sides, cells, strict=True))
+
+    head = line([title.removeprefix("=") for title in header], "th")
+    body = "\n".join(f"<tr>{line(cells, 'td')}</tr>" for cells in lines)
+    note = f"<caption>{html.escape(caption)}</caption>"
+    return f'<div class="scroll"><table>{note}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def notes(lines: list[str]) -> str:
+    return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
+
+
+def where(rows: list[dict]) -> str:
+    """The line above everything that was taken on one machine."""
+    badge = '<span class="badge">CPU</span> no measure of a GPU: ' if rows[0].get("device") == "cpu" else ""
+    return f'<p class="hardware">{badge}{html.escape(hardware(rows))}</p>'
+
+
+def workload(row: dict, *without: str) -> str:
+    """Which step was made, in words."""
+    words = {
+        "model": row["model"],
+        "batch": f"batch {row['batch']}",
+        "input_size": f"{row['input_size']}x{row['input_size']} latents" if row.get("input_size", 32) != 32 else "",
+        "precision": row.get("precision", ""),
+        "omega": f"omega {row['omega']:g}" if "omega" in row else "",
+        "kappa": f"kappa {row['kappa']:g}" if "kappa" in row else "",
+        "interval": f"t in [{row['interval'][0]:g}, {row['interval'][1]:g}]" if "interval" in row else "",
+        "share": f"r != t {row['share']:.0%}" if "share" in row else "",
+    }
+    return ", ".join(word for name, word in words.items() if word and name not in without)
+
+
+def by_workload(rows: list[dict], *without: str) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(workload(row, *without), []).append(row)
+    return groups
+
+
+def older(count: int) -> list[str]:
+    return [f"{count} older rows of the same names are not shown."] if count else []
+
+
+def figures_of(figures: list[str]) -> str:
+    """Side by side where the window is wide enough."""
+    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""

@@ -1,0 +1,168 @@
+"""One HTML file from rows of results: ``python -m benchmarks.report ROWS... --out DIR``.
+
+ROWS are files of JSON lines, or folders of them. DIR/report.html opens offline: the plots are in it; each is also
+written as PNG and SVG. Speeds, rates and shares are computed from the rows' milliseconds, FLOPs and bytes.
+"""
+
+import argparse
+import html
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from meanflow.errors import UserError
+
+from . import sections
+from .markup import NONE, Page, grid, notes, number
+from .rows import Rows, by_machine, clock_words, device_name, missing, read
+
+CSS = """
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 70rem; margin: auto; padding: 0 1rem 4rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem } h3 { font-size: 1rem; margin: 1.6rem 0 .3rem }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; caption-side: bottom }
+th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th { border-bottom: 2px solid #888; vertical-align: bottom } td.words, th.words { text-align: left }
+.scroll { overflow-x: auto; margin: .5rem 0 }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+figure { margin: 0 } figure svg { width: 100%; max-width: 46rem; height: auto }
+.hardware, .note { color: #555; font-size: 13px } .note { margin: .2rem 0 }
+.badge { background: #8a4b00; color: #fff; border-radius: .2rem; padding: 0 .4rem; font-size: 12px }
+.failed { color: #a40000; font-weight: 600 } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; font-size: 12px }
+nav a { margin-right: 1rem } a { color: #00558c }
+"""  # noqa: E501
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chapter of the report."""
+
+    title: str
+    kind: str
+    command: str
+    """What makes its rows."""
+    write: Callable[[Page, list[dict]], str]
+    wanted: Callable[[dict], bool] = lambda row: True
+    """Which rows of the kind it can show."""
+
+
+SECTIONS = {
+    "headline": Section("Step time by variant", "step", "python -m benchmarks.step", sections.headline),
+    "breakdown": Section("Where the time goes", "breakdown", "python -m benchmarks.breakdown", sections.breakdown),
+    "kernels": Section("Kernels", "kernel", "python -m pytest benchmarks/bench_*.py --rows FILE", sections.kernels),
+    "memory": Section(
+        "Memory",
+        "step",
+        "python -m benchmarks.step on a GPU (a CPU's peak is not measured)",
+        sections.memory,
+        lambda row: bool(row.get("peak_bytes")),
+    ),  # fmt: skip
+    "scaling": Section(
+        "Scaling over batch, tokens and model", "scaling", "python -m benchmarks.scaling", sections.scaling
+    ),
+    "optimizer": Section("Optimizer", "optimizer", "python -m benchmarks.optimizer", sections.optimizer),
+    "accounting": Section(
+        "What a step has to do (counted)",
+        "accounting",
+        "python -m benchmarks.accounting --preset imagenet-b4 --batch 256 --json FILE",
+        sections.accounting,
+    ),  # fmt: skip
+    "projection": Section(
+        "GPU-hours of the recipes (projection)",
+        "projection",
+        "python -m benchmarks.scaling --project",
+        sections.projection,
+    ),  # fmt: skip
+}
+
+
+def environment(rows: list[dict]) -> str:
+    """Every machine with its versions, and the rows that it made."""
+    lines = []
+    for group in by_machine(rows):
+        row, kinds = group[0], Counter(r["kind"] for r in group)
+        dates = sorted(str(r["date"])[:19] for r in group if r.get("date")) or [NONE]
+        lines.append(
+            [device_name(row), row.get("driver") or NONE, clock_words(group) if row.get("gpu") else NONE]
+            + [row.get("torch") or NONE, row.get("triton") or NONE, row.get("commit") or "unknown"]
+            + [" to ".join(dict.fromkeys((dates[0], dates[-1])))]
+            + [", ".join(f"{count} {kind}" for kind, count in kinds.items())]
+        )
+    header = "=hardware =driver =clocks =torch =triton =commit =date =rows".split()
+    return grid(header, lines, "") + notes(missing(rows))
+
+
+def parts(rows: list[dict]) -> str:
+    """What the suite ran, and the end of the log of what failed."""
+    latest = list({(r["part"], r.get("device"), r.get("gpu"), r.get("commit")): r for r in rows}.values())
+    lines = [
+        [r["part"], r["outcome"], number(r["seconds"], 3), str(r.get("rows", NONE)), r.get("log") or NONE]
+        + [device_name(r), str(r.get("commit") or "unknown")[:12], str(r.get("date"))[:10]]
+        for r in latest
+    ]
+    text = grid("=part =outcome seconds rows =log =hardware =commit =date".split(), lines, "")
+    for row in latest:
+        if row["outcome"] != "passed":
+            head = f"{row['part']}: {row['outcome']}"
+            tail = html.escape("\n".join(row.get("tail") or []))
+            text += f'<p class="failed">{html.escape(head)}</p><pre>{tail}</pre>'
+    return text
+
+
+def ignored(rows: Rows) -> list[str]:
+    """Words for the rows that no section shows."""
+    words = [f"{rows.unknown} rows are of an unknown kind and are not shown."] if rows.unknown else []
+    return words + rows.incomplete
+
+
+def write(rows: Rows, out: Path) -> Path:
+    """Write the report and its figures; returns the path of the HTML file."""
+    out.mkdir(parents=True, exist_ok=True)
+    page, body, links = Page(out), [], []
+    for name, section in SECTIONS.items():
+        found = [row for row in rows.by_kind[section.kind] if section.wanted(row)]
+        text = section.write(page, found) if found else f"<p>No rows; made by <code>{section.command}</code></p>"
+        body.append(f'<section id="{name}"><h2>{section.title}</h2>{text}</section>')
+        links.append(f'<a href="#{name}">{section.title}</a>')
+    if rows.by_kind["part"]:
+        body.append(f'<section id="parts"><h2>Parts of the suite</h2>{parts(rows.by_kind["part"])}</section>')
+    measured = [row for row in rows.shown if row["kind"] != "part"]
+    body.append(
+        f'<section id="environment"><h2>Environment</h2>{environment(measured)}{notes(ignored(rows))}</section>'
+    )
+    lead = f"{len(measured)} rows from {len(by_machine(measured))} combinations of hardware, versions and commit."
+    lead += " Times are medians; whiskers and ranges are 20 to 80 % quantiles. GiB are 1024^3 bytes, GB 10^9."
+    text = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MeanFlow benchmarks</title><style>{CSS}</style></head><body>
+<h1>MeanFlow benchmarks</h1><p>{lead}</p><nav>{"".join(links)}<a href="#environment">Environment</a></nav>
+{"".join(body)}
+</body></html>
+"""
+    path = out / "report.html"
+    path.write_text(text)
+    return path
+
+
+def main(args: list[str] | None = None) -> int:
+    """Write the report; 2 where the rows cannot be read."""
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS", help="files of JSON lines, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report and its figures")
+    options = parser.parse_args(args)
+    try:
+        rows = read(options.rows)
+    except UserError as error:
+        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        return 2
+    path = write(rows, options.out)
+    print("\n".join([f"{path}: {len(rows.shown)} rows", *ignored(rows)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Rows of results: reading them, telling their kinds apart, and saying where and when they were taken."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meanflow.errors import UserError
+
+REQUIRED = {
+    "kernel": ("op", "shape", "dtype", "variant", "ms", "ms_20", "ms_80", "flops", "bytes", "bound", "ceiling"),
+    "step": ("model", "batch", "precision", "variant", "ms", "ms_20", "ms_80", "images_per_second"),
+    "breakdown": ("model", "batch", "precision", "variant", "by", "ms"),
+    "scaling": ("axis", "model", "batch", "variant", "ms", "ms_20", "ms_80"),
+    "optimizer": ("implementation", "model", "parameters", "ms", "ms_20", "ms_80", "bytes", "copy_gbps"),
+    "accounting": ("preset", "batch", "precision", "parts", "forward_flops", "step_in_forwards"),
+    "projection": ("preset", "gpu", "hours"),
+    "part": ("part", "outcome", "seconds"),
+}
+"""The kinds of rows, and the columns without which one is not shown."""
+
+THROTTLE = {
+    0x4: "software power cap", 0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal",
+    0x80: "power brake",
+}  # fmt: skip
+"""NVML's bits (nvmlClocksEventReasons) that mean a GPU ran slower than it was asked to."""
+
+
+@dataclass
+class Rows:
+    """What the files hold: rows by kind, and those that no section can show."""
+
+    by_kind: dict[str, list[dict]] = field(default_factory=lambda: {kind: [] for kind in REQUIRED})
+    unknown: int = 0
+    incomplete: list[str] = field(default_factory=list)
+
+    def add(self, row: dict, place: str) -> None:
+        """Sort a row in; ``place`` says where it stands."""
+        kind = kind_of(row)
+        if kind not in REQUIRED:
+            self.unknown += 1
+        elif lacking := [name for name in REQUIRED[kind] if row.get(name) is None]:
+            self.incomplete.append(f"{place}: a row of kind {kind} lacks {', '.join(lacking)}")
+        else:
+            self.by_kind[kind].append(row | {"kind": kind})
+
+    @property
+    def shown(self) -> list[dict]:
+        """All rows of known kinds."""
+        return [row for rows in self.by_kind.values() for row in rows]
+
+
+def kind_of(row: dict) -> str:
+    """What a row is of, by its own word or by its columns; "unknown" where neither says it."""
+    tells = {
+        "scaling": ("axis",),
+        "kernel": ("op", "shape", "variant"),
+        "optimizer": ("implementation",),
+        "step": ("variant", "model", "images_per_second"),
+        "breakdown": ("by", "ms"),
+        "accounting": ("step_in_forwards",),
+        "projection": ("preset", "hours"),
+    }
+    return row.get("kind") or next((kind for kind, names in tells.items() if all(n in row for n in names)), "unknown")
+
+
+def parse(text: str, place: str) -> list[tuple[int, dict]]:
+    """The rows of a text with their line numbers: JSON lines, or one JSON object over several lines.
+
+    Raises:
+        UserError: naming ``place`` and the line that is no JSON object.
+    """
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        whole = None
+    if isinstance(whole, dict):
+        return [(1, flat(whole))]
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}, line {number}: got {line[:60]!r}, wanted a JSON object; repair or delete it")
+        found.append((number, flat(row)))
+    return found
+
+
+def flat(row: dict) -> dict:
+    """A row whose environment stands among its columns."""
+    return {k: v for k, v in row.items() if k != "environment"} | (row.get("environment") or {})
+
+
+def read(paths: Iterable[Path]) -> Rows:
+    """The rows of files, and of the ``*.jsonl`` files in folders.
+
+    Raises:
+        UserError: for a path that is not there, and for a broken line.
+    """
+    rows = Rows()
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"ROWS: got {path}, which is not there, wanted files of JSON lines or folders of them")
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            try:
+                text = file.read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"ROWS: got {file}, which cannot be read ({error}), wanted JSON lines") from None
+            for number, row in parse(text, str(file)):
+                rows.add(row, f"{file}, line {number}")
+    return rows
+
+
+# --- where and when ---
+
+
+def machine(row: dict) -> tuple:
+    """What rows in one table share."""
+    names = ("device", "gpu", "cpu", "threads", "driver", "torch", "triton", "commit")
+    return tuple(row.get(name) for name in names)
+
+
+def by_machine(rows: list[dict]) -> list[list[dict]]:
+    """The rows in groups of one machine, versions and commit, the latest group first."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(machine(row), []).append(row)
+    return sorted(groups.values(), key=lambda group: max(str(row.get("date")) for row in group), reverse=True)
+
+
+def device_name(row: dict) -> str:
+    """The GPU, or CPU with that word."""
+    if row.get("gpu"):
+        return row["gpu"]
+    if row.get("device") == "cpu":
+        threads = row.get("threads")
+        return f"CPU ({row.get('cpu') or 'unknown'}" + (f", {threads} threads)" if threads else ")")
+    return "hardware not recorded"
+
+
+def hardware(rows: list[dict]) -> str:
+    """Hardware, driver, clocks, versions, commit and dates of rows of one machine, in a line."""
+    row, words = rows[0], [device_name(rows[0])]
+    if row.get("gpu"):
+        words.append(f"driver {row.get('driver') or 'unknown'}")
+        words.append(clock_words(rows))
+    words += [f"{name} {row.get(name) or 'none'}" for name in ("torch", "triton")]
+    commit, dash, state = (row.get("commit") or "unknown").partition("-")
+    words.append(f"commit {commit[:12]}{dash}{state}")
+    dates = sorted({str(r["date"])[:10] for r in rows if r.get("date")})
+    words.append(" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "date unknown")
+    return ", ".join(words)
+
+
+def clock_words(rows: list[dict]) -> str:
+    """The range of the clocks in the rows, and whether the GPU was held back."""
+    words = []
+    for name, title in (("sm_mhz", "SM"), ("memory_mhz", "memory")):
+        if values := [row[name] for row in rows if row.get(name)]:
+            words.append(f"{title} {' to '.join(str(v) for v in dict.fromkeys((min(values), max(values))))} MHz")
+    bits = 0
+    for row in rows:
+        bits |= row.get("throttle_bits") or 0
+    held = [reason for bit, reason in THROTTLE.items() if bits & bit]
+    return ", ".join(words or ["clocks unknown"]) + (f", throttled ({', '.join(held)})" if held else "")
+
+
+def newest(rows: list[dict], names: Iterable[str]) -> tuple[list[dict], int]:
+    """The last measured row for each value of the columns ``names``, in order, and how many older ones there are."""
+    last: dict[str, dict] = {}
+    for row in sorted(rows, key=lambda row: str(row.get("date"))):
+        last[json.dumps([row.get(name) for name in names])] = row
+    kept = [row for row in rows if any(row is other for other in last.values())]
+    return kept, len(rows) - len(kept)
+
+
+def missing(rows: list[dict]) -> list[str]:
+    """Why columns are missing, each reason once."""
+    reasons = (f"{column}: {why}" for row in rows for column, why in (row.get("missing") or {}).items())
+    return list(dict.fromkeys(reasons))

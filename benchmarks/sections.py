@@ -1,0 +1,318 @@
+"""The report's sections, each from the rows of one kind: HTML, with the figures written beside it."""
+
+import html
+from collections.abc import Callable
+
+from meanflow.peaks import PEAKS
+
+from . import plots
+from .markup import (
+    NONE, WORKLOAD, Page, by_workload, figures_of, grid, notes, number, older, percent, spread, where
+)  # fmt: skip
+from .rows import by_machine, device_name, hardware, missing, newest
+
+GIB = 2**30
+
+
+# --- the step ---
+
+
+def speed(row: dict, base: str, rows: list[dict]) -> tuple[float, ...] | None:
+    """How many times as fast as the variant ``base``: the pairs' median and quantiles, or a ratio of medians."""
+    if found := (row.get("times") or {}).get(base):
+        return found["50"], found["20"], found["80"]
+    other = next((r for r in rows if r["variant"] == base), None)
+    return None if other is None else (other["ms"] / row["ms"],)
+
+
+def speed_words(found: tuple[float, ...] | None) -> str:
+    if found is None:
+        return NONE
+    value = f"{found[0]:.2f}"
+    return value if len(found) == 1 else f"{value} ({found[1]:.2f} to {found[2]:.2f})"
+
+
+def step_table(rows: list[dict], caption: str) -> str:
+    named = [base for row in rows for base in row.get("times") or {}]
+    present = [row["variant"] for row in rows]
+    bases = [b for b in dict.fromkeys(["naive", "naive-compiled", *named]) if b in present or b in named]
+    header = ["=variant", "ms a step", "20 to 80 %, ms", "images/s", *(f"times as fast as {base}" for base in bases)]
+    columns: dict[str, Callable[[dict], str]] = {
+        "first step, s": lambda row: number(row.get("first_step_seconds"), 3),
+        "MFU": lambda row: percent(row.get("mfu")),
+        "J/image": lambda row: number(row.get("joules_per_image"), 3),
+        "W": lambda row: number(row.get("watts"), 3),
+    }
+    filled = {name: cell for name, cell in columns.items() if any(cell(row) != NONE for row in rows)}
+    lines = [
+        [row["variant"], number(row["ms"]), spread(row), number(row["images_per_second"])]
+        + [speed_words(speed(row, base, rows)) for base in bases]
+        + [cell(row) for cell in filled.values()]
+        for row in rows
+    ]
+    return grid(header + list(filled), lines, caption)
+
+
+def mfu_note(rows: list[dict]) -> list[str]:
+    rows = [row for row in rows if row.get("mfu") and row.get("needed_flops")]
+    if not rows:
+        return []
+    peak = PEAKS.get(rows[0]["gpu"])
+    sheet = f" ({peak.tflops:g} TFLOP/s, {peak.source})" if peak else ""
+    words = "MFU: the matrix products that the recipe needs, counted without padding, over the step's time and the "
+    return [words + f"datasheet's dense 16-bit peak{sheet}."]
+
+
+def headline(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine(rows):
+        group, left_out = newest(group, (*WORKLOAD, "variant"))
+        tables, figures, ratios, words = [], [], {}, {}
+        for title, found in by_workload(group).items():
+            tables.append(f"<h3>{html.escape(title)}</h3>" + step_table(found, hardware(found)))
+            labels = {}
+            for row in found:
+                against = speed(row, "naive", found)
+                labels[row["variant"]] = f"{number(row['ms'])} ms"
+                if against and row["variant"] != "naive":
+                    labels[row["variant"]] += f", {against[0]:.2f} x naive"
+                    if row["variant"] == "ours":
+                        ratios[title], words[title] = against, f"{speed_words(against)} x"
+            bars = {row["variant"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in found}
+            figure = plots.bars(f"Training step: {title}", hardware(found), "ms a step (20 to 80 %)", bars, labels)
+            figures.append(page.figure(f"step {title} {device_name(found[0])}", figure))
+        if len(ratios) > 1:
+            title = "Speed of our step over the naive one"
+            figure = plots.bars(title, hardware(group), "times as fast (20 to 80 %)", ratios, words, plots.OURS[0])
+            figures.insert(0, page.figure(f"speed {device_name(group[0])}", figure))
+        several = ["Speeds with a spread are of pairs of one run, those without one are ratios of medians."]
+        lines = several + mfu_note(group) + older(left_out) + missing(group)
+        parts.append(where(group) + "".join(tables) + notes(lines) + figures_of(figures))
+    return "".join(parts)
+
+
+def breakdown(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine(rows):
+        parts.append(where(group))
+        group, left_out = newest(group, (*WORKLOAD, "variant", "by"))
+        figures = []
+        for title, found in by_workload(group).items():
+            parts.append(f"<h3>{html.escape(title)}</h3>")
+            for by in dict.fromkeys(row["by"] for row in found):
+                cut = {row["variant"]: row["ms"] for row in found if row["by"] == by}
+                names = list(dict.fromkeys(name for ms in cut.values() for name in ms))
+                totals = {variant: sum(ms.values()) for variant, ms in cut.items()}
+                lines = [
+                    [variant, number(totals[variant])]
+                    + [f"{number(ms[n], 3)} ({ms[n] / totals[variant]:.0%})" if n in ms else NONE for n in names]
+                    for variant, ms in cut.items()
+                ]
+                header = [f"=by {by}", "all, ms", *(f"{name}, ms (share)" for name in names)]
+                parts.append(grid(header, lines, hardware(found)))
+                figure = plots.stacked(f"Step by {by}: {title}", hardware(found), "ms a step", cut)
+                figures.append(page.figure(f"breakdown by {by} {title} {device_name(found[0])}", figure))
+        lines = ["A part that is a difference of two times can come out below zero."] + older(left_out) + missing(group)
+        parts.append(notes(lines) + figures_of(figures))
+    return "".join(parts)
+
+
+def memory(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine([row for row in rows if row.get("peak_bytes")]):
+        group, left_out = newest(group, (*WORKLOAD, "variant"))
+        lines, figures = [], []
+        for title, found in by_workload(group).items():
+            naive = next((row["peak_bytes"] for row in found if row["variant"] == "naive"), None)
+            for row in found:
+                ratio = NONE if naive is None else f"{row['peak_bytes'] / naive:.2f}"
+                reserved = row["reserved_bytes"] / GIB if row.get("reserved_bytes") else None
+                lines.append([title, row["variant"], number(row["peak_bytes"] / GIB), number(reserved), ratio])
+            peaks = {row["variant"]: (row["peak_bytes"] / GIB,) for row in found}
+            words = {name: f"{number(value[0])} GiB" for name, value in peaks.items()}
+            figure = plots.bars(f"Peak memory: {title}", hardware(found), "GiB allocated at most", peaks, words)
+            figures.append(page.figure(f"memory {title} {device_name(found[0])}", figure))
+        header = ["=step", "=variant", "peak, GiB", "reserved, GiB", "of naive's peak"]
+        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_out)))
+        parts.append(figures_of(figures))
+    return "".join(parts)
+
+
+AXES = {"batch": "batch, samples", "tokens": "tokens", "model": "model"}
+
+
+def scaling(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine(rows):
+        parts.append(where(group))
+        group, left_out = newest(group, (*WORKLOAD, "tokens", "axis", "variant"))
+        figures = []
+        for axis in dict.fromkeys(row["axis"] for row in group):
+            of_axis = [row for row in group if row["axis"] == axis]
+            without = {"tokens": ("input_size",), "model": ("model",), "batch": ("batch",)}.get(axis, ())
+            for title, found in by_workload(of_axis, *without).items():
+                if axis != "model":
+                    found = sorted(found, key=lambda row: row[axis])
+                lines = [
+                    [str(row.get(axis)), row["variant"], number(row["ms"]), spread(row)]
+                    + [number(row["ms"] / row["batch"]), number(_gib(row))]
+                    for row in found
+                ]
+                header = [f"={axis}", "=variant", "ms a step", "20 to 80 %, ms", "ms a sample", "peak, GiB"]
+                parts.append(f"<h3>Over {axis}: {html.escape(title)}</h3>" + grid(header, lines, hardware(found)))
+                panels: dict[str, dict[str, list]] = {"ms a step (20 to 80 %)": {}}
+                for row in found:
+                    point = (row[axis], row["ms"], row["ms_20"], row["ms_80"])
+                    panels["ms a step (20 to 80 %)"].setdefault(row["variant"], []).append(point)
+                    if _gib(row):
+                        lines_of = panels.setdefault("peak memory, GiB", {})
+                        lines_of.setdefault(row["variant"], []).append((row[axis], _gib(row)))
+                figure = plots.curves(f"Step over {axis}: {title}", hardware(found), AXES.get(axis, axis), panels)
+                figures.append(page.figure(f"scaling {axis} {title} {device_name(found[0])}", figure))
+        parts.append(notes(older(left_out) + missing(group)) + figures_of(figures))
+    return "".join(parts)
+
+
+def _gib(row: dict) -> float | None:
+    return row["peak_bytes"] / GIB if row.get("peak_bytes") else None
+
+
+# --- kernels ---
+
+
+def rate(row: dict) -> tuple[float, str]:
+    """What a call reached at what bounds it, from its FLOPs or bytes and its time."""
+    if row["bound"] == "gemm":
+        return row["flops"] / row["ms"] / 1e9, "TFLOP/s"
+    return row["bytes"] / row["ms"] / 1e6, "GB/s"
+
+
+def kernel_table(rows: list[dict], caption: str) -> str:
+    lines = []
+    for row in rows:
+        value, unit = rate(row)
+        same = [r for r in rows if all(r.get(k) == row.get(k) for k in ("shape", "dtype", "call"))]
+        ours = next((r["ms"] for r in same if r["variant"].startswith("ours")), None)
+        errors = (f"{row[name]:.1e}" if row.get(name) is not None else NONE for name in ("error", "error_dot"))
+        lines.append(
+            [row["shape"], row["dtype"], row["variant"], number(row["ms"]), spread(row), number(row.get("host_ms"), 3)]
+            + [f"{number(value)} {unit}", percent(value / row["ceiling"]), percent(row.get("share_of_peak"))]
+            + [number(row["flops"] / row["bytes"], 3) if row["flops"] else NONE]
+            + [NONE if ours is None else f"{row['ms'] / ours:.2f}", *errors]
+        )
+    header = ["=shape", "=dtype", "=variant", "ms", "20 to 80 %, ms", "host, ms", "rate", "of the measured ceiling"]
+    header += ["of the datasheet", "FLOP/byte", "ms over ours", "error", "error of the tangent"]
+    return grid(header, lines, caption)
+
+
+def kernels(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine(rows):
+        group, left_out = newest(group, ("op", "shape", "dtype", "variant"))
+        line, name = hardware(group), device_name(group[0])
+        copy, gemm = (max((r["ceiling"] for r in group if r["bound"] == b), default=None) for b in ("copy", "gemm"))
+        peak, figures = PEAKS.get(group[0].get("gpu")), []
+        if products := [row for row in group if row["flops"]]:
+            points: dict[str, list[tuple]] = {}
+            for row in products:
+                point = (row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9, row["op"])
+                # what stands behind the comma is the call: the family is enough to tell colours apart
+                points.setdefault(row["variant"].split(",")[0], []).append(point)
+            title = f"Kernels with matrix products under {_ceilings(copy, gemm)}"
+            figures.append(page.figure(f"roofline {name}", plots.roofline(title, line, points, copy, gemm, peak)))
+        if pointwise := [row for row in group if not row["flops"]]:
+            reached: dict[str, dict[str, float]] = {}
+            for row in pointwise:
+                names = reached.setdefault(f"{row['op']} {row['shape'].rsplit(' ', 1)[0]} {row['dtype']}", {})
+                names[row["variant"]] = rate(row)[0]
+            title = f"Pointwise kernels under {_ceilings(copy, None)}; compulsory bytes over time"
+            figures.append(page.figure(f"bandwidth {name}", plots.dots(title, line, "GB/s", reached, copy)))
+        tables = []
+        for op in dict.fromkeys(row["op"] for row in group):
+            of_op = [row for row in group if row["op"] == op]
+            table = kernel_table(of_op, hardware(of_op))
+            tables.append(f"<details open><summary><b>{html.escape(op)}</b></summary>{table}</details>")
+        lines = [f"Measured ceilings: {_ceilings(copy, gemm)}. A row's share is of the ceiling of its own run."]
+        lines.append(
+            "Device time with a cold L2 cache on a GPU, the whole call on a CPU. Errors: relative, against fp64."
+        )
+        if peak:
+            lines.append(f"Datasheet: {peak.tflops:g} TFLOP/s, {peak.gbps:g} GB/s ({peak.source}).")
+        lines += older(left_out) + missing(group)
+        parts.append(where(group) + figures_of(figures) + notes(lines) + "".join(tables))
+    return "".join(parts)
+
+
+def _ceilings(copy: float | None, gemm: float | None) -> str:
+    words = [f"a copy's {number(copy)} GB/s"] if copy else []
+    return " and ".join(words + ([f"a product's {number(gemm)} TFLOP/s"] if gemm else [])) or "no measured ceiling"
+
+
+# --- the optimizer, counts and projections ---
+
+
+def optimizer(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine(rows):
+        group, left_out = newest(group, ("model", "implementation"))
+        lines, figures = [], []
+        for model in dict.fromkeys(row["model"] for row in group):
+            found = [row for row in group if row["model"] == model]
+            words = {}
+            for row in found:
+                gbps = row["bytes"] / row["ms"] / 1e6
+                against = row.get("times_torch")
+                against = (against["50"], against["20"], against["80"]) if against else None
+                lines.append(
+                    [model, f"{row['parameters'] / 1e6:.1f}", row["implementation"], number(row["ms"]), spread(row)]
+                    + [number(gbps), percent(gbps / row["copy_gbps"]), speed_words(against)]
+                )
+                words[row["implementation"]] = f"{number(row['ms'])} ms, {number(gbps)} GB/s"
+            bars = {row["implementation"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in found}
+            title = f"AdamW with the moving average, {model}, {found[0]['parameters'] / 1e6:.1f} M fp32 parameters"
+            figure = plots.bars(title, hardware(found), "ms a step (20 to 80 %)", bars, words)
+            figures.append(page.figure(f"optimizer {model} {device_name(found[0])}", figure))
+        header = ["=model", "parameters, M", "=implementation", "ms a step", "20 to 80 %, ms", "GB/s"]
+        header += ["of the measured copy", "times as fast as torch"]
+        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_out) + missing(group)))
+        parts.append(figures_of(figures))
+    return "".join(parts)
+
+
+def accounting(page: Page, rows: list[dict]) -> str:
+    rows, left_out = newest(rows, ("preset", "batch", "precision", "commit"))
+    lines, bounds = [], []
+    for row in rows:
+        forwards = [f"{row['parts'][part]['flops'] / row['forward_flops']:.3f}" for part in row["parts"]]
+        total = sum(part["flops"] for part in row["parts"].values()) / row["forward_flops"]
+        saved = row.get("saved_bytes")
+        lines.append(
+            [row["preset"], str(row["batch"]), row["precision"], number(row["forward_flops"] / 1e9), *forwards]
+            + [f"{total:.3f}", number(row.get("step_in_forwards_unpadded")), number(saved and saved / 1e9)]
+            + [str(row.get("commit") or "unknown")[:12], str(row.get("date"))[:10]]
+        )
+        if floor := row.get("floor"):
+            words = f"{row['preset']}, batch {row['batch']}: no step is shorter than {number(row['floor_ms'])} ms on "
+            words += f"{floor['gpu']} at {number(floor['gemm_tflops'])} TFLOP/s ({floor['gemm_source']}) and "
+            bounds.append(words + f"{number(floor['copy_gbps'])} GB/s ({floor['copy_source']}): a bound, not a time.")
+    header = ["=recipe", "batch", "=precision", "F, GFLOP", *(f"{part}, F" for part in rows[0]["parts"])]
+    header += ["step, F", "without padding, F", "saved for backward, GB", "=commit", "=date"]
+    caption = "Counted on the step's own code, the same on every machine; F is one forward pass of the batch."
+    return grid(header, lines, caption) + notes(bounds + older(left_out))
+
+
+def projection(page: Page, rows: list[dict]) -> str:
+    rows, left_out = newest(rows, ("preset", "gpu", "gpus"))
+    lines, bars, words = [], {}, {}
+    for row in rows:
+        gpus, name = row.get("gpus", 1), row["preset"]
+        commit, date = str(row.get("commit") or "unknown")[:12], str(row.get("date"))[:10]
+        lines.append([name, row["gpu"], str(gpus), number(row["hours"]), number(row.get("measured_ms"))])
+        lines[-1] += [row.get("note") or "", f"{device_name(row)}, {commit}, {date}"]
+        label = f"{name}, {gpus} x {row['gpu']}"
+        bars[label], words[label] = (row["hours"],), f"{number(row['hours'])} h"
+    header = ["=recipe", "=GPU", "GPUs", "GPU-hours (projection)", "measured, ms a step", "=how", "=rows of"]
+    badge = '<p><span class="badge">projection</span> computed from measured steps; no such run was made.</p>'
+    figure = plots.bars("PROJECTION: GPU-hours of the recipes", hardware(rows), "GPU-hours, projected", bars, words)
+    table = grid(header, lines, "Projections from the measured steps named in each line.")
+    return badge + table + notes(older(left_out)) + figures_of([page.figure("projection", figure)])

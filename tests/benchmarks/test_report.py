@@ -1,0 +1,307 @@
+"""benchmarks.report: what it prints is what the rows say, recomputed here by hand, and it opens offline.
+
+All rows here are made up.
+"""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks import report, rows
+
+GPU = {
+    "device": "cuda", "gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0",
+    "commit": "0123456789abcdef0123456789abcdef01234567", "date": "2030-01-02T03:04:05+00:00",
+    "sm_mhz": 1980, "memory_mhz": 3201, "throttle_bits": 0,
+}  # fmt: skip
+CPU = {
+    "device": "cpu", "gpu": None, "driver": None, "torch": "2.13.0", "triton": "3.7.1", "commit": "feedbeef-dirty",
+    "date": "2030-02-03T00:00:00+00:00", "cpu": "made-up", "threads": 2,
+}  # fmt: skip
+STEP = {
+    "model": "XL/2", "batch": 32, "input_size": 32, "precision": "bf16", "omega": 1.0, "kappa": 0.5,
+    "interval": [0.0, 1.0], "share": 0.25, "samples": 30,
+}  # fmt: skip
+
+
+def quantiles(ms: float) -> dict:
+    return {"ms": ms, "ms_20": 0.9 * ms, "ms_80": 1.25 * ms}
+
+
+def step(variant: str, ms: float, where: dict = GPU, **columns) -> dict:
+    row = STEP | quantiles(ms) | {"variant": variant, "first_step_seconds": 12.0, "times": {}}
+    return row | {"images_per_second": 32e3 / ms} | where | columns
+
+
+def kernel(op: str, variant: str, ms: float, *, flops: float, moved: float, shape: str = "XL/2 32x256x16x72") -> dict:
+    name = {"op": op, "shape": shape, "dtype": "bfloat16", "variant": variant, "call": "dual"}
+    bound = {"bound": "gemm", "ceiling": 800.0} if flops else {"bound": "copy", "ceiling": 4000.0}
+    row = name | quantiles(ms) | {"flops": flops, "bytes": moved, "host_ms": 0.05, "error": 2e-3, "error_dot": 3e-3}
+    # a rate that is wrong on purpose: the report takes FLOPs, bytes and time
+    return row | bound | {"tflops": 1.0, "gbps": 1.0} | GPU
+
+
+def accounts() -> dict:
+    parts = {"guidance": 1.25e12, "primal": 2e12, "tangent": 0.5e12, "backward": 4e12}
+    row = {"preset": "imagenet-b4", "batch": 256, "precision": "bf16", "forward_flops": 2e12}
+    row |= {"parts": {name: {"flops": flops} for name, flops in parts.items()}, "step_in_forwards": 3.875}
+    row |= {"step_in_forwards_unpadded": 3.75, "saved_bytes": 12e9, "floor_ms": 9.5}
+    row["floor"] = {"gpu": "NVIDIA H200", "gemm_tflops": 800.0, "gemm_source": "measured", "copy_gbps": 4000.0}
+    row["floor"]["copy_source"] = "datasheet"
+    return row | {"environment": CPU}
+
+
+def made_up() -> list[dict]:
+    """Rows of every kind."""
+    found = [
+        step("naive", 400.0, peak_bytes=40 * 2**30, mfu=0.123, needed_flops=48.7e12),
+        step("naive-compiled", 200.0, peak_bytes=32 * 2**30, times={"naive": {"20": 1.9, "50": 2.0, "80": 2.2}}),
+        step("ours", 125.0, peak_bytes=20 * 2**30, reserved_bytes=24 * 2**30, times={
+            "naive": {"20": 3.0, "50": 3.25, "80": 3.5}, "naive-compiled": {"20": 1.5, "50": 1.6, "80": 1.7},
+        }, missing={"joules_per_image": "no permission"}),
+        step("ours-captured", 100.0),
+        step("naive", 90.0, model="B/4", batch=256, kappa=0.0),
+        step("ours", 30.0, model="B/4", batch=256, kappa=0.0),
+        step("naive", 4000.0, CPU, model="S/8", batch=4, precision="fp32"),
+        step("ours-eager", 2500.0, CPU, model="S/8", batch=4, precision="fp32"),
+    ]  # fmt: skip
+    found += [
+        kernel("attention", "ours", 0.5, flops=2e11, moved=1e9),
+        kernel("attention", "sdpa math, func.jvp", 4.0, flops=2e11, moved=1e9),
+        kernel("linear", "ours", 0.25, flops=1.5e11, moved=2e8),
+        kernel("adaln", "ours", 0.1, flops=0, moved=3e8),
+        kernel("adaln", "func.jvp, compiled", 0.3, flops=0, moved=3e8),
+        kernel("silu", "ours", 0.01, flops=0, moved=3e7, shape="B/4 256x64x12x64"),
+    ]
+    parts = {"guidance": 20.0, "primal": 30.0, "tangent": -1.0, "backward": 60.0, "optimizer": 11.0}
+    kinds = {"GEMM": 70.0, "attention": 10.0, "pointwise": 30.0, "idle": 10.0}
+    cut = STEP | GPU | {"kind": "breakdown"}
+    found += [cut | {"variant": "ours", "by": "part", "ms": parts}, cut | {"variant": "ours", "by": "kind", "ms": kinds}]
+    found.append(cut | {"variant": "naive", "by": "kind", "ms": {"GEMM": 200.0, "pointwise": 200.0}})
+    for variant, slow in (("naive", 4), ("ours", 1)):
+        batches = [step(variant, slow * b, batch=b, peak_bytes=b * 2**28, axis="batch", tokens=256) for b in (8, 16, 32)]
+        sizes = [(16, 64), (32, 256), (64, 1024), (128, 4096)]
+        tokens = [step(variant, slow * n / 4, input_size=s, axis="tokens", tokens=n) for s, n in sizes]
+        models = [step(variant, slow * ms, model=m, axis="model", tokens=256) for m, ms in (("B/2", 30), ("XL/2", 125))]
+        found += batches + tokens + models
+    moved = {"op": "adamw_ema", "model": "XL/2", "parameters": 676_000_000, "bytes": 24e9, "copy_gbps": 4000.0} | GPU
+    ratio = {"times_torch": {"20": 1.4, "50": 1.5, "80": 1.6}}
+    found += [moved | quantiles(8.0) | {"implementation": "native"} | ratio]
+    found += [moved | quantiles(12.0) | {"implementation": "torch", "times_torch": {"20": 1.0, "50": 1.0, "80": 1.0}}]
+    projected = {"preset": "imagenet-xl2", "gpu": "NVIDIA H200", "gpus": 8, "hours": 1234.0, "measured_ms": 125.0}
+    found += [accounts(), projected | {"note": "240 epochs of 5,004 steps"} | GPU]
+    failed = {"kind": "part", "part": "step-xl2", "outcome": "failed", "seconds": 3.0, "rows": 0, "log": "logs/x.log"}
+    return [*found, failed | GPU | {"tail": ["Traceback", "RuntimeError: <out of luck>"]}]
+
+
+class Reader(HTMLParser):
+    """Tables as lists of rows of cells, every address, and what kinds of elements there are."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables, self.captions, self.addresses, self.tags, self.sections = [], [], [], [], {}
+        self._into = self._section = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        self.addresses += [value for name, value in attributes.items() if name in ("href", "src", "xlink:href")]
+        if tag == "section":
+            self._section = attributes["id"]
+            self.sections[self._section] = []
+        elif tag == "table":
+            self.tables.append([])
+            self.sections[self._section].append(self.tables[-1])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._into = "cell"
+        elif tag == "caption":
+            self.captions.append("")
+            self._into = "caption"
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th", "caption"):
+            self._into = None
+
+    def handle_data(self, data):
+        if self._into == "cell":
+            self.tables[-1][-1][-1] += data
+        elif self._into == "caption":
+            self.captions[-1] += data
+
+    def cell(self, section: str, column: str, **columns: str) -> str:
+        """The cell of a section's only row with these cells."""
+        found = []
+        for head, *lines in self.sections[section]:
+            for line in (dict(zip(head, cells, strict=True)) for cells in lines):
+                if columns.items() <= line.items() and column in line:
+                    found.append(line[column])
+        assert len(found) == 1, (section, column, columns, found)
+        return found[0]
+
+
+def save(path, found: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def build(out, found: list[dict]) -> tuple[Reader, str]:
+    source = save(out / "rows.jsonl", found)
+    assert report.main([str(source), "--out", str(out)]) == 0
+    text = (out / "report.html").read_text()
+    return Reader(text), text
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return *build(out, made_up()), out
+
+
+def test_one_file_that_opens_offline(page):
+    reader, text, out = page
+    assert reader.addresses and all(address.startswith("#") for address in reader.addresses)
+    assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert reader.tags.count("svg") == len(list(out.glob("*.svg"))) == len(list(out.glob("*.png"))) > 10
+
+
+def test_every_section_has_its_rows(page):
+    reader, text, _ = page
+    assert set(reader.sections) == {*report.SECTIONS, "parts", "environment"}
+    assert all(tables for tables in reader.sections.values())
+    assert "No rows" not in text
+
+
+def test_speeds(page):
+    reader, _, _ = page
+    pairs = {"variant": "ours", "ms a step": "125.0"}
+    assert reader.cell("headline", "times as fast as naive", **pairs) == "3.25 (3.00 to 3.50)"
+    assert reader.cell("headline", "times as fast as naive-compiled", **pairs) == "1.60 (1.50 to 1.70)"
+    assert reader.cell("headline", "20 to 80 %, ms", **pairs) == "112.5 to 156.2"
+    assert reader.cell("headline", "images/s", **pairs) == "256.0"
+    # without pairs the ratio of the medians, of the same step on the same machine alone
+    assert reader.cell("headline", "times as fast as naive", variant="ours-captured") == "4.00"
+    assert reader.cell("headline", "times as fast as naive-compiled", variant="ours-captured") == "2.00"
+    assert reader.cell("headline", "times as fast as naive", variant="ours", **{"ms a step": "30.00"}) == "3.00"
+    assert reader.cell("headline", "times as fast as naive", variant="ours-eager") == "1.60"
+    assert reader.cell("headline", "MFU", variant="naive", **{"ms a step": "400.0"}) == "12%"
+
+
+def test_kernel_rates_are_work_over_time(page):
+    reader, text, _ = page
+    ours = {"variant": "ours", "ms": "0.5000"}
+    assert reader.cell("kernels", "rate", **ours) == "400.0 TFLOP/s"  # 2e11 / 0.5 ms
+    assert reader.cell("kernels", "of the measured ceiling", **ours) == "50%"
+    assert reader.cell("kernels", "FLOP/byte", **ours) == "200"
+    slow = {"variant": "sdpa math, func.jvp"}
+    assert reader.cell("kernels", "rate", **slow) == "50.00 TFLOP/s"
+    assert reader.cell("kernels", "of the measured ceiling", **slow) == "6.2%"
+    assert reader.cell("kernels", "ms over ours", **slow) == "8.00"
+    bound = {"variant": "func.jvp, compiled"}
+    assert reader.cell("kernels", "rate", **bound) == "1,000 GB/s"  # 3e8 / 0.3 ms
+    assert reader.cell("kernels", "of the measured ceiling", **bound) == "25%"
+    assert reader.cell("kernels", "FLOP/byte", **bound) == "–"
+    assert "a copy's 4,000 GB/s and a product's 800.0 TFLOP/s" in html.unescape(text)
+
+
+def test_other_numbers(page):
+    reader, text, _ = page
+    assert reader.cell("memory", "peak, GiB", variant="ours") == "20.00"
+    assert reader.cell("memory", "of naive's peak", variant="ours") == "0.50"
+    assert reader.cell("breakdown", "all, ms", **{"by part": "ours"}) == "120.0"
+    assert reader.cell("breakdown", "backward, ms (share)", **{"by part": "ours"}) == "60.0 (50%)"
+    assert reader.cell("breakdown", "tangent, ms (share)", **{"by part": "ours"}) == "-1.00 (-1%)"
+    assert reader.cell("breakdown", "GEMM, ms (share)", **{"by kind": "naive"}) == "200 (50%)"
+    assert reader.cell("scaling", "ms a sample", batch="16", variant="naive") == "4.000"
+    assert reader.cell("scaling", "ms a step", tokens="4096", variant="ours") == "1,024"
+    assert reader.cell("optimizer", "GB/s", implementation="native") == "3,000"
+    assert reader.cell("optimizer", "of the measured copy", implementation="native") == "75%"
+    assert reader.cell("optimizer", "times as fast as torch", implementation="native") == "1.50 (1.40 to 1.60)"
+    assert reader.cell("accounting", "step, F", recipe="imagenet-b4") == "3.875"  # (1.25 + 2 + 0.5 + 4) / 2
+    assert reader.cell("accounting", "guidance, F", recipe="imagenet-b4") == "0.625"
+    assert reader.cell("projection", "GPU-hours (projection)", recipe="imagenet-xl2") == "1,234"
+    assert "RuntimeError: &lt;out of luck&gt;" in text and "joules_per_image: no permission" in text
+
+
+def test_no_number_without_hardware(page):
+    reader, text, out = page
+    measured = [c for c in reader.captions if "NVIDIA H200" in c or "CPU (made-up, 2 threads)" in c]
+    others = [c for c in reader.captions if c not in measured]
+    # counts are the same everywhere, projections and the last two tables name the hardware in each line
+    assert [c for c in others if c] == [c for c in others if "Counted" in c or "Projection" in c]
+    line = "NVIDIA H200, driver 580.1, SM 1980 MHz, memory 3201 MHz, torch 2.11.0, triton 3.6.0, commit 0123456789ab, "
+    assert line + "2030-01-02" in measured
+    assert '<span class="badge">CPU</span>' in text and '<span class="badge">projection</span>' in text
+    for path in out.glob("*.svg"):
+        words = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()))
+        assert "NVIDIA H200, driver" in words or "CPU (made-up" in words, path
+        assert path.name.startswith("projection") == ("PROJECTION" in words)
+
+
+def test_a_throttled_gpu_says_so(tmp_path):
+    found = [step("ours", 9.0, throttle_bits=0x4 | 0x1, sm_mhz=1200), step("naive", 9.0, sm_mhz=1980)]
+    _, text = build(tmp_path, found)
+    assert "SM 1200 to 1980 MHz, memory 3201 MHz, throttled (software power cap)" in text
+
+
+def test_no_rows_say_what_makes_them(tmp_path):
+    _, text = build(tmp_path, [step("ours", 9.0, CPU)])
+    assert text.count("No rows; made by") == len(report.SECTIONS) - 1
+    assert all(section.command in text for name, section in report.SECTIONS.items() if name != "headline")
+
+
+def test_the_newest_of_several_rows_is_shown(tmp_path):
+    found = [step("ours", 9.0, date="2030-01-04T00:00:00"), step("ours", 7.0, date="2030-01-03T00:00:00")]
+    reader, text = build(tmp_path, found)
+    assert reader.cell("headline", "ms a step", variant="ours") == "9.000"
+    assert "1 older rows of the same names are not shown." in text
+
+
+def test_other_commits_and_machines_do_not_mix(tmp_path):
+    found = [step("naive", 9.0, commit="a" * 40), step("ours", 3.0), step("ours", 4.0, CPU)]
+    reader, _ = build(tmp_path, found)
+    tables = reader.sections["headline"]
+    assert len(tables) == 3 and all(len(table) == 2 for table in tables)
+    assert not any("1.33" in cell or "3.00 (" in cell for table in tables for cell in table[1])
+
+
+def test_unknown_and_incomplete_rows_are_counted(tmp_path, capsys):
+    broken = step("ours", 9.0)
+    del broken["ms"]
+    _, text = build(tmp_path, [step("ours", 9.0), {"kind": "weather"}, {"x": 1}, broken])
+    words = "2 rows are of an unknown kind"
+    assert words in text and words in capsys.readouterr().out
+    assert "line 4: a row of kind step lacks ms" in text
+
+
+def test_a_broken_line_is_named(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(step("ours", 9.0)) + "\n\n" + '{"op": "att\n')
+    assert report.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"{path}, line 3: got '{{\"op\": \"att'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_is_not_there(tmp_path, capsys):
+    assert report.main([str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 2
+    assert "nothing, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [k for k in rows.REQUIRED if k != "part"])
+def test_kinds_are_inferred(kind):
+    found = [row for row in map(rows.flat, made_up()) if rows.kind_of({k: v for k, v in row.items() if k != "kind"}) == kind]
+    assert found and all(row.get("kind", kind) == kind for row in found)
+
+
+def test_committed_rows_make_a_report(tmp_path):
+    folder = rows.Path(report.__file__).parent / "results" / "cpu"
+    assert report.main([str(folder), "--out", str(tmp_path)]) == 0
+    assert "No rows" not in (tmp_path / "report.html").read_text().split('id="breakdown"')[0]

@@ -1,0 +1,247 @@
+"""benchmarks.suite: what it makes of parts that pass, fail, hang and are killed. The parts here are stubs."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fresh
+import pytest
+import torch
+
+from benchmarks import suite
+from benchmarks.suite import PARTS, Part, Suite
+from benchmarks.variants import VARIANTS
+
+ROW = {"model": "S/8", "batch": 4, "precision": "fp32", "ms": 3.0, "ms_20": 2.0, "ms_80": 4.0}
+ROW |= {"images_per_second": 1.0, "device": "cpu", "commit": "abc"}
+
+
+def stub(name: str, code: str = "", *, write: bool = True, **options) -> Part:
+    """A part that notes in the folder $SEEN that it ran, writes a row, and then does ``code``."""
+    text = "import json, os, pathlib, sys, time; rows = pathlib.Path(sys.argv[1]); "
+    text += f"note = open(os.environ['SEEN'], 'a'); note.write('{name} '); note.close(); "
+    if write:
+        row = ROW | {"variant": name}
+        text += f"rows.write_text(json.dumps({row!r}) + chr(10)); "
+    return Part(name, "cpu", f"-c {shlex.quote(text + (code or 'pass'))} {{rows}}", **options)
+
+
+@pytest.fixture(autouse=True)
+def seen(tmp_path, monkeypatch):
+    """The file that names the stubs that ran."""
+    path = tmp_path / "seen"
+    path.touch()
+    monkeypatch.setenv("SEEN", str(path))
+    return path
+
+
+def variants(out: Path) -> list[str]:
+    return [json.loads(line)["variant"] for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    found = map(json.loads, (out / "parts.jsonl").read_text().splitlines())
+    return {row["part"]: row["outcome"] for row in found}
+
+
+def test_parts_run_once_and_make_a_report(tmp_path, seen, capsys):
+    parts, out = [stub("one"), stub("two")], tmp_path / "out"
+    assert Suite(out, "cpu", "abc").run(parts, stub("tests", write=False)) == 0
+    assert seen.read_text().split() == ["tests", "one", "two"]
+    assert "[2/3] one: passed" in capsys.readouterr().err
+    assert Suite(out, "cpu", "abc").run(parts, stub("tests", write=False)) == 0
+    assert seen.read_text().split() == ["tests", "one", "two"]
+    assert "[2/3] one: passed before, not repeated" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert variants(out) == ["one", "two"] and {row["kind"] for row in rows} == {"step"}
+    text = (out / "report.html").read_text()
+    assert '<td class="words">one</td><td>3.000</td>' in text
+
+
+@pytest.mark.parametrize("change", ["commit", "arguments"])
+def test_another_commit_or_other_arguments_run_again(tmp_path, seen, change):
+    out = tmp_path / "out"
+    assert Suite(out, "cpu", "abc").run([stub("one")], None) == 0
+    commit, code = ("abd", "") if change == "commit" else ("abc", "0")
+    assert Suite(out, "cpu", commit).run([stub("one", code)], None) == 0
+    assert seen.read_text().split() == ["one", "one"]
+    assert len(variants(out)) == 2
+
+
+def test_a_failing_test_stops_the_timing(tmp_path, seen, capsys):
+    out = tmp_path / "out"
+    failing = stub("tests", "print('1 failed'); sys.exit(1)", write=False)
+    assert Suite(out, "cpu", "abc").run([stub("one")], failing) == 1
+    assert seen.read_text().split() == ["tests"]
+    assert f"nothing was timed: see {out}/logs/tests.log" in capsys.readouterr().err
+    assert "1 failed" in (out / "logs/tests.log").read_text()
+    # no report that looks like a result
+    assert not (out / "report.html").exists()
+
+
+def test_a_failing_part_stops_no_other(tmp_path, seen, capsys):
+    out, mended = tmp_path / "out", tmp_path / "mended"
+    code = f"print('out of <luck>'); sys.exit(0 if pathlib.Path({str(mended)!r}).exists() else 3)"
+    parts = [stub("one"), stub("two", code), stub("three")]
+    assert Suite(out, "cpu", "abc").run(parts, None) == 1
+    assert "did not pass: two" in capsys.readouterr().err
+    assert outcomes(out) == {"one": "passed", "two": "failed", "three": "passed"}
+    text = (out / "report.html").read_text()
+    assert '<p class="failed">two: failed</p>' in text and "out of &lt;luck&gt;" in text
+    mended.touch()
+    # what it wrote before it failed is replaced
+    assert Suite(out, "cpu", "abc").run(parts, None) == 0
+    assert seen.read_text().split() == ["one", "two", "three", "two"]
+    assert sorted(variants(out)) == ["one", "three", "two"]
+    assert outcomes(out)["two"] == "passed"
+    assert "two: failed" not in (out / "report.html").read_text()
+
+
+def test_a_part_that_hangs_is_ended_with_all_it_started(tmp_path, capfd):
+    out, pid = tmp_path / "out", tmp_path / "pid"
+    child = "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    child += f"pathlib.Path({str(pid)!r}).write_text(str(child.pid)); "
+    child += "rows.open('a').write('{\"variant\": \"ha'); time.sleep(60)"
+    begin = time.monotonic()
+    assert Suite(out, "cpu", "abc").run([stub("slow", child, limit=2), stub("next")], None) == 1
+    assert time.monotonic() - begin < 30
+    assert outcomes(out) == {"slow": "out of time", "next": "passed"}
+    # whole rows stay, half a row does not
+    assert variants(out) == ["slow", "next"]
+    assert gone(int(pid.read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within ten seconds."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_the_budget_leaves_the_rest_for_the_same_command(tmp_path, seen, capsys):
+    out, parts = tmp_path / "out", [stub("one", "time.sleep(1)"), stub("two")]
+    assert Suite(out, "cpu", "abc", budget=0.9).run(parts, None) == 1
+    assert "no time was left" in capsys.readouterr().err
+    assert outcomes(out) == {"one": "out of time", "two": "out of time"}
+    assert Suite(out, "cpu", "abc", budget=60).run(parts, None) == 0
+    assert sorted(variants(out)) == ["one", "two"] and seen.read_text().split()[-2:] == ["one", "two"]
+
+
+def test_a_part_whose_module_is_missing_is_skipped(tmp_path, seen):
+    out = tmp_path / "out"
+    assert Suite(out, "cpu", "abc").run([stub("one", needs=("no_such_module",)), stub("two")], None) == 0
+    assert seen.read_text().split() == ["two"]
+    assert outcomes(out) == {"one": "skipped", "two": "passed"}
+    assert "no_such_module is not installed" in (out / "report.html").read_text()
+
+
+def test_accounts_are_a_row(tmp_path):
+    accounts = {"preset": "p", "step_in_forwards": 3.0, "environment": {"device": "cpu", "commit": None}}
+    code = f"rows.write_text(json.dumps({accounts!r}, indent=1))"
+    Suite(tmp_path / "out", "cpu", "abc").run([stub("accounts", code)], None)
+    (row,) = map(json.loads, (tmp_path / "out/rows.jsonl").read_text().splitlines())
+    assert (row["kind"], row["device"], row["commit"], row["preset"]) == ("accounting", "cpu", "abc", "p")
+
+
+DRIVER = """
+import signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_suite import stub
+from benchmarks.suite import Suite
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+slow = f"pathlib.Path({sys.argv[3]!r})"
+wait = f"slow = {slow}; slow.exists() and (slow.write_text(str(os.getpid())), time.sleep(60))"
+sys.exit(Suite(Path(sys.argv[1]), "cpu", "abc").run([stub("one"), stub("two", wait), stub("three")], None))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked"])
+def test_a_run_that_was_killed_goes_on(tmp_path, seen, how):
+    out, slow = tmp_path / "out", tmp_path / "slow"
+    slow.touch()
+    command = [sys.executable, "-c", DRIVER, str(out), str(Path(__file__).parent), str(slow)]
+    env = fresh.environment() | {"SEEN": str(seen)}
+    env["PYTHONPATH"] += os.pathsep + str(Path(fresh.__file__).parent)
+    run = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        if slow.read_text():
+            break
+        time.sleep(0.1)
+    run.send_signal(how)
+    assert run.wait(30) == (-signal.SIGKILL if how == signal.SIGKILL else 143)
+    assert gone(int(slow.read_text()))
+    assert variants(out) == ["one"]
+    slow.unlink()
+    assert subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode == 0
+    assert seen.read_text().split() == ["one", "two", "two", "three"]
+    assert variants(out) == ["one", "two", "three"]
+
+
+# --- the table ---
+
+
+def test_parts_have_names_and_limits():
+    for device in ("cpu", "cuda"):
+        for full in (False, True):
+            names = [part.name for part in suite.chosen(PARTS, device, full=full)]
+            assert names and len(set(names)) == len(names)
+    assert all(part.limit <= 540 for part in [*PARTS, *(suite.tests(d, full=True) for d in ("cpu", "cuda"))])
+
+
+def test_commands_name_what_is_there():
+    every = [*PARTS, *(suite.tests(device, full=full) for device in ("cpu", "cuda") for full in (False, True))]
+    for part in every:
+        words = shlex.split(part.command)
+        assert words[0] == "-m"
+        if words[1] != "pytest":
+            assert (suite.ROOT / words[1].replace(".", "/")).with_suffix(".py").exists(), part
+        files = [word for word in words if word.startswith(("tests/", "benchmarks/"))]
+        assert all((suite.ROOT / file).exists() for file in files) and (files or words[1] != "pytest"), part
+        if part.name != "tests":
+            assert "{stamp}" in words or "{rows}" in words
+
+
+def test_full_is_everything():
+    full = " ".join(part.command for part in suite.chosen(PARTS, "cuda", full=True)) + " "
+    for path in suite.ROOT.glob("benchmarks/bench_*.py"):
+        assert f"benchmarks/{path.name} " in full
+    compared = [word for words in full.split("--compare ")[1:] for word in words.split()[0].split(",")]
+    assert set(compared) == set(VARIANTS)
+    for model in ("B/4", "B/2", "M/2", "L/2", "XL/2"):
+        assert f"benchmarks.step --model {model} " in full
+    assert "--kappa 0 " in full and "--kappa 0.5 " in full
+
+
+def test_quick_on_a_cpu_compiles_nothing():
+    for part in suite.chosen(PARTS, "cpu", full=False):
+        assert "ours," not in part.command and "naive-compiled" not in part.command
+        assert "bench_" not in part.command or "not compiled" in part.command
+
+
+def test_list(capsys):
+    assert suite.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{part.name} " in text for part in PARTS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        suite.main(["--out", str(tmp_path / "out"), "--device", "cuda"])
+    assert "torch sees no NVIDIA GPU here" in capsys.readouterr().err
+
+
+def test_it_runs_where_the_training_commands_do_not():
+    code = "import sys; sys.modules['tyro'] = None; import benchmarks.suite, benchmarks.report"
+    subprocess.run([sys.executable, "-c", code], env=fresh.environment(), cwd=suite.ROOT, check=True)
