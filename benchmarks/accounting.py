@@ -13,7 +13,9 @@ Beside them: the bytes that autograd keeps for the backward, next to those of fl
 the optimizer; and the time below which no step of these products and bytes can be on a GPU.
 """
 
+import argparse
 import json
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -28,10 +30,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from meanflow import cli
 from meanflow.config import RunConfig
 from meanflow.draws import Draws, Stream
-from meanflow.errors import require
+from meanflow.errors import UserError, require
 from meanflow.objective import drop_mask, meanflow_terms
 from meanflow.peaks import PEAKS
 from meanflow.plan import Plan, Planner
@@ -344,31 +345,40 @@ def _floor(report: dict) -> str:
     return line + f"{parts['optimizer_ms']:.2f} optimizer at {parts['copy_gbps']:.4g} GB/s ({parts['copy_source']})"
 
 
-@dataclass(frozen=True)
-class Options:
-    preset: str
-    """A recipe, as for scripts/train.py."""
-    batch: int
-    """Samples a step of one rank."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of matrix products and attention."""
-    ranks: int = 1
-    """Processes that train together, for the mean of the slowest."""
-    batches: int = BATCHES
-    """Drawn batches of a mean."""
-    gpu: str = "NVIDIA H200"
-    """The GPU of the floor, as its driver names it."""
-    gemm_tflops: float | None = None
-    """Its rate of matrix products in TFLOP/s, where you have measured it."""
-    copy_gbps: float | None = None
-    """Its rate of copies in GB/s, bytes read plus bytes written, where you have measured it."""
-    json: Path | None = None
-    """Write the accounts to this file too."""
+def arguments(args: list[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(prog="benchmarks.accounting", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--preset", required=True, help="a recipe, as for scripts/train.py")
+    parser.add_argument("--batch", type=int, required=True, help="samples a step of one rank")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products and attention")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that train together, for the mean of the slowest"
+    )
+    parser.add_argument("--batches", type=int, default=BATCHES, help=f"drawn batches of a mean (default {BATCHES})")
+    parser.add_argument("--gpu", default="NVIDIA H200", help="the GPU of the floor, as its driver names it")
+    parser.add_argument("--gemm-tflops", type=float, help="its rate of matrix products, where you have measured it")
+    parser.add_argument("--copy-gbps", type=float, help="its rate of copies, read plus written, where measured")
+    parser.add_argument("--json", type=Path, help="write the accounts to this file too")
+    return parser.parse_args(args)
 
 
-def main(args: list[str]) -> int:
-    """Print the accounts."""
-    options = cli.parse(Options, args, prog="python -m benchmarks.accounting", description=__doc__.split("\n\n")[0])
+def main(args: list[str] | None = None) -> None:
+    """Print the accounts; exit code 2 for bad input."""
+    options = arguments(args)
+    try:
+        report = accounts_of(options)
+    except UserError as error:
+        print(f"benchmarks.accounting: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(text(report))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report | {"environment": environment("cpu")}, indent=1) + "\n")
+
+
+def accounts_of(options: argparse.Namespace) -> dict:
+    """The accounts and the floor."""
     config = preset(options.preset)
     config = replace(config, train=replace(config.train, batch=options.batch, precision=options.precision))
     gemm, copy = find_rates(options.gpu, gemm_tflops=options.gemm_tflops, copy_gbps=options.copy_gbps)
@@ -378,12 +388,8 @@ def main(args: list[str]) -> int:
         report |= {"floor_ms": None, "floor": None}
     else:
         report |= floor(report, options.gpu, gemm, copy)
-    print(text(report))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report | {"environment": environment("cpu")}, indent=1) + "\n")
-    return 0
+    return report
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

@@ -24,7 +24,7 @@ from meanflow.plan import Planner
 from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
 from meanflow.training import build_net
 
-from .step import add_workload_arguments, append, identity, make_workload
+from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table
 from .timing import quantiles, stamp
 from .variants import Ours, Workload
@@ -145,9 +145,11 @@ def main(args: list[str] | None = None) -> None:
     }
     variant = "ours-eager" if options.eager else "ours"
     rows = [
-        identity(options) | {"kind": "breakdown", "variant": variant, "by": by, "ms": ms} for by, ms in found.items()
+        identity(work, options.preset) | {"kind": "breakdown", "variant": variant, "by": by, "ms": ms}
+        for by, ms in found.items()
     ]
     rows = append(rows, options)
+    print(title(rows[0]), "\n")
     for row in rows:
         total = sum(row["ms"].values())
         lines = [[name, f"{ms:.2f}", f"{ms / total:.0%}"] for name, ms in row["ms"].items()]

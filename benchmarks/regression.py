@@ -21,7 +21,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from .step import add_workload_arguments, append, identity, make_workload, timed
+from .step import add_workload_arguments, append, identity, make_workload, timed, title
 from .timing import quantiles
 from .variants import VARIANTS
 
@@ -119,7 +119,7 @@ def main(args: list[str] | None = None) -> None:
         serve(options)
         return
     try:
-        make_workload(options)
+        work = make_workload(options)
     except UserError as error:
         raise SystemExit(f"benchmarks.regression: error: {error}") from None
     with checkout(options.base) as tree:
@@ -131,10 +131,12 @@ def main(args: list[str] | None = None) -> None:
             for side in sides:
                 side.process.kill()
                 side.process.wait()
-    (row,) = append([identity(options) | {"variant": options.variant, "base": options.base} | row], options)
+    (row,) = append(
+        [identity(work, options.preset) | {"variant": options.variant, "base": options.base} | row], options
+    )
     ratio = row["ratio"]
     slower = ratio["20"] > 1 + options.tolerance
-    print(f"{options.variant}, {options.model}, batch {options.batch}: this tree {row['ms']:.1f} ms, "
+    print(f"{options.variant}, {title(row)}: this tree {row['ms']:.1f} ms, "
           f"{options.base} {row['base_ms']:.1f} ms; time over {options.base}'s: "
           f"{ratio['50']:.3f} ({ratio['20']:.3f} to {ratio['80']:.3f}, {row['turns']} pairs)"
           + (": SLOWER" if slower else ""))  # fmt: skip

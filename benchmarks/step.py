@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from meanflow.config import ObjectiveConfig, RunConfig
+from meanflow.config import ModelConfig, ObjectiveConfig, RunConfig
 from meanflow.errors import UserError
 from meanflow.peaks import PEAKS
+from meanflow.presets import preset
 
 from .accounting import account
 from .environment import clocks, energy, environment
@@ -35,6 +36,7 @@ GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained, where, and where the rows go."""
+    parser.add_argument("--preset", default=None, help="a recipe's model and objective, instead of those below")
     parser.add_argument("--model", default="XL/2", help="size and patch, for instance B/4 (default XL/2)")
     parser.add_argument("--batch", type=int, default=32, help="samples a step (default 32)")
     parser.add_argument(
@@ -63,17 +65,32 @@ def make_workload(options: argparse.Namespace) -> Workload:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
-    objective = ObjectiveConfig(
-        omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
-        guidance_start=options.interval[0], guidance_end=options.interval[1],
-    )  # fmt: skip
-    return Workload.of(options.model, options.batch, options.device, options.precision, objective, options.input_size)
+    if options.preset:
+        recipe = preset(options.preset)
+        model, objective = recipe.model, recipe.objective
+    else:
+        model = ModelConfig.official(options.model, input_size=options.input_size)
+        objective = ObjectiveConfig(
+            omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
+            guidance_start=options.interval[0], guidance_end=options.interval[1],
+        )  # fmt: skip
+    return Workload.of(model, objective, options.batch, options.device, options.precision)
 
 
-def identity(options: argparse.Namespace) -> dict:
+def identity(work: Workload, preset: str | None = None) -> dict:
     """The columns of a row that say what was trained."""
-    names = ("model", "batch", "input_size", "precision", "omega", "kappa", "interval", "share")
-    return {name: getattr(options, name) for name in names}
+    model, objective = work.run.model, work.run.objective
+    return {
+        "preset": preset,
+        "model": model.name,
+        "batch": work.run.train.batch,
+        "tokens": model.tokens,
+        "precision": work.run.train.precision,
+        "omega": objective.omega,
+        "kappa": objective.kappa,
+        "interval": (objective.guidance_start, objective.guidance_end),
+        "share": 1 - objective.share_equal,
+    }
 
 
 def append(rows: list[dict], options: argparse.Namespace) -> list[dict]:
@@ -101,7 +118,7 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(f"benchmarks.step: error: {error}") from None
     measure = in_turn if options.device == "cuda" else interleaved
     rows = measure(work, names, options.repeats or (30 if options.device == "cuda" else 10))
-    rows = append([identity(options) | row for row in rows], options)
+    rows = append([identity(work, options.preset) | row for row in rows], options)
     print(report(rows))
 
 
@@ -212,13 +229,17 @@ def needed_flops(run: RunConfig) -> float:
     return accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]
 
 
+def title(row: dict) -> str:
+    """What was trained, and where."""
+    where = row["gpu"] or f"CPU ({row['cpu']}, {row['threads']} threads)"
+    guided = f"omega {row['omega']:g}, kappa {row['kappa']:g}, t in {list(row['interval'])}"
+    shape = f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['precision']}"
+    return f"{shape}, {guided}, r != t {row['share']:.0%}, {where}"
+
+
 def report(rows: list[dict]) -> str:
-    head = rows[0]
-    where = head["gpu"] or f"CPU ({head['cpu']}, {head['threads']} threads)"
-    guided = f"omega {head['omega']:g}, kappa {head['kappa']:g}, t in {list(head['interval'])}"
-    title = (
-        f"{head['model']}, batch {head['batch']}, {head['precision']}, {guided}, r != t {head['share']:.0%}, {where}"
-    )
+    """The variants as a table."""
+    head, text = rows[0], title(rows[0])
     bases = sorted({base for r in rows for base in r["times"]})
     lines = []
     for r in rows:
@@ -233,8 +254,8 @@ def report(rows: list[dict]) -> str:
     header = ["step", "ms", "20 to 80 %", "img/s", *(f"x {base}" for base in bases), "peak GiB", "first step s"]
     if head["mfu"]:
         header.append("MFU")
-        title += f"\nMFU: {head['needed_flops'] / 1e12:.1f} TFLOP that the recipe needs, over time and datasheet peak"
-    return f"{title}\n{table(header, lines)}"
+        text += f"\nMFU: {head['needed_flops'] / 1e12:.1f} TFLOP that the recipe needs, over time and datasheet peak"
+    return f"{text}\n{table(header, lines)}"
 
 
 if __name__ == "__main__":

@@ -33,21 +33,10 @@ class Workload:
     device: str
 
     @classmethod
-    def of(
-        cls, model: str, batch: int, device: str, precision: str, objective: ObjectiveConfig, input_size: int = 32
-    ) -> "Workload":
-        """A size by name ("XL/2") on synthetic latents."""
-        base = preset("imagenet-b4")
-        return cls(
-            RunConfig(
-                model=ModelConfig.official(model, input_size=input_size),
-                objective=objective,
-                optim=OptimConfig(),
-                data=base.data,
-                train=TrainConfig(steps=1, batch=batch, precision=precision, matmul="high", device=device),
-            ),
-            device,
-        )
+    def of(cls, model: ModelConfig, objective: ObjectiveConfig, batch: int, device: str, precision: str) -> "Workload":
+        """A network and objective on synthetic latents."""
+        train = TrainConfig(steps=1, batch=batch, precision=precision, matmul="high", device=device)
+        return cls(RunConfig(model, objective, OptimConfig(), preset("imagenet-b4").data, train), device)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

@@ -56,6 +56,18 @@ class ModelConfig:
             "model.patch_size", self.patch_size, f"a divisor of the input size {self.input_size}", "change one of them",
         )  # fmt: skip
 
+    @property
+    def name(self) -> str:
+        """The official size and patch, for instance "XL/2"; of another network its depth, width and patch."""
+        shape = (self.depth, self.hidden_size, self.num_heads)
+        size = next((size for size, known in DIT_SIZES.items() if known == shape), f"{self.depth}x{self.hidden_size}")
+        return f"{size}/{self.patch_size}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens L of a sample."""
+        return (self.input_size // self.patch_size) ** 2
+
     @classmethod
     def official(cls, name: str, **overrides) -> "ModelConfig":
         """One of the official sizes by its name, for instance "XL/2"."""

@@ -8,7 +8,7 @@ import fresh
 import pytest
 import torch
 
-from benchmarks import breakdown, regression, step, variants
+from benchmarks import breakdown, projection, regression, scaling, step, variants
 from benchmarks.accounting import account
 from meanflow_kernels.adamw_ema.native import MISSING
 
@@ -33,6 +33,7 @@ def test_rows_agree_with_each_other(tmp_path, capsys):
     work = step.make_workload(options())
     accounts = account(work.run, batches=100)
     needed = accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]
+    assert (ours["model"], ours["batch"], ours["tokens"]) == ("S/8", 4, 16)
     assert naive["needed_flops"] == ours["needed_flops"] == needed
     assert ours["times"].keys() == {"naive"} and naive["times"] == {}
     text = capsys.readouterr().out
@@ -90,6 +91,51 @@ def test_breakdown_and_trace(tmp_path, capsys):
     ranges = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"draw", "loss", "backward", "optimizer"} <= ranges
     assert "by part" in capsys.readouterr().out
+
+
+def test_scaling(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    axis = [*SMALL, "--axis", "tokens", "--variant", "ours-eager", "--rows", str(rows)]
+    scaling.main([*axis, "--values", "4,16"])
+    small, large = rows_of(rows)
+    assert (small["tokens"], large["tokens"]) == (4, 16) and small["needed_flops"] < large["needed_flops"]
+    assert large["kind"] == "scaling" and large["axis"] == "tokens" and large["ms"] > 0
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(scaling, "interleaved", full)
+    rows.unlink()
+    scaling.main([*axis, "--values", "16,64"])
+    (row,) = rows_of(rows)
+    assert row["ms"] is None and row["missing"] == {"ms": "out of memory"}
+    assert "out of memory" in capsys.readouterr().out
+    for wrong in ("15", "many"):
+        with pytest.raises(SystemExit, match=f"--values: got '{wrong}', wanted a square number of tokens"):
+            scaling.main([*axis, "--values", wrong])
+
+
+def test_projection(tmp_path, capsys):
+    measured, out = tmp_path / "measured.jsonl", tmp_path / "projected.jsonl"
+    row = {"kind": "step", "preset": "imagenet-xl2", "variant": "ours", "batch": 32, "ms": 90.0, "gpu": "a GPU"}
+    measured.write_text(json.dumps(row) + "\n" + json.dumps(row | {"gpu": None}) + "\n")
+    projection.main([str(measured), "--link-gbps", "450", "--rows", str(out)])
+    (found,) = rows_of(out)
+    # 240 epochs of 5,004 steps; 676 M parameters, 7/4 of whose bytes go through each link
+    assert found["gpus"] == 8 and found["steps"] == 240 * 5004
+    assert found["hours_hidden"] == pytest.approx(240 * 5004 * 0.09 / 3600)
+    assert found["exchange_ms"] == pytest.approx(7 / 4 * 676.4e6 * 4 / 450e9 * 1e3, rel=1e-3)
+    assert found["gpu_hours"] == pytest.approx(8 * found["hours"]) and found["hours"] > found["hours_hidden"]
+    assert "PROJECTED, not measured" in capsys.readouterr().out
+    measured.write_text(json.dumps(row | {"gpu": None}))
+    with pytest.raises(SystemExit, match="without a step of a preset on a GPU"):
+        projection.main([str(measured)])
+
+
+def test_a_preset_is_a_workload():
+    work = step.make_workload(options("--preset", "imagenet-xl2"))
+    row = step.identity(work, "imagenet-xl2")
+    assert (row["model"], row["tokens"], row["kappa"], row["interval"]) == ("XL/2", 256, 0.92, (0.0, 0.75))
 
 
 def run_regression(*arguments):

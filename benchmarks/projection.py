@@ -1,0 +1,92 @@
+"""How long the paper's recipes take, from measured steps: a projection, never a measurement.
+
+python -m benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows rows.jsonl      (measures)
+python -m benchmarks.projection rows.jsonl                                                       (projects)
+
+A recipe takes its steps of 256 images, on 256 / batch GPUs with the measured batch each. Data parallel GPUs sum fp32
+gradients by a ring: 2 (n - 1) / n times the parameters' bytes through each GPU's link. The shorter time hides that
+behind the backward, the longer one adds it; the real one lies between if nothing else (data, the slowest rank) is in
+the way.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from meanflow.errors import UserError
+from meanflow.presets import BATCH, preset
+from meanflow.training import build_net
+
+from .accounting import META
+from .table import table
+
+LINK_GBPS = 450.0
+"""NVLink of an H100 or H200 SXM in each direction (NVIDIA's datasheets: 900 GB/s both ways)."""
+
+
+def parameter_bytes(name: str) -> int:
+    """Of a preset's network, in fp32."""
+    with META:
+        return sum(p.nbytes for p in build_net(preset(name).model).parameters())
+
+
+def project(row: dict, link_gbps: float) -> dict:
+    """Hours of a whole recipe from a measured step of its model and objective."""
+    gpus = BATCH // row["batch"]
+    steps = preset(row["preset"]).train.steps
+    exchange_ms = 2 * (gpus - 1) / gpus * parameter_bytes(row["preset"]) / link_gbps / 1e6
+    hours = [steps * ms / 3.6e6 for ms in (row["ms"], row["ms"] + exchange_ms)]
+    return {
+        "kind": "projection",
+        "preset": row["preset"],
+        "gpu": row["gpu"],
+        "variant": row["variant"],
+        "gpus": gpus,
+        "batch": row["batch"],
+        "steps": steps,
+        "measured_ms": row["ms"],
+        "exchange_ms": exchange_ms,
+        "link_gbps": link_gbps,
+        "hours": hours[1],
+        "hours_hidden": hours[0],
+        "gpu_hours": gpus * hours[1],
+        "note": "projected from a measured step on one GPU; gradient exchange added, none hidden",
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.projection", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("measured", type=Path, help="file of rows that benchmarks.step --preset wrote on a GPU")
+    parser.add_argument("--link-gbps", type=float, default=LINK_GBPS, help=f"GB/s of a GPU's link ({LINK_GBPS:g})")
+    parser.add_argument("--rows", type=Path, default=None, help="append the projections to this file of JSON lines")
+    options = parser.parse_args(args)
+    try:
+        found = [json.loads(line) for line in options.measured.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise SystemExit(f"measured: got {options.measured}, wanted a file of JSON lines ({error})") from None
+    steps = [r for r in found if r.get("kind") == "step" and r.get("preset") and r.get("gpu")]
+    usable = [r for r in steps if r["variant"].startswith("ours") and BATCH % r["batch"] == 0]
+    if not usable:
+        raise SystemExit(
+            f"measured: got {options.measured} without a step of a preset on a GPU, wanted one; "
+            "run benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows FILE on a GPU"
+        )
+    try:
+        rows = [project(row, options.link_gbps) for row in usable]
+    except UserError as error:
+        raise SystemExit(f"benchmarks.projection: error: {error}") from None
+    if options.rows:
+        with options.rows.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = [
+        [r["preset"], f"{r['gpus']} x {r['gpu']}", f"{r['measured_ms']:.1f}", f"{r['exchange_ms']:.1f}",
+         f"{r['hours_hidden']:.1f} to {r['hours']:.1f}", f"{r['gpu_hours']:.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    print("PROJECTED, not measured, from a measured step on one GPU")
+    print(table(["recipe", "GPUs", "measured ms", "exchange ms", "hours", "GPU-hours"], lines))
+
+
+if __name__ == "__main__":
+    main()
