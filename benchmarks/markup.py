@@ -11,8 +11,6 @@ from . import plots
 from .rows import hardware
 
 NONE = "–"
-WORKLOAD = ("model", "batch", "input_size", "precision", "omega", "kappa", "interval", "share")
-"""The columns that say which step was made."""
 
 
 @dataclass
@@ -72,10 +70,12 @@ def where(rows: list[dict]) -> str:
 
 def workload(row: dict, *without: str) -> str:
     """Which step was made, in words."""
+    usual = (32 // int(row["model"].rpartition("/")[2])) ** 2
     words = {
         "model": row["model"],
         "batch": f"batch {row['batch']}",
-        "input_size": f"{row['input_size']}x{row['input_size']} latents" if row.get("input_size", 32) != 32 else "",
+        # those of 256x256 pixels are not worth the words
+        "tokens": f"{row['tokens']:,} tokens" if row.get("tokens", usual) != usual else "",
         "precision": row.get("precision", ""),
         "omega": f"omega {row['omega']:g}" if "omega" in row else "",
         "kappa": f"kappa {row['kappa']:g}" if "kappa" in row else "",

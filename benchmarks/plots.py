@@ -63,7 +63,9 @@ def finish(figure: Figure, title: str) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         top = figure.get_layout_engine().get()["rect"][1]
-        figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, top), ncols=3, fontsize=8, borderaxespad=0.1)
+        figure.legend(
+            handles, labels, loc="upper left", bbox_to_anchor=(0, top), ncols=3, fontsize=8, borderaxespad=0.1
+        )
     return figure
 
 

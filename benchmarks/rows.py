@@ -1,7 +1,7 @@
 """Rows of results: reading them, telling their kinds apart, and saying where and when they were taken."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ REQUIRED = {
     "kernel": ("op", "shape", "dtype", "variant", "ms", "ms_20", "ms_80", "flops", "bytes", "bound", "ceiling"),
     "step": ("model", "batch", "precision", "variant", "ms", "ms_20", "ms_80", "images_per_second"),
     "breakdown": ("model", "batch", "precision", "variant", "by", "ms"),
-    "scaling": ("axis", "model", "batch", "variant", "ms", "ms_20", "ms_80"),
+    "scaling": ("axis", "model", "batch", "variant"),
     "optimizer": ("implementation", "model", "parameters", "ms", "ms_20", "ms_80", "bytes", "copy_gbps"),
     "accounting": ("preset", "batch", "precision", "parts", "forward_flops", "step_in_forwards"),
     "projection": ("preset", "gpu", "hours"),
@@ -125,11 +125,15 @@ def machine(row: dict) -> tuple:
 
 
 def by_machine(rows: list[dict]) -> list[list[dict]]:
-    """The rows in groups of one machine, versions and commit, the latest group first."""
+    """The rows in groups of one machine, versions and commit, GPUs and the latest first."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(machine(row), []).append(row)
-    return sorted(groups.values(), key=lambda group: max(str(row.get("date")) for row in group), reverse=True)
+
+    def order(group: list[dict]) -> tuple[bool, str]:
+        return bool(group[0].get("gpu")), max(str(row.get("date")) for row in group)
+
+    return sorted(groups.values(), key=order, reverse=True)
 
 
 def device_name(row: dict) -> str:
@@ -169,16 +173,16 @@ def clock_words(rows: list[dict]) -> str:
     return ", ".join(words or ["clocks unknown"]) + (f", throttled ({', '.join(held)})" if held else "")
 
 
-def newest(rows: list[dict], names: Iterable[str]) -> tuple[list[dict], int]:
-    """The last measured row for each value of the columns ``names``, in order, and how many older ones there are."""
-    last: dict[str, dict] = {}
+def newest(rows: list[dict], name: Callable[[dict], object]) -> tuple[list[dict], int]:
+    """The last measured of the rows that have the same name, in order, and how many older ones there are."""
+    last: dict[object, dict] = {}
     for row in sorted(rows, key=lambda row: str(row.get("date"))):
-        last[json.dumps([row.get(name) for name in names])] = row
-    kept = [row for row in rows if any(row is other for other in last.values())]
+        last[name(row)] = row
+    kept = [row for row in rows if last[name(row)] is row]
     return kept, len(rows) - len(kept)
 
 
 def missing(rows: list[dict]) -> list[str]:
     """Why columns are missing, each reason once."""
-    reasons = (f"{column}: {why}" for row in rows for column, why in (row.get("missing") or {}).items())
+    reasons = (f"Missing: {column} ({why})." for row in rows for column, why in (row.get("missing") or {}).items())
     return list(dict.fromkeys(reasons))

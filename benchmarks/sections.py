@@ -7,7 +7,7 @@ from meanflow.peaks import PEAKS
 
 from . import plots
 from .markup import (
-    NONE, WORKLOAD, Page, by_workload, figures_of, grid, notes, number, older, percent, spread, where
+    NONE, Page, by_workload, figures_of, grid, notes, number, older, percent, spread, where, workload
 )  # fmt: skip
 from .rows import by_machine, device_name, hardware, missing, newest
 
@@ -66,7 +66,7 @@ def mfu_note(rows: list[dict]) -> list[str]:
 def headline(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
-        group, left_out = newest(group, (*WORKLOAD, "variant"))
+        group, left_out = newest(group, lambda row: (workload(row), row["variant"]))
         tables, figures, ratios, words = [], [], {}, {}
         for title, found in by_workload(group).items():
             tables.append(f"<h3>{html.escape(title)}</h3>" + step_table(found, hardware(found)))
@@ -87,7 +87,7 @@ def headline(page: Page, rows: list[dict]) -> str:
             figures.insert(0, page.figure(f"speed {device_name(group[0])}", figure))
         several = ["Speeds with a spread are of pairs of one run, those without one are ratios of medians."]
         lines = several + mfu_note(group) + older(left_out) + missing(group)
-        parts.append(where(group) + "".join(tables) + notes(lines) + figures_of(figures))
+        parts.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
     return "".join(parts)
 
 
@@ -95,7 +95,7 @@ def breakdown(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
         parts.append(where(group))
-        group, left_out = newest(group, (*WORKLOAD, "variant", "by"))
+        group, left_out = newest(group, lambda row: (workload(row), row["variant"], row["by"]))
         figures = []
         for title, found in by_workload(group).items():
             parts.append(f"<h3>{html.escape(title)}</h3>")
@@ -120,7 +120,7 @@ def breakdown(page: Page, rows: list[dict]) -> str:
 def memory(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine([row for row in rows if row.get("peak_bytes")]):
-        group, left_out = newest(group, (*WORKLOAD, "variant"))
+        group, left_out = newest(group, lambda row: (workload(row), row["variant"]))
         lines, figures = [], []
         for title, found in by_workload(group).items():
             naive = next((row["peak_bytes"] for row in found if row["variant"] == "naive"), None)
@@ -145,32 +145,43 @@ def scaling(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
         parts.append(where(group))
-        group, left_out = newest(group, (*WORKLOAD, "tokens", "axis", "variant"))
+        group, left_out = newest(group, lambda row: (workload(row), row["axis"], row["variant"]))
         figures = []
         for axis in dict.fromkeys(row["axis"] for row in group):
+            # models of other patches have other tokens
+            without = ("model", "tokens") if axis == "model" else (axis,)
             of_axis = [row for row in group if row["axis"] == axis]
-            without = {"tokens": ("input_size",), "model": ("model",), "batch": ("batch",)}.get(axis, ())
             for title, found in by_workload(of_axis, *without).items():
-                if axis != "model":
-                    found = sorted(found, key=lambda row: row[axis])
-                lines = [
-                    [str(row.get(axis)), row["variant"], number(row["ms"]), spread(row)]
-                    + [number(row["ms"] / row["batch"]), number(_gib(row))]
-                    for row in found
-                ]
-                header = [f"={axis}", "=variant", "ms a step", "20 to 80 %, ms", "ms a sample", "peak, GiB"]
-                parts.append(f"<h3>Over {axis}: {html.escape(title)}</h3>" + grid(header, lines, hardware(found)))
+                found = found if axis == "model" else sorted(found, key=lambda row: row[axis])
+                parts.append(f"<h3>Over {axis}: {html.escape(title)}</h3>" + scaling_table(found, axis))
+                timed = [row for row in found if row.get("ms")]
+                if not timed:
+                    continue
                 panels: dict[str, dict[str, list]] = {"ms a step (20 to 80 %)": {}}
-                for row in found:
+                for row in timed:
                     point = (row[axis], row["ms"], row["ms_20"], row["ms_80"])
                     panels["ms a step (20 to 80 %)"].setdefault(row["variant"], []).append(point)
-                    if _gib(row):
-                        lines_of = panels.setdefault("peak memory, GiB", {})
-                        lines_of.setdefault(row["variant"], []).append((row[axis], _gib(row)))
+                    if gib := _gib(row):
+                        panels.setdefault("peak memory, GiB", {}).setdefault(row["variant"], []).append((row[axis], gib))
                 figure = plots.curves(f"Step over {axis}: {title}", hardware(found), AXES.get(axis, axis), panels)
                 figures.append(page.figure(f"scaling {axis} {title} {device_name(found[0])}", figure))
-        parts.append(notes(older(left_out) + missing(group)) + figures_of(figures))
+        parts.append(figures_of(figures) + notes(older(left_out) + missing(group)))
     return "".join(parts)
+
+
+def scaling_table(rows: list[dict], axis: str) -> str:
+    lines = []
+    for row in rows:
+        ms = row.get("ms")
+        # a value that did not fit says why it has no time
+        cells = [number(ms), spread(row), number(ms / row["batch"])] if ms else [_why(row), NONE, NONE]
+        lines.append([str(row.get(axis)), row["variant"], *cells, number(_gib(row))])
+    header = [f"={axis}", "=variant", "ms a step", "20 to 80 %, ms", "ms a sample", "peak, GiB"]
+    return grid(header, lines, hardware(rows))
+
+
+def _why(row: dict) -> str:
+    return (row.get("missing") or {}).get("ms") or NONE
 
 
 def _gib(row: dict) -> float | None:
@@ -208,7 +219,7 @@ def kernel_table(rows: list[dict], caption: str) -> str:
 def kernels(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
-        group, left_out = newest(group, ("op", "shape", "dtype", "variant"))
+        group, left_out = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["variant"]))
         line, name = hardware(group), device_name(group[0])
         copy, gemm = (max((r["ceiling"] for r in group if r["bound"] == b), default=None) for b in ("copy", "gemm"))
         peak, figures = PEAKS.get(group[0].get("gpu")), []
@@ -254,7 +265,7 @@ def _ceilings(copy: float | None, gemm: float | None) -> str:
 def optimizer(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
-        group, left_out = newest(group, ("model", "implementation"))
+        group, left_out = newest(group, lambda row: (row["model"], row["implementation"]))
         lines, figures = [], []
         for model in dict.fromkeys(row["model"] for row in group):
             found = [row for row in group if row["model"] == model]
@@ -280,7 +291,7 @@ def optimizer(page: Page, rows: list[dict]) -> str:
 
 
 def accounting(page: Page, rows: list[dict]) -> str:
-    rows, left_out = newest(rows, ("preset", "batch", "precision", "commit"))
+    rows, left_out = newest(rows, lambda row: (row["preset"], row["batch"], row["precision"], row.get("commit")))
     lines, bounds = [], []
     for row in rows:
         forwards = [f"{row['parts'][part]['flops'] / row['forward_flops']:.3f}" for part in row["parts"]]
@@ -302,17 +313,20 @@ def accounting(page: Page, rows: list[dict]) -> str:
 
 
 def projection(page: Page, rows: list[dict]) -> str:
-    rows, left_out = newest(rows, ("preset", "gpu", "gpus"))
+    rows, left_out = newest(rows, lambda row: (row["preset"], row["gpu"], row.get("gpus"), row.get("variant")))
     lines, bars, words = [], {}, {}
     for row in rows:
         gpus, name = row.get("gpus", 1), row["preset"]
-        commit, date = str(row.get("commit") or "unknown")[:12], str(row.get("date"))[:10]
-        lines.append([name, row["gpu"], str(gpus), number(row["hours"]), number(row.get("measured_ms"))])
-        lines[-1] += [row.get("note") or "", f"{device_name(row)}, {commit}, {date}"]
-        label = f"{name}, {gpus} x {row['gpu']}"
-        bars[label], words[label] = (row["hours"],), f"{number(row['hours'])} h"
-    header = ["=recipe", "=GPU", "GPUs", "GPU-hours (projection)", "measured, ms a step", "=how", "=rows of"]
+        gpu_hours = row.get("gpu_hours", gpus * row["hours"])
+        hours = [row["hours_hidden"]] if row.get("hours_hidden") is not None else []
+        lines.append([name, row.get("variant") or NONE, row["gpu"], str(gpus), number(row.get("measured_ms"))])
+        lines[-1] += [number(row.get("exchange_ms")), " to ".join(number(h) for h in (*hours, row["hours"]))]
+        lines[-1] += [number(gpu_hours), row.get("note") or "", hardware([row])]
+        label = f"{name}, {gpus} x {row['gpu']}, {row.get('variant') or 'step'}"
+        bars[label], words[label] = (gpu_hours,), f"{number(gpu_hours)} GPU-hours"
+    header = ["=recipe", "=variant", "=GPU", "GPUs", "measured, ms a step", "exchange, ms (projection)"]
+    header += ["hours (projection)", "GPU-hours (projection)", "=how", "=measured on"]
     badge = '<p><span class="badge">projection</span> computed from measured steps; no such run was made.</p>'
     figure = plots.bars("PROJECTION: GPU-hours of the recipes", hardware(rows), "GPU-hours, projected", bars, words)
     table = grid(header, lines, "Projections from the measured steps named in each line.")
-    return badge + table + notes(older(left_out)) + figures_of([page.figure("projection", figure)])
+    return badge + figures_of([page.figure("projection", figure)]) + table + notes(older(left_out))

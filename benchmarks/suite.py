@@ -54,25 +54,21 @@ class Part:
     name: str
     device: str
     command: str
-    """Arguments of Python; {rows} is the file to write, {stamp} the options --rows, --device and --commit, {workers}
-    pytest's processes."""
+    """Arguments of Python; {rows} is the file to write, {merged} all rows so far, {stamp} the options --rows,
+    --device and --commit, {workers} pytest's processes."""
     runs: tuple[str, ...] = ("quick", "full")
     """The runs that it is a part of."""
     limit: int = LIMIT
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
+    again: bool = False
+    """Made from other parts' rows, and made again in each run."""
 
 
 PYTEST = "-m pytest -q -rs -p no:cacheprovider"
 OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding")
-RECIPES = {  # of the paper's Table 4: model, batch on one GPU, options of the objective
-    "b4": ("B/4", 256, "--kappa 0"),
-    "b2": ("B/2", 64, "--kappa 0.5"),
-    "m2": ("M/2", 32, "--kappa 0.5"),
-    "l2": ("L/2", 32, "--omega 0.2 --kappa 0.92 --interval 0 0.8"),
-    "xl2": ("XL/2", 32, "--omega 0.2 --kappa 0.92 --interval 0 0.75"),
-    "xl2-plus": ("XL/2", 32, "--kappa 0.5 --interval 0.3 0.8"),
-}
+RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
+"""The paper's Table 4: the batch on one GPU, a part of 256."""
 ABLATED = {"b4": ("B/4", 256), "xl2": ("XL/2", 32)}
 EAGER = "not compiled and not reference and not N1024 and not hd64"
 """Benches that need no compiler but Triton's, at one size of attention."""
@@ -88,7 +84,15 @@ def bench(op: str, choice: str = "") -> str:
 
 
 def accounts(recipe: str) -> str:
-    return f"-m benchmarks.accounting --preset imagenet-{recipe} --batch {RECIPES[recipe][1]} --json {{rows}}"
+    return f"-m benchmarks.accounting --preset imagenet-{recipe} --batch {RECIPES[recipe]} --json {{rows}}"
+
+
+def recipe(name: str) -> str:
+    return f"-m benchmarks.step --preset imagenet-{name} --batch {RECIPES[name]} --compare {COMPARED} {{stamp}}"
+
+
+def scaling(axis: str, variant: str, options: str) -> str:
+    return f"-m benchmarks.scaling --axis {axis} --variant {variant} {options} {{stamp}}"
 
 
 def breakdown(model: str, batch: int, options: str) -> str:
@@ -98,7 +102,7 @@ def breakdown(model: str, batch: int, options: str) -> str:
 def tests(device: str, *, full: bool) -> Part:
     """What has to pass before anything is timed."""
     if device == "cpu":
-        files = "tests/kernels/test_silu.py tests/kernels/test_counts.py tests/meanflow/test_plan.py"
+        files = "tests/kernels/test_attention.py tests/kernels/test_counts.py tests/meanflow/test_plan.py"
         return Part("tests", device, f"{PYTEST} {files}", limit=90)
     only = "" if full else " -k 'on_the_gpu'"
     # several processes, because compiling the kernels takes longer than running them
@@ -106,6 +110,7 @@ def tests(device: str, *, full: bool) -> Part:
     return Part("tests", device, command, limit=LIMIT if full else 120)
 
 
+SCALING = {"batch": "--model XL/2", "tokens": "--model B/2 --batch 8", "model": "--batch 32"}
 KERNELS = {"needs": ("pytest_benchmark",)}
 COMPARED = "naive,naive-compiled,ours,ours-captured"
 ABLATION = ",".join(["ours", *(name for name in VARIANTS if name not in COMPARED.split(","))])
@@ -117,15 +122,11 @@ PARTS = [
     Part("attention", "cuda", bench("attention", EAGER), ("quick",), 90, **KERNELS),
     *(Part(op, "cuda", bench(op, EAGER), ("quick",), 60, **KERNELS) for op in OPS),
     Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", limit=60),
-    *(Part(f"accounting-{name}", "cuda", accounts(name), limit=60, needs=("tyro",)) for name in ("b4", "xl2")),
+    *(Part(f"accounting-{name}", "cuda", accounts(name), limit=60) for name in ("b4", "xl2")),
     # what --full adds
     *(Part(f"{op}-all", "cuda", bench(op), ("full",), **KERNELS) for op in ("attention", *OPS)),
-    *(
-        Part(f"recipe-{name}", "cuda", step(*recipe, COMPARED), ("full",))
-        for name, recipe in RECIPES.items()
-        # this one is among the ablations
-        if name != "b4"
-    ),
+    *(Part(f"recipe-{name}", "cuda", recipe(name), ("full",)) for name in RECIPES),
+    Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", ("full",), 60, again=True),
     *(
         Part(f"{title}-{name}-kappa{kappa}", "cuda", step(*size, f"--kappa {kappa}", names), ("full",))
         for name, size in ABLATED.items()
@@ -134,18 +135,24 @@ PARTS = [
     ),
     *(Part(f"breakdown-{name}", "cuda", breakdown(*size, "--kappa 0.5"), ("full",)) for name, size in ABLATED.items()),
     *(
-        Part(f"accounting-{name}", "cuda", accounts(name), ("full",), needs=("tyro",))
+        Part(f"scaling-{axis}-{variant}", "cuda", scaling(axis, variant, options), ("full",))
+        for axis, options in SCALING.items()
+        for variant in ("ours", "naive")
+    ),
+    *(
+        Part(f"accounting-{name}", "cuda", accounts(name), ("full",))
         for name in RECIPES
         if name not in ("b4", "xl2")
     ),
     # on a CPU
-    Part("step-s8", "cpu", step("S/8", 4, "--precision fp32 --kappa 0.5 --repeats 10", "naive,ours-eager"), limit=90),
+    Part("step-s8", "cpu", step("S/8", 4, "--precision fp32 --kappa 0.5", "naive,ours-eager"), limit=90),
     Part("attention", "cpu", bench("attention", "not compiled and hd72 and not N1024"), limit=60, **KERNELS),
     Part("adaln", "cpu", bench("adaln", "not compiled"), limit=60, **KERNELS),
     Part("linear", "cpu", bench("linear", "not compiled"), limit=60, **KERNELS),
     Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60),
     Part("breakdown-s8", "cpu", breakdown("S/8", 4, "--precision fp32 --kappa 0.5 --eager --repeats 3"), limit=60),
-    Part("accounting-b4", "cpu", accounts("b4"), limit=60, needs=("tyro",)),
+    Part("scaling-s8", "cpu", scaling("batch", "ours-eager", "--model S/8 --precision fp32 --kappa 0.5 --values 4,8,16"), limit=60),
+    Part("accounting-b4", "cpu", accounts("b4"), limit=60),
     Part("step-s4", "cpu", step("S/4", 16, "--precision fp32 --kappa 0.5", "naive,naive-compiled,ours"), ("full",)),
 ]
 """What is measured, in this order."""
@@ -195,7 +202,8 @@ class Suite:
     def _outcome(self, part: Part, place: str) -> str:
         """Run a part unless it has passed before."""
         identity = self.identity(part)
-        if any(row["identity"] == identity and row["outcome"] == "passed" for row in _rows(self.parts_path)):
+        passed = any(row["identity"] == identity and row["outcome"] == "passed" for row in _rows(self.parts_path))
+        if passed and not part.again:
             _say(f"{place}: passed before, not repeated")
             return "passed"
         lacking = [name for name in part.needs if importlib.util.find_spec(name) is None]
@@ -221,7 +229,9 @@ class Suite:
             stamp += f" --commit {shlex.quote(self.commit)}"
         workers = "-n 6" if importlib.util.find_spec("xdist") else ""
         command = part.command
-        for name, value in (("{rows}", shlex.quote(str(rows))), ("{stamp}", stamp), ("{workers}", workers)):
+        merged = shlex.quote(str(self.rows_path.resolve()))
+        values = {"{rows}": shlex.quote(str(rows)), "{merged}": merged, "{stamp}": stamp, "{workers}": workers}
+        for name, value in values.items():
             command = command.replace(name, value)
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         env = os.environ | {"PYTHONPATH": path}
@@ -246,9 +256,9 @@ class Suite:
         """Put a part's rows in the place of those that an earlier try left; how many there are."""
         found = []
         for row in _whole_rows(path):
-            found.append({"kind": kind_of(row)} | row | {"identity": identity})
-            # accounts are counted, and know nothing of --commit
-            found[-1]["commit"] = self.commit or row.get("commit")
+            # accounts know nothing of --commit, and projections nothing of where they were made
+            stamp = {"identity": identity, "commit": self.environment["commit"]}
+            found.append({"kind": kind_of(row)} | self.environment | row | stamp)
         kept = [row for row in _rows(self.rows_path) if row.get("identity") != identity]
         write_atomically(self.rows_path, "".join(json.dumps(row) + "\n" for row in kept + found))
         return len(found)

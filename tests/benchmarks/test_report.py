@@ -22,7 +22,7 @@ CPU = {
     "date": "2030-02-03T00:00:00+00:00", "cpu": "made-up", "threads": 2,
 }  # fmt: skip
 STEP = {
-    "model": "XL/2", "batch": 32, "input_size": 32, "precision": "bf16", "omega": 1.0, "kappa": 0.5,
+    "model": "XL/2", "batch": 32, "tokens": 256, "precision": "bf16", "omega": 1.0, "kappa": 0.5,
     "interval": [0.0, 1.0], "share": 0.25, "samples": 30,
 }  # fmt: skip
 
@@ -63,10 +63,10 @@ def made_up() -> list[dict]:
             "naive": {"20": 3.0, "50": 3.25, "80": 3.5}, "naive-compiled": {"20": 1.5, "50": 1.6, "80": 1.7},
         }, missing={"joules_per_image": "no permission"}),
         step("ours-captured", 100.0),
-        step("naive", 90.0, model="B/4", batch=256, kappa=0.0),
-        step("ours", 30.0, model="B/4", batch=256, kappa=0.0),
-        step("naive", 4000.0, CPU, model="S/8", batch=4, precision="fp32"),
-        step("ours-eager", 2500.0, CPU, model="S/8", batch=4, precision="fp32"),
+        step("naive", 90.0, model="B/4", batch=256, tokens=64, kappa=0.0),
+        step("ours", 30.0, model="B/4", batch=256, tokens=64, kappa=0.0),
+        step("naive", 4000.0, CPU, model="S/8", batch=4, tokens=16, precision="fp32"),
+        step("ours-eager", 2500.0, CPU, model="S/8", batch=4, tokens=16, precision="fp32"),
     ]  # fmt: skip
     found += [
         kernel("attention", "ours", 0.5, flops=2e11, moved=1e9),
@@ -79,14 +79,20 @@ def made_up() -> list[dict]:
     parts = {"guidance": 20.0, "primal": 30.0, "tangent": -1.0, "backward": 60.0, "optimizer": 11.0}
     kinds = {"GEMM": 70.0, "attention": 10.0, "pointwise": 30.0, "idle": 10.0}
     cut = STEP | GPU | {"kind": "breakdown"}
-    found += [cut | {"variant": "ours", "by": "part", "ms": parts}, cut | {"variant": "ours", "by": "kind", "ms": kinds}]
+    found += [
+        cut | {"variant": "ours", "by": "part", "ms": parts},
+        cut | {"variant": "ours", "by": "kind", "ms": kinds},
+    ]
     found.append(cut | {"variant": "naive", "by": "kind", "ms": {"GEMM": 200.0, "pointwise": 200.0}})
     for variant, slow in (("naive", 4), ("ours", 1)):
-        batches = [step(variant, slow * b, batch=b, peak_bytes=b * 2**28, axis="batch", tokens=256) for b in (8, 16, 32)]
-        sizes = [(16, 64), (32, 256), (64, 1024), (128, 4096)]
-        tokens = [step(variant, slow * n / 4, input_size=s, axis="tokens", tokens=n) for s, n in sizes]
+        batches = [
+            step(variant, slow * b, batch=b, peak_bytes=b * 2**28, axis="batch", tokens=256) for b in (8, 16, 32)
+        ]
+        tokens = [step(variant, slow * n / 4, axis="tokens", tokens=n) for n in (64, 256, 1024, 4096)]
         models = [step(variant, slow * ms, model=m, axis="model", tokens=256) for m, ms in (("B/2", 30), ("XL/2", 125))]
         found += batches + tokens + models
+    full = step("naive", 1.0, axis="tokens", tokens=16384, missing={"ms": "out of memory"})
+    found.append({name: value for name, value in full.items() if not name.startswith("ms")})
     moved = {"op": "adamw_ema", "model": "XL/2", "parameters": 676_000_000, "bytes": 24e9, "copy_gbps": 4000.0} | GPU
     ratio = {"times_torch": {"20": 1.4, "50": 1.5, "80": 1.6}}
     found += [moved | quantiles(8.0) | {"implementation": "native"} | ratio]
@@ -221,13 +227,14 @@ def test_other_numbers(page):
     assert reader.cell("breakdown", "GEMM, ms (share)", **{"by kind": "naive"}) == "200 (50%)"
     assert reader.cell("scaling", "ms a sample", batch="16", variant="naive") == "4.000"
     assert reader.cell("scaling", "ms a step", tokens="4096", variant="ours") == "1,024"
+    assert reader.cell("scaling", "ms a step", tokens="16384") == "out of memory"
     assert reader.cell("optimizer", "GB/s", implementation="native") == "3,000"
     assert reader.cell("optimizer", "of the measured copy", implementation="native") == "75%"
     assert reader.cell("optimizer", "times as fast as torch", implementation="native") == "1.50 (1.40 to 1.60)"
     assert reader.cell("accounting", "step, F", recipe="imagenet-b4") == "3.875"  # (1.25 + 2 + 0.5 + 4) / 2
     assert reader.cell("accounting", "guidance, F", recipe="imagenet-b4") == "0.625"
-    assert reader.cell("projection", "GPU-hours (projection)", recipe="imagenet-xl2") == "1,234"
-    assert "RuntimeError: &lt;out of luck&gt;" in text and "joules_per_image: no permission" in text
+    assert reader.cell("projection", "GPU-hours (projection)", recipe="imagenet-xl2") == "9,872"  # 8 GPUs
+    assert "RuntimeError: &lt;out of luck&gt;" in text and "Missing: joules_per_image (no permission)." in text
 
 
 def test_no_number_without_hardware(page):
@@ -286,7 +293,7 @@ def test_a_broken_line_is_named(tmp_path, capsys):
     path.write_text(json.dumps(step("ours", 9.0)) + "\n\n" + '{"op": "att\n')
     assert report.main([str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and f"{path}, line 3: got '{{\"op\": \"att'" in error
+    assert len(error.splitlines()) == 1 and f'{path}, line 3: got \'{{"op": "att\'' in error
     assert not (tmp_path / "out").exists()
 
 
@@ -297,7 +304,9 @@ def test_a_path_that_is_not_there(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [k for k in rows.REQUIRED if k != "part"])
 def test_kinds_are_inferred(kind):
-    found = [row for row in map(rows.flat, made_up()) if rows.kind_of({k: v for k, v in row.items() if k != "kind"}) == kind]
+    found = [
+        row for row in map(rows.flat, made_up()) if rows.kind_of({k: v for k, v in row.items() if k != "kind"}) == kind
+    ]
     assert found and all(row.get("kind", kind) == kind for row in found)
 
 

@@ -145,6 +145,16 @@ def test_a_part_whose_module_is_missing_is_skipped(tmp_path, seen):
     assert "no_such_module is not installed" in (out / "report.html").read_text()
 
 
+def test_a_part_made_of_others_is_made_again(tmp_path, seen):
+    out, code = tmp_path / "out", "rows.write_text(open(sys.argv[2]).read().replace('one', 'sum'))"
+    total = stub("sum", code, write=False, again=True)
+    parts = [stub("one"), Part(**vars(total) | {"command": f"{total.command} {{merged}}"})]
+    for _ in range(2):
+        assert Suite(out, "cpu", "abc").run(parts[:1], None) == 0
+        assert Suite(out, "cpu", "abc").run(parts[1:], None) == 0
+    assert seen.read_text().split() == ["one", "sum", "sum"]
+
+
 def test_accounts_are_a_row(tmp_path):
     accounts = {"preset": "p", "step_in_forwards": 3.0, "environment": {"device": "cpu", "commit": None}}
     code = f"rows.write_text(json.dumps({accounts!r}, indent=1))"
@@ -218,8 +228,11 @@ def test_full_is_everything():
         assert f"benchmarks/{path.name} " in full
     compared = [word for words in full.split("--compare ")[1:] for word in words.split()[0].split(",")]
     assert set(compared) == set(VARIANTS)
-    for model in ("B/4", "B/2", "M/2", "L/2", "XL/2"):
-        assert f"benchmarks.step --model {model} " in full
+    for name in suite.RECIPES:
+        assert f"benchmarks.step --preset imagenet-{name} " in full and f"accounting --preset imagenet-{name} " in full
+    for axis in ("batch", "tokens", "model"):
+        assert f"benchmarks.scaling --axis {axis} --variant ours " in full
+    assert "benchmarks.breakdown " in full and "benchmarks.projection " in full
     assert "--kappa 0 " in full and "--kappa 0.5 " in full
 
 
