@@ -165,7 +165,7 @@ def dots(title: str, hardware: str, unit: str, rows: dict[str, dict[str, float]]
             ax.axvline(line, color=INK, linewidth=1.2, label="measured copy")
         ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
         ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.set_xlim(left=0)
+        ax.set_xscale("log")
         ax.grid(alpha=0.25)
         ax.set_xlabel(unit)
         return finish(figure, title)
@@ -201,11 +201,12 @@ def curves(title: str, hardware: str, axis: str, panels: dict[str, dict[str, lis
 def plain_ticks(ax: Axes) -> None:
     """Numbers as they are said, not powers of ten, on a logarithmic axis."""
     low, high = ax.get_ylim()
-    steps = [m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)]
-    if high / low > 300:
-        steps = steps[::3]
-    ticks = [s for s in steps if low <= s <= high]
-    if len(ticks) >= 2:
+    # as few as the range allows, but two at least
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), [n / 10 for n in range(10, 100)]):
+        ticks = [m * 10.0**e for e in range(-6, 9) for m in digits if low <= m * 10.0**e <= high]
+        if len(ticks) >= 3:
+            break
+    if 2 <= len(ticks) <= 20:
         ax.set_yticks(ticks, [f"{t:,.0f}" if t >= 1000 else f"{t:g}" for t in ticks])
         ax.set_yticks([], minor=True)
         ax.set_ylim(low, high)

@@ -20,20 +20,23 @@ from .rows import Rows, by_machine, clock_words, device_name, missing, read
 
 CSS = """
 :root { color-scheme: light }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 70rem; margin: auto; padding: 0 1rem 4rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem } h3 { font-size: 1rem; margin: 1.6rem 0 .3rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff }
+body { max-width: 70rem; margin: auto; padding: 0 1rem 4rem }
+h1 { font-size: 1.5rem } h3 { font-size: 1rem; margin: 1.6rem 0 .3rem }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; caption-side: bottom }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #888; vertical-align: bottom } td.words, th.words { text-align: left }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; max-width: 7rem }
+td.words, th.words { text-align: left }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figure svg { width: 100%; max-width: 46rem; height: auto }
 .hardware, .note { color: #555; font-size: 13px } .note { margin: .2rem 0 }
 .badge { background: #8a4b00; color: #fff; border-radius: .2rem; padding: 0 .4rem; font-size: 12px }
-.failed { color: #a40000; font-weight: 600 } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; font-size: 12px }
+.failed { color: #a40000; font-weight: 600 } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto }
 nav a { margin-right: 1rem } a { color: #00558c }
-"""  # noqa: E501
+"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ SECTIONS = {
     "projection": Section(
         "GPU-hours of the recipes (projection)",
         "projection",
-        "python -m benchmarks.scaling --project",
+        "python -m benchmarks.projection ROWS",
         sections.projection,
     ),  # fmt: skip
 }
@@ -129,11 +132,12 @@ def write(rows: Rows, out: Path) -> Path:
         links.append(f'<a href="#{name}">{section.title}</a>')
     if rows.by_kind["part"]:
         body.append(f'<section id="parts"><h2>Parts of the suite</h2>{parts(rows.by_kind["part"])}</section>')
+    left = notes(ignored(rows))
     measured = [row for row in rows.shown if row["kind"] != "part"]
     body.append(
-        f'<section id="environment"><h2>Environment</h2>{environment(measured)}{notes(ignored(rows))}</section>'
+        f'<section id="environment"><h2>Environment</h2>{environment(measured)}{left}</section>'
     )
-    lead = f"{len(measured)} rows from {len(by_machine(measured))} combinations of hardware, versions and commit."
+    lead = f"Rows: {len(measured)}; combinations of hardware, versions and commit: {len(by_machine(measured))}."
     lead += " Times are medians; whiskers and ranges are 20 to 80 % quantiles. GiB are 1024^3 bytes, GB 10^9."
     text = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -162,7 +162,8 @@ def scaling(page: Page, rows: list[dict]) -> str:
                     point = (row[axis], row["ms"], row["ms_20"], row["ms_80"])
                     panels["ms a step (20 to 80 %)"].setdefault(row["variant"], []).append(point)
                     if gib := _gib(row):
-                        panels.setdefault("peak memory, GiB", {}).setdefault(row["variant"], []).append((row[axis], gib))
+                        peaks = panels.setdefault("peak memory, GiB", {})
+                        peaks.setdefault(row["variant"], []).append((row[axis], gib))
                 figure = plots.curves(f"Step over {axis}: {title}", hardware(found), AXES.get(axis, axis), panels)
                 figures.append(page.figure(f"scaling {axis} {title} {device_name(found[0])}", figure))
         parts.append(figures_of(figures) + notes(older(left_out) + missing(group)))

@@ -7,7 +7,7 @@ python -m benchmarks.suite --list                     the parts and their comman
 
 Tests run first, and nothing is timed where one fails. The rows of a part are merged into DIR/rows.jsonl when it has
 ended, so the same command again resumes: parts that passed at this commit, on this device and with these arguments are
-not repeated. DIR/parts.jsonl says how each ended, DIR/logs/PART.log holds what it printed, DIR/report.html shows it all.
+not repeated. DIR/parts.jsonl says how each ended, DIR/logs/PART.log what it printed, DIR/report.html shows it all.
 Exit code: 0 all parts passed, 1 a part failed or no time was left for it, 2 a wrong argument.
 """
 
@@ -69,6 +69,7 @@ PYTEST = "-m pytest -q -rs -p no:cacheprovider"
 OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding")
 RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
 """The paper's Table 4: the batch on one GPU, a part of 256."""
+TINY = "--precision fp32 --kappa 0.5"
 ABLATED = {"b4": ("B/4", 256), "xl2": ("XL/2", 32)}
 EAGER = "not compiled and not reference and not N1024 and not hd64"
 """Benches that need no compiler but Triton's, at one size of attention."""
@@ -145,15 +146,15 @@ PARTS = [
         if name not in ("b4", "xl2")
     ),
     # on a CPU
-    Part("step-s8", "cpu", step("S/8", 4, "--precision fp32 --kappa 0.5", "naive,ours-eager"), limit=90),
+    Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90),
     Part("attention", "cpu", bench("attention", "not compiled and hd72 and not N1024"), limit=60, **KERNELS),
     Part("adaln", "cpu", bench("adaln", "not compiled"), limit=60, **KERNELS),
     Part("linear", "cpu", bench("linear", "not compiled"), limit=60, **KERNELS),
     Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60),
-    Part("breakdown-s8", "cpu", breakdown("S/8", 4, "--precision fp32 --kappa 0.5 --eager --repeats 3"), limit=60),
-    Part("scaling-s8", "cpu", scaling("batch", "ours-eager", "--model S/8 --precision fp32 --kappa 0.5 --values 4,8,16"), limit=60),
+    Part("breakdown-s8", "cpu", breakdown("S/8", 4, f"{TINY} --eager --repeats 3"), limit=60),
+    Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60),
     Part("accounting-b4", "cpu", accounts("b4"), limit=60),
-    Part("step-s4", "cpu", step("S/4", 16, "--precision fp32 --kappa 0.5", "naive,naive-compiled,ours"), ("full",)),
+    Part("step-s4", "cpu", step("S/4", 16, TINY, "naive,naive-compiled,ours"), ("full",)),
 ]
 """What is measured, in this order."""
 
