@@ -202,7 +202,8 @@ def plain_ticks(ax: Axes) -> None:
     """Numbers as they are said, not powers of ten, on a logarithmic axis."""
     low, high = ax.get_ylim()
     # as few as the range allows, but two at least
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), [n / 10 for n in range(10, 100)]):
+    fine = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+    for digits in ((1,), (1, 2, 5), fine, [n / 10 for n in range(10, 100)]):
         ticks = [m * 10.0**e for e in range(-6, 9) for m in digits if low <= m * 10.0**e <= high]
         if len(ticks) >= 3:
             break
