@@ -30,6 +30,13 @@ def _nvml(read) -> tuple[dict, dict]:
         return {}, {"nvml": str(error)}
 
 
+def merge(*columns: dict) -> dict:
+    """A row of these columns; what is missing in any of them stays said."""
+    row = {key: value for part in columns for key, value in part.items()}
+    missing = {key: why for part in columns for key, why in part.get("missing", {}).items()}
+    return row | ({"missing": missing} if missing else {})
+
+
 def clocks() -> dict:
     """SM and memory clocks in MHz and NVML's throttle bits at this moment, or why they cannot be read."""
 

@@ -134,9 +134,7 @@ def write(rows: Rows, out: Path) -> Path:
         body.append(f'<section id="parts"><h2>Parts of the suite</h2>{parts(rows.by_kind["part"])}</section>')
     left = notes(ignored(rows))
     measured = [row for row in rows.shown if row["kind"] != "part"]
-    body.append(
-        f'<section id="environment"><h2>Environment</h2>{environment(measured)}{left}</section>'
-    )
+    body.append(f'<section id="environment"><h2>Environment</h2>{environment(measured)}{left}</section>')
     lead = f"Rows: {len(measured)}; combinations of hardware, versions and commit: {len(by_machine(measured))}."
     lead += " Times are medians; whiskers and ranges are 20 to 80 % quantiles. GiB are 1024^3 bytes, GB 10^9."
     text = f"""<!DOCTYPE html>

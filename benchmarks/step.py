@@ -25,7 +25,7 @@ from meanflow.peaks import PEAKS
 from meanflow.presets import preset
 
 from .accounting import account
-from .environment import clocks, energy, environment
+from .environment import clocks, energy, environment, merge
 from .table import table
 from .timing import quantiles, stamp
 from .variants import VARIANTS, Variant, Workload
@@ -95,7 +95,7 @@ def identity(work: Workload, preset: str | None = None) -> dict:
 
 def append(rows: list[dict], options: argparse.Namespace) -> list[dict]:
     """The rows with where and when; they are written too, if a file is named."""
-    rows = [row | environment(options.device, options.commit) for row in rows]
+    rows = [merge(row, environment(options.device, options.commit)) for row in rows]
     if options.rows:
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         with options.rows.open("a") as file:
@@ -146,13 +146,9 @@ def in_turn(work: Workload, names: list[str], repeats: int) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         before = energy()
         samples[name] = [timed(variant, inputs, work.device) for inputs in batches]
-        rows.append(
-            row(name, samples[name], work, seconds)
-            | joules(before, energy(), repeats * work.run.train.batch)
-            | {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-            | against(samples, name)
-            | clocks()
-        )
+        memory = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+        used = joules(before, energy(), repeats * work.run.train.batch)
+        rows.append(merge(row(name, samples[name], work, seconds), memory, used, against(samples, name), clocks()))
         del variant
         torch.compiler.reset()
         gc.collect()

@@ -140,11 +140,7 @@ PARTS = [
         for axis, options in SCALING.items()
         for variant in ("ours", "naive")
     ),
-    *(
-        Part(f"accounting-{name}", "cuda", accounts(name), ("full",))
-        for name in RECIPES
-        if name not in ("b4", "xl2")
-    ),
+    *(Part(f"accounting-{name}", "cuda", accounts(name), ("full",)) for name in RECIPES if name not in ("b4", "xl2")),
     # on a CPU
     Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90),
     Part("attention", "cpu", bench("attention", "not compiled and hd72 and not N1024"), limit=60, **KERNELS),

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import breakdown, projection, regression, scaling, step, variants
 from benchmarks.accounting import account
+from benchmarks.environment import merge
 from meanflow_kernels.adamw_ema.native import MISSING
 
 SMALL = "--device cpu --model S/8 --batch 4 --precision fp32 --repeats 2".split()
@@ -59,6 +60,12 @@ def test_a_wrong_step_is_not_timed(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="wrong: its gradient is .* off, nothing was timed"):
         step.main([*SMALL, "--compare", "ours-eager,wrong", "--rows", str(tmp_path / "rows")])
     assert not (tmp_path / "rows").exists()
+
+
+def test_what_is_missing_stays_said():
+    row = merge({"ms": 1.0, "missing": {"joules_per_image": "no"}}, {"gpu": "a GPU", "missing": {"nvml": "none"}})
+    assert row == {"ms": 1.0, "gpu": "a GPU", "missing": {"joules_per_image": "no", "nvml": "none"}}
+    assert merge({"a": 1}, {"b": 2}) == {"a": 1, "b": 2}
 
 
 def test_bad_input():
