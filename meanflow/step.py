@@ -67,7 +67,7 @@ class Step:
         self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
         self.params = [p for p in loss.parameters() if p.requires_grad]
         self._draw = functools.partial(draw_batch, config)
-        self._warm = not config.train.compile
+        self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0
         """Spent on compiling and capturing so far."""
         self._graphs: dict[tuple, _Graph] = {}
@@ -111,7 +111,10 @@ class Step:
         return terms, grad_norm
 
     def _warm_up(self, inputs: Inputs) -> None:
-        """Compile for every size that the planner declares. The weights stay as they are."""
+        """Run every size that the planner declares: it compiles, and loads the kernels, which a capture must not do.
+
+        The weights stay as they are.
+        """
         with self._timed("compiling the step"):
             for plan in self._declared_plans():
                 self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
@@ -137,7 +140,7 @@ class Step:
 
     def _replay(self, inputs: Inputs) -> tuple[Terms, Tensor]:
         if not self._graphs:
-            # a first step by hand loads what a capture must not load
+            # a first step by hand loads the optimizer's kernels too
             result = self._run(inputs)
             self._capture(inputs)
             return result
