@@ -66,9 +66,9 @@ struct Chunk {
 
 void adamw_ema_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> emas,
-                   std::vector<Tensor> copies, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
-                   std::vector<double> ema_decays) {
-  if (params.empty()) return;
+                   std::vector<Tensor> copies, Tensor lr, Tensor skip, double beta1, double beta2, double eps,
+                   double weight_decay, std::vector<double> ema_decays) {
+  if (params.empty() || *static_cast<const float*>(checked(skip, ScalarType::Float, 1, params[0])) != 0) return;
   const auto records =
       parameters(params, grads, exp_avgs, exp_avg_sqs, steps, emas, copies, ema_decays.size());
   const double rate = *static_cast<const double*>(checked(lr, ScalarType::Double, 1, params[0]));

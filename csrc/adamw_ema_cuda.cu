@@ -1,5 +1,5 @@
 // adamw_ema on a GPU: all parameters in one launch. The table of pointers travels in the kernel's arguments, and the
-// step counts (and, if wished, the learning rate) are read on the device: nothing is copied, allocated or waited for,
+// step counts (and, if wished, the learning rate and the word to skip) are read on the device: nothing is copied, allocated or waited for,
 // so that the launch can be captured in a CUDA graph.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace meanflow {
 namespace {
 
-using Kernel = void (*)(const Table, const Settings, const double*, double);
+using Kernel = void (*)(const Table, const Settings, const double*, double, const float*);
 constexpr Kernel kKernels[kMaxEmas + 1] = {adamw_ema_kernel<0>, adamw_ema_kernel<1>, adamw_ema_kernel<2>,
                                            adamw_ema_kernel<3>, adamw_ema_kernel<4>};
 
@@ -30,9 +30,11 @@ cudaStream_t current_stream(int32_t device) {
 
 void adamw_ema_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                     std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> emas,
-                    std::vector<Tensor> copies, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
-                    std::vector<double> ema_decays) {
+                    std::vector<Tensor> copies, Tensor lr, Tensor skip, double beta1, double beta2, double eps,
+                    double weight_decay, std::vector<double> ema_decays) {
   if (params.empty()) return;
+  const float* skipped = static_cast<const float*>(checked(skip, ScalarType::Float, 1, skip.is_cpu() ? skip : params[0]));
+  if (skip.is_cpu() && *skipped != 0) return;
   const size_t n_emas = ema_decays.size();
   const auto records = parameters(params, grads, exp_avgs, exp_avg_sqs, steps, emas, copies, n_emas);
   const double* rate = static_cast<const double*>(checked(lr, ScalarType::Double, 1, lr.is_cpu() ? lr : params[0]));
@@ -52,7 +54,7 @@ void adamw_ema_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     }
     if (chunks == 0) continue;
     kKernels[n_emas]<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(
-        table, settings, lr.is_cpu() ? nullptr : rate, lr.is_cpu() ? *rate : 0.0);
+        table, settings, lr.is_cpu() ? nullptr : rate, lr.is_cpu() ? *rate : 0.0, skip.is_cpu() ? nullptr : skipped);
     const cudaError_t error = cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, "adamw_ema: the launch failed: ", cudaGetErrorString(error));
   }

@@ -76,11 +76,12 @@ __device__ __forceinline__ bool aligned(const Parameter& record) {
   return bits % (4 * kVector) == 0;
 }
 
-// lr_on_device is null where the learning rate came by value
+// lr_on_device is null where the learning rate came by value, skip where the host saw that the step is to be made
 template <int kEmas>
 __global__ void __launch_bounds__(kThreads)
     adamw_ema_kernel(const __grid_constant__ Table table, const Settings settings, const double* lr_on_device,
-                     double lr) {
+                     double lr, const float* skip) {
+  if (skip != nullptr && *skip != 0) return;
   // the last parameter whose first chunk is not past this block
   const int chunk = blockIdx.x;
   int low = 0, high = table.size;

@@ -195,7 +195,7 @@ def test_opcheck():
     p, g, m, v = ([torch.rand(s) for s in shapes] for _ in range(4))
     emas, copies = [x.clone() for _ in range(2) for x in p], [x.bfloat16() for x in p]
     steps, lr = [torch.tensor(3.0) for _ in p], torch.tensor(1e-3, dtype=torch.float64)
-    args = (p, g, m, v, steps, emas, copies, lr, 0.9, 0.95, 1e-8, 0.1, [0.9, 0.99])
+    args = (p, g, m, v, steps, emas, copies, lr, torch.zeros(()), 0.9, 0.95, 1e-8, 0.1, [0.9, 0.99])
     torch.library.opcheck(torch.ops.meanflow_kernels.adamw_ema.default, args)
 
 
@@ -205,7 +205,7 @@ def test_native_operator_refuses_what_would_be_unsafe():
         z = [torch.zeros_like(x) for x in p]
         lr = torch.tensor(1e-3, dtype=torch.float64)
         lists = p, g, z, [x.clone() for x in z], [torch.ones(()) for _ in p], list(emas), list(copies)
-        torch.ops.meanflow_kernels.adamw_ema(*lists, lr, 0.9, 0.95, 1e-8, 0.1, list(decays))
+        torch.ops.meanflow_kernels.adamw_ema(*lists, lr, torch.zeros(()), 0.9, 0.95, 1e-8, 0.1, list(decays))
 
     x = torch.randn(4, 6)
     cases = [
@@ -243,6 +243,7 @@ def wrong(**changes):
         (dict(steps=[torch.zeros(2), torch.zeros(())]), r"steps: got .* wanted 2 scalar tensors"),
         (dict(lr=torch.zeros(2)), r"lr: got a tensor of 2 elements"),
         (dict(lr=torch.zeros((), device="meta")), r"lr: got device meta, wanted cpu"),
+        (dict(skip=torch.zeros(2)), r"skip: got 2 elements on cpu, wanted a scalar tensor on cpu"),
         (dict(betas=(0.9, 1.0)), r"betas: got \(0.9, 1.0\), wanted two numbers in \[0, 1\)"),
         (dict(eps=-1e-8), r"eps: got -1e-08"),
         (dict(weight_decay=-0.1), r"weight_decay: got -0.1"),

@@ -77,6 +77,32 @@ def test_state_dicts_are_interchangeable(device, torchs):
                 torch.testing.assert_close(got_state["state"][key][name].cpu(), x.cpu(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_skipped_step_changes_nothing(device, dtype):
+    """Weights, moments, steps, averages and copies, whatever is in the gradients; the next step is made."""
+    net = network(device).to(dtype)
+    ema, copies = copy.deepcopy(net), [p.detach().bfloat16() for p in net.parameters()]
+    optimizer = AdamWEMA(net.parameters(), lr=1e-2, emas={0.9: ema.parameters()}, copies=copies)
+    train(net, optimizer, 2, device) if dtype is torch.float32 else None
+
+    def state():
+        moments = [x for s in optimizer.state.values() for x in s.values()]
+        return [x.detach().clone() for x in (*net.parameters(), *ema.parameters(), *copies, *moments)]
+
+    before = state()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step(skip=torch.ones((), device=device))
+    assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(skip=torch.zeros((), device=device))
+    made = state()
+    assert not any(torch.equal(a, b) for a, b in zip(made[:4], before[:4], strict=True))
+    assert all(x.isfinite().all() for x in made)
+
+
 def test_state_before_the_first_step_is_empty_in_torch():
     net, twin = network(), network()
     ours, plain = AdamWEMA(net.parameters()), torch.optim.AdamW(twin.parameters(), fused=True)

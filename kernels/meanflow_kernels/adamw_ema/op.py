@@ -38,7 +38,7 @@ def _check_numbers(betas: tuple[float, float], eps: float, weight_decay: float, 
             fail("emas", f"decay {decay}", "a decay in [0, 1]", "pass for instance {0.9999: tensors}")
 
 
-def _check_scalars(steps: Sequence[Tensor], lr: float | Tensor, params: Sequence[Tensor]) -> None:
+def _check_scalars(steps: Sequence[Tensor], lr: float | Tensor, skip: Tensor | None, params: Sequence[Tensor]) -> None:
     if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
         fail(
             "steps",
@@ -50,6 +50,9 @@ def _check_scalars(steps: Sequence[Tensor], lr: float | Tensor, params: Sequence
         fail("lr", f"a tensor of {lr.numel()} elements", "a float or a tensor of one element", "pass one learning rate")
     if isinstance(lr, Tensor) and params and lr.device.type != "cpu" and lr.device != params[0].device:
         fail("lr", f"device {lr.device}", f"{params[0].device}, as the parameters, or cpu", "create it there")
+    if skip is not None and params and (skip.numel() != 1 or skip.device != params[0].device):
+        got = f"{skip.numel()} elements on {skip.device}"
+        fail("skip", got, f"a scalar tensor on {params[0].device}, as the parameters", "create it there")
 
 
 def _check_lists(lists: Mapping[str, Sequence[Tensor]], params: Sequence[Tensor]) -> None:
@@ -103,6 +106,7 @@ def adamw_ema(
     weight_decay: float = 1e-2,
     emas: Mapping[float, Sequence[Tensor]] | None = None,
     copies: Sequence[Tensor] = (),
+    skip: Tensor | None = None,
 ) -> None:
     """One optimizer step, in place: AdamW with torch's mathematics, then the averages and bf16 copies of the result.
 
@@ -119,13 +123,15 @@ def adamw_ema(
         lr: the learning rate, a number or a scalar tensor.
         emas: for each decay (at most 4) n tensors that follow ema <- ema + (1 - decay) (p - ema).
         copies: n tensors that receive the new parameters, rounded to bf16; or none.
+        skip: a scalar fp32 tensor on the parameters' device: where it is 1 and not 0 nothing changes, steps neither.
+            The host does not wait for it.
 
     Raises:
         ValueError: an argument out of range, or a list that does not match the parameters.
     """
     emas = emas or {}
     _check_numbers(betas, eps, weight_decay, emas)
-    _check_scalars(steps, lr, params)
+    _check_scalars(steps, lr, skip, params)
     named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     named |= {f"emas[{decay}]": tensors for decay, tensors in emas.items()}
     _check_lists(named | ({"copies": copies} if copies else {}), params)
@@ -136,12 +142,15 @@ def adamw_ema(
     copies = _local(copies)
     if not _is_native(lists, copies):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        adamw_ema_ref(*lists[:5], emas=dict(zip(emas, lists[5:], strict=True)), copies=copies, **settings)
+        adamw_ema_ref(*lists[:5], emas=dict(zip(emas, lists[5:], strict=True)), copies=copies, skip=skip, **settings)
         return
-    torch._foreach_add_(lists[4], 1)
+    torch._foreach_add_(lists[4], 1 if skip is None else 1 - skip.float().reshape(()))
     flat_emas = [x for ema in lists[5:] for x in ema]
     rate = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-    torch.ops.meanflow_kernels.adamw_ema(*lists[:5], flat_emas, copies, rate, *betas, eps, weight_decay, list(emas))
+    word = torch.zeros(()) if skip is None else skip.float()
+    torch.ops.meanflow_kernels.adamw_ema(
+        *lists[:5], flat_emas, copies, rate, word, *betas, eps, weight_decay, list(emas)
+    )
     if not torch.compiler.is_compiling():
         # so that autograd notices a backward through weights that have changed since its forward
         torch.autograd.graph.increment_version([*lists[0], *lists[2], *lists[3], *flat_emas, *copies])

@@ -76,22 +76,22 @@ class AdamWEMA(torch.optim.AdamW):
         self._complete_state()
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step; returns the closure's loss, if there is a closure."""
+    def step(self, closure=None, *, skip: Tensor | None = None):
+        """One step, or none where skip, a scalar tensor, is 1; returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
-            self._move([p for p in moved if p in self.copies], group)
-            self._move([p for p in moved if p not in self.copies], group)
+            self._move([p for p in moved if p in self.copies], group, skip)
+            self._move([p for p in moved if p not in self.copies], group, skip)
             rest = [p for p in group["params"] if p.grad is None]
-            for decay, ema in self.emas.items() if rest else ():
+            for decay, ema in self.emas.items() if rest and not (skip is not None and bool(skip)) else ():
                 torch._foreach_lerp_([ema[p] for p in rest], rest, 1 - decay)
         return loss
 
-    def _move(self, params: list[Tensor], group: dict) -> None:
+    def _move(self, params: list[Tensor], group: dict, skip: Tensor | None) -> None:
         """Step parameters that all have a copy, or that all have none."""
         states = [self.state[p] for p in params]
         adamw_ema(
@@ -104,4 +104,5 @@ class AdamWEMA(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
             emas={decay: [ema[p] for p in params] for decay, ema in self.emas.items()},
             copies=[self.copies[p] for p in params if p in self.copies],
+            skip=skip,
         )

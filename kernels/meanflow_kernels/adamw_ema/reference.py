@@ -20,10 +20,14 @@ def adamw_ema_ref(
     weight_decay: float,
     emas: Mapping[float, Sequence[Tensor]],
     copies: Sequence[Tensor],
+    skip: Tensor | None = None,
 ) -> None:
     """One step on lists of equal length. Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2,
     with torch.optim.AdamW's place for eps; then ema <- ema + (1 - decay) (p - ema) for each decay, and copy <- p.
+    Where skip is 1 everything stays as it is.
     """
+    if skip is not None and bool(skip):
+        return
     beta1, beta2 = betas
     grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
     torch._foreach_add_(steps, 1)
