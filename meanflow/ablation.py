@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from .config import RunConfig
+from .digits_evaluation import DigitsEvaluation
 from .errors import require
-from .evaluation import DigitsEvaluation
 from .presets import ABLATIONS, preset
 from .runlog import write_atomically
 from .training import choose_device, load_ema, train

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .config import RunConfig, to_dict
+from .digits_evaluation import DigitsEvaluation
 from .draws import Draws, Stream
 from .errors import require
-from .evaluation import DigitsEvaluation
 from .images import to_uint8
 from .runlog import environment, write_atomically
 from .sampling import sample

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from meanflow import cli
 from meanflow.errors import require
-from meanflow.evaluation import DigitsEvaluation
+from meanflow.digits_evaluation import DigitsEvaluation
 from meanflow.sampling import check_times, even_times
 from meanflow.training import choose_device, load_ema
 

@@ -1,4 +1,4 @@
-"""How good samples are: Fréchet distance, conditional accuracy, within-class variance, by a small classifier."""
+"""How good digits are: Fréchet distance, conditional accuracy, within-class variance, by a small classifier."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from .data import Digits
 from .draws import Draws, Stream
-from .errors import require
+from .frechet import Moments, frechet_distance
 from .sampling import sample
 
 CLASSIFIER_EPOCHS, CLASSIFIER_BATCH = 20, 64
@@ -16,22 +16,6 @@ CLASSIFIER_EPOCHS, CLASSIFIER_BATCH = 20, 64
 CLASSIFIER_NOISE, CLASSIFIER_DROPOUT = 0.2, 0.5
 HELD_OUT = 5  # every fifth image
 FLOOR_DRAWS = 20
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features (N, D) (Heusel et al., arXiv 1706.08500)."""
-    for name, x in (("a", a), ("b", b)):
-        require(x.ndim == 2 and len(x) > 1, name, tuple(x.shape), "features (N, D) of at least two images", "draw more")
-    a, b = a.double(), b.double()
-    root = _symmetric_root(a.T.cov())
-    # the trace of (A B)^(1/2) is that of the symmetric (A^(1/2) B A^(1/2))^(1/2)
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * cross)
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def within_class_variance(images: Tensor, labels: Tensor) -> float:
@@ -85,6 +69,7 @@ class DigitsEvaluation:
         self.digits = Digits()
         self.classifier, self.accuracy_real = self._train_classifier()
         self.real_features = self._features(self.digits.images)
+        self.real_gaussian = Moments.of(self.real_features).gaussian()
         self.real_variance = within_class_variance(self.digits.images, self.digits.labels)
 
     def _train_classifier(self) -> tuple[DigitClassifier, float]:
@@ -108,17 +93,20 @@ class DigitsEvaluation:
     def _features(self, images: Tensor) -> Tensor:
         return self.classifier.features(images)
 
+    def _distance(self, features: Tensor) -> float:
+        return frechet_distance(Moments.of(features).gaussian(), self.real_gaussian)
+
     def floor(self) -> float:
         """The distance that as many real images score, drawn with replacement; the mean of several drawings."""
         n = len(self.digits)
         draws = (Draws(self.seed, i, torch.arange(n)).integers(Stream.BOOTSTRAP, n) for i in range(FLOOR_DRAWS))
-        distances = [frechet_distance(self.real_features[drawn], self.real_features) for drawn in draws]
+        distances = [self._distance(self.real_features[drawn]) for drawn in draws]
         return sum(distances) / len(distances)
 
     def class_means(self) -> float:
         """The distance that the classes' mean images score: what one step of flow matching tends to."""
         means = torch.stack([self.digits.images[self.digits.labels == c].mean(0) for c in range(10)])
-        return frechet_distance(self._features(means[self.digits.labels]), self.real_features)
+        return self._distance(self._features(means[self.digits.labels]))
 
     @torch.no_grad()
     def score(self, images: Tensor, labels: Tensor) -> Scores:
@@ -126,7 +114,7 @@ class DigitsEvaluation:
         images, labels = images.cpu().float().clamp(-1, 1), labels.cpu()
         return Scores(
             accuracy=float((self.classifier(images).argmax(1) == labels).double().mean()),
-            frechet=frechet_distance(self._features(images), self.real_features),
+            frechet=self._distance(self._features(images)),
             variance_ratio=within_class_variance(images, labels) / self.real_variance,
         )
 
