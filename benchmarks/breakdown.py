@@ -5,8 +5,9 @@ python -m benchmarks.breakdown --device cpu --model S/8 --batch 4 --precision fp
 
 By part: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
 guidance, and without guidance and derivative, and the differences are the parts' cost. By kind: the kernels of some
-steps under torch.profiler, told apart by their names. --trace writes those steps for https://ui.perfetto.dev, with the
-parts as named ranges.
+steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
+compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the parts as
+named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
 """
 
 import argparse
@@ -15,7 +16,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from meanflow.errors import UserError
 from meanflow.objective import MeanFlowLoss
@@ -31,12 +35,16 @@ from .variants import Ours, Workload
 
 PROFILED_STEPS = 3
 KINDS = {  # a kernel's or operator's name tells its kind; the first that matches
-    "attention": r"attention|flash|fmha",
-    "GEMM": r"gemm|cutlass|cublas|nvjet|xmma|aten::(add)?mm|aten::bmm|mkl_linear|mkldnn|packed_linear",
+    # in plain torch only attention has batched products and softmax; its scaling and row sums stay pointwise
+    "attention": r"attention|flash|fmha|aten::bmm|softmax|logsumexp",
+    "GEMM": r"gemm|cutlass|cublas|nvjet|xmma|aten::(add)?mm|mkl_linear|mkldnn|packed_linear",
     "optimizer": r"adam|lerp|multi_tensor|_foreach",
     "memory": r"memcpy|memset|copy",
+    "compiled, not told apart": r"compiled",
 }
 OTHER = "pointwise"
+PYTHON = "Python"
+IDLE = "idle"
 
 
 class Parts:
@@ -99,15 +107,47 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
+def kinds_of(events, device: str) -> dict[str, float]:
+    """Milliseconds of each kind in a profile's averaged events: of kernels on a GPU, of operators on a CPU."""
+    ms = Counter()
+    for event in events:
+        if device == "cuda":
+            # an operator's event repeats its kernels' time, a named range that of all within
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                ms[kind_of(event.key)] += event.self_device_time_total / 1e3
+        else:
+            # what a named range has of its own is between the operators
+            kind = PYTHON if event.is_user_annotation else kind_of(event.key)
+            ms[kind] += event.self_cpu_time_total / 1e3
+    return dict(ms)
+
+
+def name_passes(net: nn.Module) -> None:
+    """Give each call of an eager network a range in the profile, named for what it is in the loss."""
+    ranges = []
+
+    def enter(module, args, kwargs):
+        dual = "primal and tangent" if kwargs.get("tangents") is not None else "primal"
+        ranges.append(record_function(dual if torch.is_grad_enabled() else "guidance"))
+        ranges[-1].__enter__()
+
+    def leave(*_):
+        ranges.pop().__exit__(None, None, None)
+
+    net.register_forward_pre_hook(enter, with_kwargs=True)
+    net.register_forward_hook(leave, always_call=True)
+
+
 def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, float]:
     """Milliseconds a step of each kind of kernel; on a GPU also those in which it waited."""
     variant = Ours(work, compile=compiled)
+    if not compiled:
+        name_passes(variant.net)
     batches = [work.inputs(k) for k in range(PROFILED_STEPS + 2)]
-    gpu = work.device == "cuda"
     for inputs in batches[:2]:
         variant.prepare(inputs)
         variant.step()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (work.device == "cuda")
     begin = stamp(work.device)
     with profile(activities=activities) as profiler:
         for inputs in batches[2:]:
@@ -117,13 +157,9 @@ def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, 
     if trace:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
-    ms = Counter()
-    for event in profiler.key_averages():
-        if event.key in ("draw", "loss", "backward", "optimizer"):
-            continue
-        ms[kind_of(event.key)] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
-    if gpu:
-        ms["idle"] = max(0.0, wall - sum(ms.values()))
+    ms = kinds_of(profiler.key_averages(), work.device)
+    if work.device == "cuda":
+        ms[IDLE] = max(0.0, wall - sum(ms.values()))
     return {kind: total / PROFILED_STEPS for kind, total in ms.items()}
 
 
@@ -148,6 +184,8 @@ def main(args: list[str] | None = None) -> None:
         identity(work, options.preset) | {"kind": "breakdown", "variant": variant, "by": by, "ms": ms}
         for by, ms in found.items()
     ]
+    if options.trace:
+        rows[-1]["trace"] = options.trace.name
     rows = append(rows, options)
     print(title(rows[0]), "\n")
     for row in rows:

@@ -11,6 +11,7 @@ from . import plots
 from .rows import hardware
 
 NONE = "–"
+GIB = 2**30
 
 
 @dataclass
@@ -38,6 +39,11 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def percent(value: float | None) -> str:
     return NONE if value is None else f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
+
+
+def gib(row: dict) -> float | None:
+    """A row's peak memory."""
+    return row["peak_bytes"] / GIB if row.get("peak_bytes") else None
 
 
 def spread(row: dict) -> str:

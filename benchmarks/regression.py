@@ -1,12 +1,16 @@
 """Is this tree slower than another revision? Both make the same steps in turns, in one run.
 
 python -m benchmarks.regression --base HEAD~1
+python -m benchmarks.regression --self-check
 python -m benchmarks.regression --base main --device cpu --model S/8 --batch 4 --precision fp32 --variant ours-eager
 
 The other revision is checked out beside this tree and works in a process of its own, as this one does. Turns alternate,
 so that what else the machine does falls on both; the ratio is the median over the pairs of a turn, with its 20 to 80 %
 quantiles. Exit code 1 where this tree is slower: where even the 20 % quantile of its time over the other's exceeds
 --tolerance.
+
+--self-check times this tree against itself, in two processes too, and shows what a ratio of this command is worth: the
+same version twice has to agree within the printed spread. Exit code 1 where 1 lies outside.
 """
 
 import argparse
@@ -21,13 +25,15 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from .step import add_workload_arguments, append, identity, make_workload, timed, title
+from .measuring import timed
+from .step import add_workload_arguments, append, identity, make_workload, title
 from .timing import quantiles
 from .variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 READY = "ready"
 TURNS = {"cuda": 40, "cpu": 15}
+ITSELF = "itself"
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -105,10 +111,30 @@ def compare(here: Side, there: Side, turns: int) -> dict:
     }
 
 
-def main(args: list[str] | None = None) -> None:
+def agrees(ratio: dict) -> bool:
+    """Whether 1 lies within the spread of a ratio."""
+    return ratio["20"] <= 1 <= ratio["80"]
+
+
+def verdict(row: dict, tolerance: float) -> tuple[str, bool]:
+    """Words for what the ratio says, and whether that is a failure."""
+    ratio = row["ratio"]
+    if row["base"] == ITSELF:
+        return ("agrees: 1 lies within", False) if agrees(ratio) else ("DISAGREES: 1 lies outside", True)
+    slower = ratio["20"] > 1 + tolerance
+    return ("SLOWER" if slower else "not slower", slower)
+
+
+def sides_of(base: str) -> contextlib.AbstractContextManager[Path]:
+    return contextlib.nullcontext(ROOT) if base == ITSELF else checkout(base)
+
+
+def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.regression", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--base", default="HEAD", help="the revision to compare with (default HEAD)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--base", default="HEAD", help="the revision to compare with (default HEAD)")
+    which.add_argument("--self-check", dest="base", action="store_const", const=ITSELF, help="this tree against itself")
     parser.add_argument("--variant", default="ours", choices=VARIANTS, help="of the step (default ours)")
     parser.add_argument("--tolerance", type=float, default=0.03, help="how much slower is slower (default 0.03)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -117,12 +143,12 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.serve:
         serve(options)
-        return
+        return 0
     try:
         work = make_workload(options)
     except UserError as error:
         raise SystemExit(f"benchmarks.regression: error: {error}") from None
-    with checkout(options.base) as tree:
+    with sides_of(options.base) as tree:
         sides = []
         try:
             sides += [Side(ROOT, args), Side(tree, args)]
@@ -134,14 +160,12 @@ def main(args: list[str] | None = None) -> None:
     (row,) = append(
         [identity(work, options.preset) | {"variant": options.variant, "base": options.base} | row], options
     )
-    ratio = row["ratio"]
-    slower = ratio["20"] > 1 + options.tolerance
-    print(f"{options.variant}, {title(row)}: this tree {row['ms']:.1f} ms, "
-          f"{options.base} {row['base_ms']:.1f} ms; time over {options.base}'s: "
-          f"{ratio['50']:.3f} ({ratio['20']:.3f} to {ratio['80']:.3f}, {row['turns']} pairs)"
-          + (": SLOWER" if slower else ""))  # fmt: skip
-    sys.exit(slower)
+    ratio, (words, failed) = row["ratio"], verdict(row, options.tolerance)
+    other = "the same a second time" if options.base == ITSELF else options.base
+    print(f"{options.variant}, {title(row)}: this tree {row['ms']:.1f} ms, {other} {row['base_ms']:.1f} ms; ratio "
+          f"{ratio['50']:.3f} ({ratio['20']:.3f} to {ratio['80']:.3f}, {row['turns']} pairs): {words}")  # fmt: skip
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from . import sections
+from . import sections, step_sections
 from .markup import NONE, Page, grid, notes, number
 from .rows import Rows, by_machine, clock_words, device_name, missing, read
 
@@ -29,6 +29,7 @@ caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; capt
 th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; max-width: 7rem }
 td.words, th.words { text-align: left }
+td.words { white-space: normal; min-width: 7rem; max-width: 26rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figure svg { width: 100%; max-width: 46rem; height: auto }
@@ -53,7 +54,20 @@ class Section:
 
 
 SECTIONS = {
-    "headline": Section("Step time by variant", "step", "python -m benchmarks.step", sections.headline),
+    "headline": Section(
+        "Step time by variant",
+        "step",
+        "python -m benchmarks.step",
+        step_sections.headline,
+        lambda row: not step_sections.is_ablation(row),
+    ),  # fmt: skip
+    "ablation": Section(
+        "Ablation: our step without one ingredient",
+        "step",
+        "python -m benchmarks.step --compare ours,ours-no-kernels,ours-eager",
+        step_sections.ablation,
+        step_sections.is_ablation,
+    ),  # fmt: skip
     "breakdown": Section("Where the time goes", "breakdown", "python -m benchmarks.breakdown", sections.breakdown),
     "kernels": Section("Kernels", "kernel", "python -m pytest benchmarks/bench_*.py --rows FILE", sections.kernels),
     "memory": Section(
@@ -66,6 +80,12 @@ SECTIONS = {
     "scaling": Section(
         "Scaling over batch, tokens and model", "scaling", "python -m benchmarks.scaling", sections.scaling
     ),
+    "agreement": Section(
+        "The same version twice, and against others",
+        "regression",
+        "python -m benchmarks.regression --self-check",
+        step_sections.agreement,
+    ),  # fmt: skip
     "optimizer": Section("Optimizer", "optimizer", "python -m benchmarks.optimizer", sections.optimizer),
     "accounting": Section(
         "What a step has to do (counted)",

@@ -12,12 +12,14 @@ REQUIRED = {
     "step": ("model", "batch", "precision", "variant", "ms", "ms_20", "ms_80", "images_per_second"),
     "breakdown": ("model", "batch", "precision", "variant", "by", "ms"),
     "scaling": ("axis", "model", "batch", "variant"),
+    "regression": ("variant", "base", "model", "batch", "precision", "ms", "base_ms", "ratio", "turns"),
     "optimizer": ("implementation", "model", "parameters", "ms", "ms_20", "ms_80", "bytes", "copy_gbps"),
     "accounting": ("preset", "batch", "precision", "parts", "forward_flops", "step_in_forwards"),
     "projection": ("preset", "gpu", "hours"),
     "part": ("part", "outcome", "seconds"),
 }
-"""The kinds of rows, and the columns without which one is not shown."""
+"""The kinds of rows, and the columns without which one is not shown; a step without a time may say why instead."""
+TIMED = ("ms", "ms_20", "ms_80", "images_per_second")
 
 THROTTLE = {
     0x4: "software power cap", 0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal",
@@ -39,7 +41,7 @@ class Rows:
         kind = kind_of(row)
         if kind not in REQUIRED:
             self.unknown += 1
-        elif lacking := [name for name in REQUIRED[kind] if row.get(name) is None]:
+        elif lacking := [name for name in REQUIRED[kind] if row.get(name) is None and not explained(row, kind, name)]:
             self.incomplete.append(f"{place}: a row of kind {kind} lacks {', '.join(lacking)}")
         else:
             self.by_kind[kind].append(row | {"kind": kind})
@@ -50,10 +52,21 @@ class Rows:
         return [row for rows in self.by_kind.values() for row in rows]
 
 
+def explained(row: dict, kind: str, name: str) -> bool:
+    """Whether a row says why it lacks a column: a step that was not timed."""
+    return kind == "step" and name in TIMED and why_untimed(row) is not None
+
+
+def why_untimed(row: dict) -> str | None:
+    """Why a step or a value of an axis has no time."""
+    return None if row.get("ms") else (row.get("missing") or {}).get("ms")
+
+
 def kind_of(row: dict) -> str:
     """What a row is of, by its own word or by its columns; "unknown" where neither says it."""
     tells = {
         "scaling": ("axis",),
+        "regression": ("base", "ratio"),
         "kernel": ("op", "shape", "variant"),
         "optimizer": ("implementation",),
         "step": ("variant", "model", "images_per_second"),
@@ -184,5 +197,11 @@ def newest(rows: list[dict], name: Callable[[dict], object]) -> tuple[list[dict]
 
 def missing(rows: list[dict]) -> list[str]:
     """Why columns are missing, each reason once."""
-    reasons = (f"Missing: {column} ({why})." for row in rows for column, why in (row.get("missing") or {}).items())
+    reasons = (
+        f"Missing: {column} ({why})."
+        for row in rows
+        for column, why in (row.get("missing") or {}).items()
+        # its own line says that
+        if why != why_untimed(row)
+    )
     return list(dict.fromkeys(reasons))

@@ -3,16 +3,16 @@
 python -m benchmarks.scaling --axis batch --model XL/2
 python -m benchmarks.scaling --axis tokens --values 256,1024 --model B/2
 
-A value that does not fit in memory gets a row that says so, and ends the axis.
+A value that does not fit in memory gets a row that says so, and ends the axis. Exit code 1: the step failed otherwise.
 """
 
 import argparse
-
-import torch
+import sys
 
 from meanflow.errors import UserError
 
-from .step import add_workload_arguments, append, identity, in_turn, interleaved, make_workload, title
+from .measuring import measure
+from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table
 from .variants import VARIANTS
 
@@ -21,6 +21,7 @@ VALUES = {
     "tokens": ("256", "1024", "4096"),
     "model": ("S/2", "B/2", "M/2", "L/2", "XL/2"),
 }
+REPEATS = {"cuda": 20, "cpu": 5}
 
 
 def set_value(options: argparse.Namespace, axis: str, value: str) -> None:
@@ -44,7 +45,7 @@ def set_value(options: argparse.Namespace, axis: str, value: str) -> None:
         raise UserError(f"--values: got {value!r}, wanted {wanted}; for instance {','.join(VALUES[axis])}") from None
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--axis", choices=VALUES, default="batch", help="what grows (default batch)")
@@ -52,29 +53,28 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--variant", default="ours", choices=VARIANTS, help="of the step (default ours)")
     add_workload_arguments(parser)
     options = parser.parse_args(args)
-    measure, rows = in_turn if options.device == "cuda" else interleaved, []
+    rows = []
     for value in options.values.split(",") if options.values else VALUES[options.axis]:
         try:
             set_value(options, options.axis, value)
             work = make_workload(options)
         except UserError as error:
             raise SystemExit(f"benchmarks.scaling: error: {error}") from None
+        (row,) = measure(work, [options.variant], options.repeats or REPEATS[options.device])
         columns = identity(work, options.preset) | {"axis": options.axis}
-        try:
-            (row,) = measure(work, [options.variant], options.repeats or (20 if options.device == "cuda" else 5))
-            rows += append([columns | row | {"kind": "scaling"}], options)
-        except (UserError, torch.OutOfMemoryError):
-            row = columns | {"kind": "scaling", "variant": options.variant, "ms": None}
-            rows += append([row | {"missing": {"ms": "out of memory"}}], options)
+        rows += append([columns | row | {"kind": "scaling"}], options)
+        if not row["ms"]:
             break
     lines = []
     for row in rows:
         memory = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "-"
-        ms, rate = (f"{row['ms']:.1f}", f"{row['images_per_second']:.1f}") if row["ms"] else ("out of memory", "-")
+        why = (row.get("missing") or {}).get("ms")
+        ms, rate = (f"{row['ms']:.1f}", f"{row['images_per_second']:.1f}") if row["ms"] else (why, "-")
         lines.append([row["model"], row["batch"], row["tokens"], ms, rate, memory])
     print(f"{options.variant}, over {options.axis}; the last: {title(rows[-1])}")
     print(table(["model", "batch", "tokens", "ms", "img/s", "peak GiB"], lines))
+    return 1 if rows[-1].get("failed") else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

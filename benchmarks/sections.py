@@ -1,101 +1,27 @@
-"""The report's sections, each from the rows of one kind: HTML, with the figures written beside it."""
+"""The report's other sections, each from the rows of one kind: HTML, with the figures written beside it."""
 
 import html
-from collections.abc import Callable
 
 from meanflow.peaks import PEAKS
 
 from . import plots
 from .markup import (
-    NONE, Page, by_workload, figures_of, grid, notes, number, older, percent, spread, where, workload
+    GIB, NONE, Page, by_workload, figures_of, gib, grid, notes, number, older, percent, spread, where, workload
 )  # fmt: skip
-from .rows import by_machine, device_name, hardware, missing, newest
+from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
+from .step_sections import speed_words
 
-GIB = 2**30
-
-
-# --- the step ---
-
-
-def speed(row: dict, base: str, rows: list[dict]) -> tuple[float, ...] | None:
-    """How many times as fast as the variant ``base``: the pairs' median and quantiles, or a ratio of medians."""
-    if found := (row.get("times") or {}).get(base):
-        return found["50"], found["20"], found["80"]
-    other = next((r for r in rows if r["variant"] == base), None)
-    return None if other is None else (other["ms"] / row["ms"],)
-
-
-def speed_words(found: tuple[float, ...] | None) -> str:
-    if found is None:
-        return NONE
-    value = f"{found[0]:.2f}"
-    return value if len(found) == 1 else f"{value} ({found[1]:.2f} to {found[2]:.2f})"
-
-
-def step_table(rows: list[dict], caption: str) -> str:
-    named = [base for row in rows for base in row.get("times") or {}]
-    present = [row["variant"] for row in rows]
-    bases = [b for b in dict.fromkeys(["naive", "naive-compiled", *named]) if b in present or b in named]
-    header = ["=variant", "ms a step", "20 to 80 %, ms", "images/s", *(f"times as fast as {base}" for base in bases)]
-    columns: dict[str, Callable[[dict], str]] = {
-        "first step, s": lambda row: number(row.get("first_step_seconds"), 3),
-        "MFU": lambda row: percent(row.get("mfu")),
-        "J/image": lambda row: number(row.get("joules_per_image"), 3),
-        "W": lambda row: number(row.get("watts"), 3),
-    }
-    filled = {name: cell for name, cell in columns.items() if any(cell(row) != NONE for row in rows)}
-    lines = [
-        [row["variant"], number(row["ms"]), spread(row), number(row["images_per_second"])]
-        + [speed_words(speed(row, base, rows)) for base in bases]
-        + [cell(row) for cell in filled.values()]
-        for row in rows
-    ]
-    return grid(header + list(filled), lines, caption)
-
-
-def mfu_note(rows: list[dict]) -> list[str]:
-    rows = [row for row in rows if row.get("mfu") and row.get("needed_flops")]
-    if not rows:
-        return []
-    peak = PEAKS.get(rows[0]["gpu"])
-    sheet = f" ({peak.tflops:g} TFLOP/s, {peak.source})" if peak else ""
-    words = "MFU: the matrix products that the recipe needs, counted without padding, over the step's time and the "
-    return [words + f"datasheet's dense 16-bit peak{sheet}."]
-
-
-def headline(page: Page, rows: list[dict]) -> str:
-    parts = []
-    for group in by_machine(rows):
-        group, left_out = newest(group, lambda row: (workload(row), row["variant"]))
-        tables, figures, ratios, words = [], [], {}, {}
-        for title, found in by_workload(group).items():
-            tables.append(f"<h3>{html.escape(title)}</h3>" + step_table(found, hardware(found)))
-            labels = {}
-            for row in found:
-                against = speed(row, "naive", found)
-                labels[row["variant"]] = f"{number(row['ms'])} ms"
-                if against and row["variant"] != "naive":
-                    labels[row["variant"]] += f", {against[0]:.2f} x naive"
-                    if row["variant"] == "ours":
-                        ratios[title], words[title] = against, f"{speed_words(against)} x"
-            bars = {row["variant"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in found}
-            figure = plots.bars(f"Training step: {title}", hardware(found), "ms a step (20 to 80 %)", bars, labels)
-            figures.append(page.figure(f"step {title} {device_name(found[0])}", figure))
-        if len(ratios) > 1:
-            title = "Speed of our step over the naive one"
-            figure = plots.bars(title, hardware(group), "times as fast (20 to 80 %)", ratios, words, plots.OURS[0])
-            figures.insert(0, page.figure(f"speed {device_name(group[0])}", figure))
-        several = ["Speeds with a spread are of pairs of one run, those without one are ratios of medians."]
-        lines = several + mfu_note(group) + older(left_out) + missing(group)
-        parts.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
-    return "".join(parts)
+ON_A_CPU = (
+    "On a CPU kinds are of operators: attention is its batched products and softmax (its scaling and row sums stay "
+    "pointwise), Python what passes between the operators; the profiler itself adds to all of them."
+)
 
 
 def breakdown(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
         parts.append(where(group))
-        group, left_out = newest(group, lambda row: (workload(row), row["variant"], row["by"]))
+        group, left_over = newest(group, lambda row: (workload(row), row["variant"], row["by"]))
         figures = []
         for title, found in by_workload(group).items():
             parts.append(f"<h3>{html.escape(title)}</h3>")
@@ -112,28 +38,34 @@ def breakdown(page: Page, rows: list[dict]) -> str:
                 parts.append(grid(header, lines, hardware(found)))
                 figure = plots.stacked(f"Step by {by}: {title}", hardware(found), "ms a step", cut)
                 figures.append(page.figure(f"breakdown by {by} {title} {device_name(found[0])}", figure))
-        lines = ["A part that is a difference of two times can come out below zero."] + older(left_out) + missing(group)
-        parts.append(notes(lines) + figures_of(figures))
+        lines = ["A part that is a difference of two times can come out below zero."]
+        if group[0].get("device") == "cpu":
+            lines.append(ON_A_CPU)
+        traces = dict.fromkeys(row["trace"] for row in group if row.get("trace"))
+        lines += [
+            f"Trace with named ranges, beside this report: {name}; opens at https://ui.perfetto.dev." for name in traces
+        ]
+        parts.append(notes(lines + older(left_over) + missing(group)) + figures_of(figures))
     return "".join(parts)
 
 
 def memory(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine([row for row in rows if row.get("peak_bytes")]):
-        group, left_out = newest(group, lambda row: (workload(row), row["variant"]))
+        group, left_over = newest(group, lambda row: (workload(row), row["variant"]))
         lines, figures = [], []
         for title, found in by_workload(group).items():
             naive = next((row["peak_bytes"] for row in found if row["variant"] == "naive"), None)
             for row in found:
                 ratio = NONE if naive is None else f"{row['peak_bytes'] / naive:.2f}"
                 reserved = row["reserved_bytes"] / GIB if row.get("reserved_bytes") else None
-                lines.append([title, row["variant"], number(row["peak_bytes"] / GIB), number(reserved), ratio])
-            peaks = {row["variant"]: (row["peak_bytes"] / GIB,) for row in found}
+                lines.append([title, row["variant"], number(gib(row)), number(reserved), ratio])
+            peaks = {row["variant"]: (gib(row),) for row in found}
             words = {name: f"{number(value[0])} GiB" for name, value in peaks.items()}
             figure = plots.bars(f"Peak memory: {title}", hardware(found), "GiB allocated at most", peaks, words)
             figures.append(page.figure(f"memory {title} {device_name(found[0])}", figure))
         header = ["=step", "=variant", "peak, GiB", "reserved, GiB", "of naive's peak"]
-        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_out)))
+        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over)))
         parts.append(figures_of(figures))
     return "".join(parts)
 
@@ -145,7 +77,7 @@ def scaling(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
         parts.append(where(group))
-        group, left_out = newest(group, lambda row: (workload(row), row["axis"], row["variant"]))
+        group, left_over = newest(group, lambda row: (workload(row), row["axis"], row["variant"]))
         figures = []
         for axis in dict.fromkeys(row["axis"] for row in group):
             # models of other patches have other tokens
@@ -161,12 +93,12 @@ def scaling(page: Page, rows: list[dict]) -> str:
                 for row in timed:
                     point = (row[axis], row["ms"], row["ms_20"], row["ms_80"])
                     panels["ms a step (20 to 80 %)"].setdefault(row["variant"], []).append(point)
-                    if gib := _gib(row):
+                    if peak := gib(row):
                         peaks = panels.setdefault("peak memory, GiB", {})
-                        peaks.setdefault(row["variant"], []).append((row[axis], gib))
+                        peaks.setdefault(row["variant"], []).append((row[axis], peak))
                 figure = plots.curves(f"Step over {axis}: {title}", hardware(found), AXES.get(axis, axis), panels)
                 figures.append(page.figure(f"scaling {axis} {title} {device_name(found[0])}", figure))
-        parts.append(figures_of(figures) + notes(older(left_out) + missing(group)))
+        parts.append(figures_of(figures) + notes(older(left_over) + missing(group)))
     return "".join(parts)
 
 
@@ -175,18 +107,11 @@ def scaling_table(rows: list[dict], axis: str) -> str:
     for row in rows:
         ms = row.get("ms")
         # a value that did not fit says why it has no time
-        cells = [number(ms), spread(row), number(ms / row["batch"])] if ms else [_why(row), NONE, NONE]
-        lines.append([str(row.get(axis)), row["variant"], *cells, number(_gib(row))])
+        why = why_untimed(row) or NONE
+        cells = [number(ms), spread(row), number(ms / row["batch"])] if ms else [why, NONE, NONE]
+        lines.append([str(row.get(axis)), row["variant"], *cells, number(gib(row))])
     header = [f"={axis}", "=variant", "ms a step", "20 to 80 %, ms", "ms a sample", "peak, GiB"]
     return grid(header, lines, hardware(rows))
-
-
-def _why(row: dict) -> str:
-    return (row.get("missing") or {}).get("ms") or NONE
-
-
-def _gib(row: dict) -> float | None:
-    return row["peak_bytes"] / GIB if row.get("peak_bytes") else None
 
 
 # --- kernels ---
@@ -220,7 +145,7 @@ def kernel_table(rows: list[dict], caption: str) -> str:
 def kernels(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
-        group, left_out = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["variant"]))
+        group, left_over = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["variant"]))
         line, name = hardware(group), device_name(group[0])
         copy, gemm = (max((r["ceiling"] for r in group if r["bound"] == b), default=None) for b in ("copy", "gemm"))
         peak, figures = PEAKS.get(group[0].get("gpu")), []
@@ -250,7 +175,7 @@ def kernels(page: Page, rows: list[dict]) -> str:
         )
         if peak:
             lines.append(f"Datasheet: {peak.tflops:g} TFLOP/s, {peak.gbps:g} GB/s ({peak.source}).")
-        lines += older(left_out) + missing(group)
+        lines += older(left_over) + missing(group)
         parts.append(where(group) + figures_of(figures) + notes(lines) + "".join(tables))
     return "".join(parts)
 
@@ -266,7 +191,7 @@ def _ceilings(copy: float | None, gemm: float | None) -> str:
 def optimizer(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
-        group, left_out = newest(group, lambda row: (row["model"], row["implementation"]))
+        group, left_over = newest(group, lambda row: (row["model"], row["implementation"]))
         lines, figures = [], []
         for model in dict.fromkeys(row["model"] for row in group):
             found = [row for row in group if row["model"] == model]
@@ -286,13 +211,13 @@ def optimizer(page: Page, rows: list[dict]) -> str:
             figures.append(page.figure(f"optimizer {model} {device_name(found[0])}", figure))
         header = ["=model", "parameters, M", "=implementation", "ms a step", "20 to 80 %, ms", "GB/s"]
         header += ["of the measured copy", "times as fast as torch"]
-        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_out) + missing(group)))
+        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over) + missing(group)))
         parts.append(figures_of(figures))
     return "".join(parts)
 
 
 def accounting(page: Page, rows: list[dict]) -> str:
-    rows, left_out = newest(rows, lambda row: (row["preset"], row["batch"], row["precision"], row.get("commit")))
+    rows, left_over = newest(rows, lambda row: (row["preset"], row["batch"], row["precision"], row.get("commit")))
     lines, bounds = [], []
     for row in rows:
         forwards = [f"{row['parts'][part]['flops'] / row['forward_flops']:.3f}" for part in row["parts"]]
@@ -310,11 +235,11 @@ def accounting(page: Page, rows: list[dict]) -> str:
     header = ["=recipe", "batch", "=precision", "F, GFLOP", *(f"{part}, F" for part in rows[0]["parts"])]
     header += ["step, F", "without padding, F", "saved for backward, GB", "=commit", "=date"]
     caption = "Counted on the step's own code, the same on every machine; F is one forward pass of the batch."
-    return grid(header, lines, caption) + notes(bounds + older(left_out))
+    return grid(header, lines, caption) + notes(bounds + older(left_over))
 
 
 def projection(page: Page, rows: list[dict]) -> str:
-    rows, left_out = newest(rows, lambda row: (row["preset"], row["gpu"], row.get("gpus"), row.get("variant")))
+    rows, left_over = newest(rows, lambda row: (row["preset"], row["gpu"], row.get("gpus"), row.get("variant")))
     lines, bars, words = [], {}, {}
     for row in rows:
         gpus, name = row.get("gpus", 1), row["preset"]
@@ -330,4 +255,4 @@ def projection(page: Page, rows: list[dict]) -> str:
     badge = '<p><span class="badge">projection</span> computed from measured steps; no such run was made.</p>'
     figure = plots.bars("PROJECTION: GPU-hours of the recipes", hardware(rows), "GPU-hours, projected", bars, words)
     table = grid(header, lines, "Projections from the measured steps named in each line.")
-    return badge + figures_of([page.figure("projection", figure)]) + table + notes(older(left_out))
+    return badge + figures_of([page.figure("projection", figure)]) + table + notes(older(left_over))

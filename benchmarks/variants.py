@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,11 +14,12 @@ from meanflow.data import Batch
 from meanflow.draws import Draws, Stream
 from meanflow.objective import MeanFlowLoss, drop_mask
 from meanflow.optim import make_optimizer
-from meanflow.plan import Planner, whole_batch
+from meanflow.plan import Plan, Planner, whole_batch
 from meanflow.presets import preset
 from meanflow.step import Inputs, Step, compile_loss, draw_batch
 from meanflow.times import draw_times
 from meanflow.training import build_net
+from meanflow_kernels.routing import Route, force_route
 
 from .naive import NaiveDiT, naive_terms
 
@@ -121,11 +123,20 @@ class Ours(Variant):
     """The trainer's own step.
 
     Args:
-        whole: every pass on every sample, as the official step. implementation: of the optimizer.
+        planner: of the passes, from an objective and a batch size. implementation: of the optimizer.
+        reference: whether the operators run as plain torch.
         train: options of the step, on top of the workload's.
     """
 
-    def __init__(self, work: Workload, *, whole: bool = False, implementation: str = "native", **train):
+    def __init__(
+        self,
+        work: Workload,
+        *,
+        planner: Callable[[ObjectiveConfig, int], Planner] = Planner,
+        implementation: str = "native",
+        reference: bool = False,
+        **train,
+    ):
         run = work.run
         run = replace(run, train=replace(run.train, **train), optim=replace(run.optim, implementation=implementation))
         ema = self._place(build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work)
@@ -135,25 +146,42 @@ class Ours(Variant):
         loss = MeanFlowLoss(run.objective, self.net)
         if run.train.compile:
             compile_loss(loss)
-        self.whole, self.objective = whole, run.objective
-        self.make_step = Step(run, loss, optimizer, (WholeBatch if whole else Planner)(run.objective, run.train.batch))
+        # the workload's inputs bring the usual plan
+        self.planner, self.replan = planner(run.objective, run.train.batch), planner is not Planner
+        self.reference = reference
+        self.make_step = Step(run, loss, optimizer, self.planner)
 
     def prepare(self, inputs: Inputs) -> None:
-        if self.whole:
-            inputs = inputs._replace(plan=whole_batch(self.objective, inputs.r, inputs.t, inputs.drop))
+        if self.replan:
+            plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu())
+            inputs = inputs._replace(plan=plan).to(inputs.samples.device)
         self.inputs = inputs
 
     def step(self) -> None:
-        self.make_step(self.inputs)
+        with force_route(Route.REFERENCE) if self.reference else nullcontext():
+            self.make_step(self.inputs)
 
 
 class WholeBatch(Planner):
-    """Declares the one size of the official step: every pass on every sample."""
+    """The official step: every pass on every sample, of one size."""
 
     def __init__(self, config: ObjectiveConfig, batch: int):
         super().__init__(config, batch)
         self.tangent_sizes = (batch,)
         self.guidance_sizes = (0 if not config.guided else 2 * batch if config.kappa else batch,)
+
+    def plan(self, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
+        return whole_batch(self.config, r, t, drop)
+
+
+def whole_tangent(config: ObjectiveConfig, batch: int) -> Planner:
+    """The derivative of every sample, guidance for the guided alone; no primal pass comes early enough to serve it."""
+    return Planner(replace(config, equal_placement="first", share_equal=0.0), batch)
+
+
+def own_predictions(config: ObjectiveConfig, batch: int) -> Planner:
+    """A conditional prediction for every guided sample, as if other weights than the primal pass's made them."""
+    return Planner(replace(config, guidance_weights="ema"), batch)
 
 
 VARIANTS: dict[str, Callable[[Workload], Variant]] = {
@@ -161,8 +189,44 @@ VARIANTS: dict[str, Callable[[Workload], Variant]] = {
     "naive-compiled": functools.partial(Naive, compiled=True),
     "ours": functools.partial(Ours, compile=True),
     "ours-captured": functools.partial(Ours, compile=True, cuda_graph=True),
-    "ours-eager": Ours,
-    "ours-whole-batch": functools.partial(Ours, compile=True, whole=True),
+    "ours-whole-batch": functools.partial(Ours, compile=True, planner=WholeBatch),
+    "ours-whole-tangent": functools.partial(Ours, compile=True, planner=whole_tangent),
+    "ours-no-primal-reuse": functools.partial(Ours, compile=True, planner=own_predictions),
+    "ours-no-kernels": functools.partial(Ours, compile=True, reference=True),
     "ours-torch-optimizer": functools.partial(Ours, compile=True, implementation="torch"),
+    "ours-eager": Ours,
+    "ours-eager-whole-batch": functools.partial(Ours, planner=WholeBatch),
+    "ours-eager-whole-tangent": functools.partial(Ours, planner=whole_tangent),
+    "ours-eager-no-primal-reuse": functools.partial(Ours, planner=own_predictions),
+    "ours-eager-no-kernels": functools.partial(Ours, reference=True),
+    "ours-eager-torch-optimizer": functools.partial(Ours, implementation="torch"),
 }
-"""Whole steps by name; each "ours-" leaves one ingredient out, but for "ours-captured", which adds CUDA graphs."""
+"""Whole steps by name: "ours" is compiled, "ours-captured" adds CUDA graphs, the other "ours-" leave something out."""
+
+LEFT_OUT = {
+    "whole-batch": "the plan: every pass on the whole batch",
+    "whole-tangent": "the subset tangent: du/dt of the whole batch (so that no primal pass can serve guidance)",
+    "no-primal-reuse": "the primal pass as prediction: a conditional forward for every guided sample",
+    "no-kernels": "the fused operators: their plain torch reference",
+    "torch-optimizer": "the native optimizer: torch's fused AdamW and a foreach average",
+    "eager": "torch.compile",
+}
+"""What a variant does without, by the end of its name."""
+
+
+def left_out(name: str) -> str | None:
+    """What "ours-..." leaves out of "ours", or "ours-eager-..." of "ours-eager"; None where it is no such variant."""
+    return LEFT_OUT.get(name.removeprefix("ours-").removeprefix("eager-")) if name.startswith("ours-") else None
+
+
+def same_as(name: str, work: Workload) -> str | None:
+    """Why timing a variant would time the whole step twice; None where it is a step of its own."""
+    objective = work.run.objective
+    base = "ours-eager" if name.startswith("ours-eager") else "ours"
+    if name.endswith("no-kernels") and work.device == "cpu":
+        return f"the same step as {base}: on a CPU the operators run as plain torch anyway"
+    if name.endswith("no-primal-reuse") and not objective.kappa:
+        return f"the same step as {base}: without kappa there are no conditional predictions"
+    if name.endswith("whole-tangent") and objective.share_equal == 0:
+        return f"the same step as {base}: every sample has r < t"
+    return None

@@ -36,6 +36,10 @@ def step(variant: str, ms: float, where: dict = GPU, **columns) -> dict:
     return row | {"images_per_second": 32e3 / ms} | where | columns
 
 
+def untimed(variant: str, why: str, **columns) -> dict:
+    return STEP | {"kind": "step", "variant": variant, "ms": None, "missing": {"ms": why}} | GPU | columns
+
+
 def kernel(op: str, variant: str, ms: float, *, flops: float, moved: float, shape: str = "XL/2 32x256x16x72") -> dict:
     name = {"op": op, "shape": shape, "dtype": "bfloat16", "variant": variant, "call": "dual"}
     bound = {"bound": "gemm", "ceiling": 800.0} if flops else {"bound": "copy", "ceiling": 4000.0}
@@ -68,6 +72,20 @@ def made_up() -> list[dict]:
         step("naive", 4000.0, CPU, model="S/8", batch=4, tokens=16, precision="fp32"),
         step("ours-eager", 2500.0, CPU, model="S/8", batch=4, tokens=16, precision="fp32"),
     ]  # fmt: skip
+    compared = ["ours", "ours-no-kernels", "ours-eager", "ours-whole-batch"]
+    slower = {"20": 0.4, "50": 0.5, "80": 0.8}
+    found += [
+        step("ours", 126.0, compared=compared),
+        step("ours-no-kernels", 252.0, compared=compared, times={"ours": slower}, peak_bytes=30 * 2**30),
+        untimed("ours-eager", "out of memory", compared=compared),
+        untimed("naive", "no such driver", model="B/4", batch=64, tokens=64),
+    ]
+    twice = STEP | GPU | {"kind": "regression", "variant": "ours", "ms": 125.0, "base_ms": 124.0, "turns": 40}
+    found += [
+        twice | {"base": "itself", "ratio": {"20": 0.99, "50": 1.004, "80": 1.02}},
+        twice | {"base": "itself", "batch": 8, "ratio": {"20": 1.01, "50": 1.02, "80": 1.03}},
+        twice | {"base": "main", "ratio": {"20": 0.8, "50": 0.9, "80": 0.95}},
+    ]
     found += [
         kernel("attention", "ours", 0.5, flops=2e11, moved=1e9),
         kernel("attention", "sdpa math, func.jvp", 4.0, flops=2e11, moved=1e9),
@@ -81,7 +99,7 @@ def made_up() -> list[dict]:
     cut = STEP | GPU | {"kind": "breakdown"}
     found += [
         cut | {"variant": "ours", "by": "part", "ms": parts},
-        cut | {"variant": "ours", "by": "kind", "ms": kinds},
+        cut | {"variant": "ours", "by": "kind", "ms": kinds, "trace": "step-xl2.json"},
     ]
     found.append(cut | {"variant": "naive", "by": "kind", "ms": {"GEMM": 200.0, "pointwise": 200.0}})
     for variant, slow in (("naive", 4), ("ours", 1)):
@@ -200,6 +218,32 @@ def test_speeds(page):
     assert reader.cell("headline", "MFU", variant="naive", **{"ms a step": "400.0"}) == "12%"
 
 
+def test_ablation(page):
+    reader, text, _ = page
+    ours = {"variant": "ours-no-kernels"}
+    # half as fast is twice the time
+    assert reader.cell("ablation", "time over ours", **ours) == "2.00 (1.25 to 2.50)"
+    assert reader.cell("ablation", "peak, GiB", **ours) == "30.00"
+    assert reader.cell("ablation", "left out", **ours) == "the fused operators: their plain torch reference"
+    assert reader.cell("ablation", "left out", variant="ours") == "nothing"
+    assert reader.cell("ablation", "ms a step", variant="ours-eager") == "not timed"
+    assert reader.cell("ablation", "left out", variant="ours-eager") == "torch.compile; not timed: out of memory"
+    # its base is no second "ours" among the variants, and keeps the pairs there
+    assert reader.cell("headline", "ms a step", variant="ours", **{"images/s": "256.0"}) == "125.0"
+    assert not any("ours-no-kernels" in line for table in reader.sections["headline"] for line in table)
+    assert "naive was not timed: no such driver." in text
+
+
+def test_agreement(page):
+    reader, _, _ = page
+    found = reader.sections["agreement"][0]
+    head, *lines = found
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    assert [row["1 within the spread"] for row in rows] == ["yes", "NO", "–"]
+    assert rows[0]["time over the other's"] == "1.004 (0.990 to 1.020)" and rows[0]["the other's, ms"] == "124.0"
+    assert rows[0]["against"] == "the same version a second time" and rows[2]["against"] == "revision main"
+
+
 def test_kernel_rates_are_work_over_time(page):
     reader, text, _ = page
     ours = {"variant": "ours", "ms": "0.5000"}
@@ -234,6 +278,7 @@ def test_other_numbers(page):
     assert reader.cell("accounting", "step, F", recipe="imagenet-b4") == "3.875"  # (1.25 + 2 + 0.5 + 4) / 2
     assert reader.cell("accounting", "guidance, F", recipe="imagenet-b4") == "0.625"
     assert reader.cell("projection", "GPU-hours (projection)", recipe="imagenet-xl2") == "9,872"  # 8 GPUs
+    assert "Trace with named ranges, beside this report: step-xl2.json" in text
     assert "RuntimeError: &lt;out of luck&gt;" in text and "Missing: joules_per_image (no permission)." in text
 
 
@@ -313,4 +358,4 @@ def test_kinds_are_inferred(kind):
 def test_committed_rows_make_a_report(tmp_path):
     folder = rows.Path(report.__file__).parent / "results" / "cpu"
     assert report.main([str(folder), "--out", str(tmp_path)]) == 0
-    assert "No rows" not in (tmp_path / "report.html").read_text().split('id="breakdown"')[0]
+    assert "No rows" not in (tmp_path / "report.html").read_text().split('id="ablation"')[0]

@@ -1,12 +1,16 @@
 """The step's timings: numbers that can be recomputed, nothing timed that is wrong, parts, kinds, traces, revisions."""
 
 import json
+import random
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import fresh
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import breakdown, projection, regression, scaling, step, variants
 from benchmarks.accounting import account
@@ -49,19 +53,6 @@ def options(*more):
     return parser.parse_args([*SMALL, *more])
 
 
-def test_a_wrong_step_is_not_timed(monkeypatch, tmp_path):
-    class Wrong(variants.Ours):
-        def step(self):
-            super().step()
-            with torch.no_grad():
-                self.net.final_layer.linear.bias.grad.mul_(1.5)
-
-    monkeypatch.setitem(variants.VARIANTS, "wrong", Wrong)
-    with pytest.raises(SystemExit, match="wrong: its gradient is .* off, nothing was timed"):
-        step.main([*SMALL, "--compare", "ours-eager,wrong", "--rows", str(tmp_path / "rows")])
-    assert not (tmp_path / "rows").exists()
-
-
 def test_what_is_missing_stays_said():
     row = merge({"ms": 1.0, "missing": {"joules_per_image": "no"}}, {"gpu": "a GPU", "missing": {"nvml": "none"}})
     assert row == {"ms": 1.0, "gpu": "a GPU", "missing": {"joules_per_image": "no", "nvml": "none"}}
@@ -89,14 +80,42 @@ def test_kernels_have_kinds():
         assert [breakdown.kind_of(name) for name in found] == [kind] * len(found)
 
 
+def event(key, ms, device_type=DeviceType.CUDA, annotation=False):
+    return SimpleNamespace(
+        key=key, device_type=device_type, is_user_annotation=annotation, self_cpu_time_total=1e3 * ms,
+        self_device_time_total=1e3 * ms,
+    )  # fmt: skip
+
+
+def test_a_gpus_kernels_count_once():
+    # an operator's event and a named range repeat the time of the kernels below them
+    events = [event("aten::mm", 5.0, DeviceType.CPU), event("loss", 7.0, annotation=True)]
+    events += [event("nvjet_hsh_128x256", 5.0), event("_attention_jvp_kernel", 2.0)]
+    assert breakdown.kinds_of(events, "cuda") == {"GEMM": 5.0, "attention": 2.0}
+
+
+def test_a_cpus_operators_have_kinds():
+    cpu = DeviceType.CPU
+    events = [event("aten::bmm", 3.0, cpu), event("aten::_softmax", 1.0, cpu), event("aten::mm", 5.0, cpu)]
+    events += [
+        event("loss", 7.0, cpu, annotation=True),
+        event("aten::mul", 2.0, cpu),
+        event("CompiledFunction", 4.0, cpu),
+    ]
+    found = breakdown.kinds_of(events, "cpu")
+    assert found == {"attention": 4.0, "GEMM": 5.0, "Python": 7.0, "pointwise": 2.0, "compiled, not told apart": 4.0}
+
+
 def test_breakdown_and_trace(tmp_path, capsys):
     rows, trace = tmp_path / "rows.jsonl", tmp_path / "trace" / "step.json"
     breakdown.main([*SMALL, "--eager", "--rows", str(rows), "--trace", str(trace)])
     parts, kinds = (row["ms"] for row in rows_of(rows))
     assert parts.keys() == {"draw", "guidance", "primal", "tangent", "backward", "optimizer"}
-    assert kinds["GEMM"] > 0 and kinds["pointwise"] > 0
-    ranges = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"draw", "loss", "backward", "optimizer"} <= ranges
+    assert all(kinds[kind] > 0 for kind in ("GEMM", "attention", "pointwise", "optimizer"))
+    assert rows_of(rows)[1]["trace"] == "step.json"
+    found = Counter(event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X")
+    ranges = ("draw", "loss", "guidance", "primal and tangent", "backward", "optimizer")
+    assert [found[name] for name in ranges] == [breakdown.PROFILED_STEPS] * 6
     assert "by part" in capsys.readouterr().out
 
 
@@ -111,11 +130,11 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(scaling, "interleaved", full)
+    monkeypatch.setitem(variants.VARIANTS, "ours-eager", full)
     rows.unlink()
-    scaling.main([*axis, "--values", "16,64"])
+    assert scaling.main([*axis, "--values", "16,64"]) == 0
     (row,) = rows_of(rows)
-    assert row["ms"] is None and row["missing"] == {"ms": "out of memory"}
+    assert row["ms"] is None and row["missing"]["ms"] == "out of memory"
     assert "out of memory" in capsys.readouterr().out
     for wrong in ("15", "many"):
         with pytest.raises(SystemExit, match=f"--values: got '{wrong}', wanted a square number of tokens"):
@@ -156,25 +175,61 @@ def test_a_revision_that_is_not_there():
 
 
 @pytest.mark.slow
-def test_against_itself():
+def test_against_a_revision():
     done = run_regression("--base", "HEAD", "--tolerance", "10")
     assert done.returncode == 0, done.stderr
-    assert "time over HEAD's: " in done.stdout and "2 pairs" in done.stdout
+    assert "HEAD" in done.stdout and "2 pairs): not slower" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_same_version_twice(tmp_path):
+    # two pairs say too little to ask for agreement: what it says has to be what it measured
+    done = run_regression("--self-check", "--rows", str(tmp_path / "rows.jsonl"))
+    (row,) = rows_of(tmp_path / "rows.jsonl")
+    within = row["ratio"]["20"] <= 1 <= row["ratio"]["80"]
+    assert row["base"] == regression.ITSELF and row["turns"] == 2
+    assert done.returncode == (0 if within else 1) and ("agrees" if within else "DISAGREES") in done.stdout
+
+
+class Side:
+    """A revision whose steps take ``ms`` and the noise of a machine that slows down now and then, both sides alike."""
+
+    def __init__(self, ms: float, seed: int = 0):
+        self.ms, self.noise = ms, random.Random(seed)
+
+    def answer(self):
+        return regression.READY
+
+    def step(self, number):
+        shared = 2.0 if number % 7 == 0 else 1.0
+        return self.ms * shared * self.noise.uniform(0.97, 1.03)
+
+
+def compared(here: float, there: float, base: str) -> dict:
+    return regression.compare(Side(here, 1), Side(there, 2), 41) | {"base": base}
+
+
+def test_a_ratio_is_of_the_pairs():
+    row = regression.compare(Side(220.0), Side(200.0), 11)
+    # the same noise on both sides
+    assert row["ratio"] == {q: pytest.approx(1.1) for q in ("20", "50", "80")} and row["turns"] == 11
+    assert row["ms"] / row["base_ms"] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("ms", [202.0, 200.0, 198.0])
+def test_noise_alone_agrees(ms):
+    assert regression.verdict(compared(ms, 200.0, regression.ITSELF), 0.03) == ("agrees: 1 lies within", False)
+
+
+@pytest.mark.parametrize("ms", [220.0, 180.0], ids=["slower", "faster"])
+def test_another_speed_of_the_same_version_disagrees(ms):
+    assert regression.verdict(compared(ms, 200.0, regression.ITSELF), 0.03) == ("DISAGREES: 1 lies outside", True)
 
 
 def test_a_slower_revision_is_called_slower():
-    class Side:
-        def __init__(self, ms):
-            self.ms = ms
-
-        def answer(self):
-            return regression.READY
-
-        def step(self, number):
-            return self.ms + number
-
-    row = regression.compare(Side(220.0), Side(200.0), 11)
-    assert row["ratio"]["50"] == pytest.approx(225 / 205) and (row["ms"], row["base_ms"]) == (225.0, 205.0)
+    assert regression.verdict(compared(220.0, 200.0, "main"), 0.03) == ("SLOWER", True)
+    assert regression.verdict(compared(200.0, 200.0, "main"), 0.03) == ("not slower", False)
+    assert regression.verdict(compared(180.0, 200.0, "main"), 0.03) == ("not slower", False)
 
 
 def test_native_libraries_go_along():

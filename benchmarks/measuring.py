@@ -1,0 +1,216 @@
+"""Timing variants of the step against each other: gradients first, then steps in pairs, a row as soon as it is known.
+
+On a CPU the variants take turns, a step each, so that what else the machine does falls on all; a pair is a turn. On a
+GPU each is built, timed and freed alone, so that its peak memory is its own; a pair is two steps of the same inputs
+(draws and plan), which is what a step's time there depends on. Either way a variant that fails becomes a row with its
+reason, and the others go on.
+"""
+
+import functools
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from meanflow.config import RunConfig
+from meanflow.peaks import PEAKS
+from meanflow_kernels.adamw_ema.native import MISSING
+
+from .accounting import account
+from .environment import clocks, energy, merge
+from .timing import quantiles, stamp
+from .variants import VARIANTS, Variant, Workload, same_as
+
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+"""||g - g_first|| / ||g_first||: the rounding of two orders of summation, far below any mistake's."""
+OUT_OF_MEMORY = "out of memory"
+
+
+class Reference(NamedTuple):
+    """The gradient that all others are compared with."""
+
+    variant: str
+    gradient: torch.Tensor
+
+
+class Started(NamedTuple):
+    """A variant after its first step, whose gradient was the reference's."""
+
+    variant: Variant
+    columns: dict
+    """What its row says of the start."""
+    reference: Reference
+
+
+def measure(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
+    """The rows of the variants, each as soon as it is known: those that cannot be timed first where they take turns.
+
+    Raises:
+        SystemExit: where a gradient is another than the first's.
+    """
+    return (in_turn if work.device == "cuda" else interleaved)(work, names, repeats)
+
+
+def interleaved(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
+    """All variants side by side, a step each in turn; ratios are of the pairs of a turn."""
+    started, samples, reference = {}, {}, None
+    for name in names:
+        found, why = attempt(lambda name=name: start(work, name, reference))
+        if why:
+            yield untimed(name, why)
+        else:
+            started[name], samples[name], reference = found, [], found.reference
+    for step in tqdm(range(repeats), desc="timing", unit="turn"):
+        inputs = work.inputs(step)
+        # every other turn backwards, so that nobody always follows the same neighbour
+        for name in list(started) if step % 2 else reversed(list(started)):
+            ms, why = attempt(lambda name=name: timed(started[name].variant, inputs, work.device))
+            if why:
+                # another plan's size: the rest keep their pairs
+                del started[name], samples[name]
+                yield untimed(name, why)
+            else:
+                samples[name].append(ms)
+    for name, found in started.items():
+        yield merge(row(name, samples[name], work), found.columns, against(samples, name))
+
+
+def in_turn(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
+    """Each variant alone on the GPU; ratios are of pairs of the same inputs."""
+    samples, reference = {}, None
+    batches = [work.inputs(step) for step in range(repeats)]
+    for name in tqdm(names, desc="timing", unit="variant"):
+        found, why = attempt(lambda name=name: alone(work, name, reference, batches))
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        if why:
+            yield untimed(name, why)
+        else:
+            samples[name], columns, reference = found
+            yield merge(row(name, samples[name], work), columns, against(samples, name), clocks())
+
+
+def alone(work: Workload, name: str, reference: Reference | None, batches: list) -> tuple[list[float], dict, Reference]:
+    """A variant's milliseconds, its columns, and the reference of the next."""
+    variant, columns, reference = start(work, name, reference)
+    timed(variant, batches[0], work.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = energy()
+    samples = [timed(variant, inputs, work.device) for inputs in batches]
+    used = joules(before, energy(), len(batches) * work.run.train.batch)
+    memory = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return samples, merge(columns, memory, used), reference
+
+
+class Reason(NamedTuple):
+    """Why a variant has no time."""
+
+    words: str
+    failed: bool
+    """Whether that is a mistake, and not the machine's or the workload's nature."""
+
+
+def attempt(call: Callable) -> tuple[object, Reason | None]:
+    """What ``call`` returns, or why it failed. The exception is not kept: it would keep the variant's memory."""
+    try:
+        found = call()
+    except Exception as error:
+        if out_of_memory(error):
+            return None, Reason(OUT_OF_MEMORY, failed=False)
+        traceback.print_exc()
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return None, Reason(f"{type(error).__name__}: {first[:200]}", failed=True)
+    return (None, found) if isinstance(found, Reason) else (found, None)
+
+
+def out_of_memory(error: Exception) -> bool:
+    # the trainer's step says it in words of its own
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in words or words.startswith("memory:")
+
+
+def untimed(name: str, why: Reason) -> dict:
+    """The row of a variant without a time, and why."""
+    print(f"{name}: not timed: {why.words}", flush=True)
+    return {"kind": "step", "variant": name, "ms": None, "failed": why.failed, "missing": {"ms": why.words}}
+
+
+def start(work: Workload, name: str, reference: Reference | None) -> Started | Reason:
+    """Build a variant and take its first step, whose gradient must be the reference's.
+
+    Raises:
+        SystemExit: where it is another.
+    """
+    if same := same_as(name, work):
+        return Reason(same, failed=False)
+    variant, inputs = VARIANTS[name](work), work.inputs(0)
+    begin = time.perf_counter()
+    timed(variant, inputs, work.device)
+    columns = {"first_step_seconds": time.perf_counter() - begin, "gradient_against": None}
+    gradient = variant.gradient()
+    if reference is None:
+        reference = Reference(name, gradient)
+        words = "the others' gradients are compared with its"
+    else:
+        difference = ((gradient - reference.gradient).norm() / reference.gradient.norm()).item()
+        if not difference <= GRADIENT_TOLERANCE[work.run.train.precision]:
+            raise SystemExit(f"{name}: its gradient is {difference:.2e} off {reference.variant}'s, it was not timed")
+        columns |= {"gradient_against": reference.variant, "gradient_difference": difference}
+        words = f"gradient {difference:.1e} off {reference.variant}'s"
+    print(f"{name}: first step after {columns['first_step_seconds']:.1f} s, {words}", flush=True)
+    return Started(variant, columns, reference)
+
+
+def timed(variant: Variant, inputs, device: str) -> float:
+    """Milliseconds of one step, from asking for it to its end."""
+    variant.prepare(inputs)
+    begin = stamp(device)
+    variant.step()
+    return stamp(device) - begin
+
+
+def joules(before: dict, after: dict, images: int) -> dict:
+    """The GPU's energy for an image, waiting between steps included, or why it is not known."""
+    if "joules" in before and "joules" in after:
+        return {"joules_per_image": (after["joules"] - before["joules"]) / images}
+    return {"missing": {"joules_per_image": before["missing"]["joules"]}}
+
+
+def against(samples: dict[str, list[float]], name: str) -> dict:
+    """How many times as fast a variant is as the first, and as the compiled naive step: quantiles over the pairs."""
+    bases = {base for base in (next(iter(samples)), "naive-compiled") if base in samples and base != name}
+    pairs = {base: [a / b for a, b in zip(samples[base], samples[name], strict=True)] for base in bases}
+    return {
+        "times": {base: dict(zip(("20", "50", "80"), quantiles(found), strict=True)) for base, found in pairs.items()}
+    }
+
+
+def row(name: str, samples: list[float], work: Workload) -> dict:
+    low, ms, high = quantiles(samples)
+    needed = needed_flops(work.run)
+    peak = PEAKS.get(torch.cuda.get_device_name()) if work.device == "cuda" else None
+    plain = {"native optimizer": MISSING[work.device]} if work.device in MISSING else {}
+    return {
+        "kind": "step",
+        "variant": name,
+        "ms": ms,
+        "ms_20": low,
+        "ms_80": high,
+        "samples": len(samples),
+        "images_per_second": 1e3 * work.run.train.batch / ms,
+        "needed_flops": needed,
+        "tflops": needed / ms / 1e9,
+        "mfu": needed / ms / 1e9 / peak.tflops if peak and work.run.train.precision == "bf16" else None,
+    } | ({"missing": plain} if plain else {})
+
+
+@functools.cache
+def needed_flops(run: RunConfig) -> float:
+    """What the recipe needs, whoever computes it: the planned step without its padding, mean of 100 drawn batches."""
+    accounts = account(run, batches=100)
+    return accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]
