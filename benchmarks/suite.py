@@ -5,9 +5,11 @@ python -m benchmarks.suite --out DIR --full           all of them, each part wit
 python -m benchmarks.suite --out DIR --device cpu     small sizes, marked as CPU, within 5 minutes on 2 cores
 python -m benchmarks.suite --list                     the parts and their commands
 
-Tests run first, and nothing is timed where one fails. The rows of a part are merged into DIR/rows.jsonl when it has
-ended, so the same command again resumes: parts that passed at this commit, on this device and with these arguments are
-not repeated. DIR/parts.jsonl says how each ended, DIR/logs/PART.log what it printed, DIR/report.html shows it all.
+Tests run first, and nothing is timed where one fails or they take too long; a quick run on a GPU takes those of the
+kernels at the sizes that it times. What a part leaves of its time is the next ones'. The rows of a part are merged into
+DIR/rows.jsonl when it has ended, so the same command again resumes: parts that passed at this commit, on this device
+and with these arguments are not repeated. DIR/parts.jsonl says how each ended, DIR/logs/PART.log what it printed,
+DIR/report.html shows it all, DIR/*.trace.json are traces for https://ui.perfetto.dev.
 Exit code: 0 all parts passed, 1 a part failed or no time was left for it, 2 a wrong argument.
 """
 
@@ -24,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,129 +35,15 @@ from meanflow.runlog import write_atomically
 
 from . import report
 from .environment import environment
+from .parts import PARTS, Part, chosen, gate
 from .rows import kind_of, parse, read
 from .table import table
-from .variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 540
-"""Seconds of a part at most, unless it says less."""
 BUDGET = {"cuda": 480, "cpu": 300}
 """Seconds of all parts of a quick run; what is left then waits for the same command again."""
 TAIL = 15
 """Lines of a failed part's log that the report shows."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A command that makes rows."""
-
-    name: str
-    device: str
-    command: str
-    """Arguments of Python; {rows} is the file to write, {merged} all rows so far, {stamp} the options --rows,
-    --device and --commit, {workers} pytest's processes."""
-    runs: tuple[str, ...] = ("quick", "full")
-    """The runs that it is a part of."""
-    limit: int = LIMIT
-    needs: tuple[str, ...] = ()
-    """Modules without which it is skipped."""
-    again: bool = False
-    """Made from other parts' rows, and made again in each run."""
-
-
-PYTEST = "-m pytest -q -rs -p no:cacheprovider"
-OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding")
-RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
-"""The paper's Table 4: the batch on one GPU, a part of 256."""
-TINY = "--precision fp32 --kappa 0.5"
-ABLATED = {"b4": ("B/4", 256), "xl2": ("XL/2", 32)}
-EAGER = "not compiled and not reference and not N1024 and not hd64"
-"""Benches that need no compiler but Triton's, at one size of attention."""
-
-
-def step(model: str, batch: int, options: str, compare: str) -> str:
-    return f"-m benchmarks.step --model {model} --batch {batch} {options} --compare {compare} {{stamp}}"
-
-
-def bench(op: str, choice: str = "") -> str:
-    only = f" -k {shlex.quote(choice)}" if choice else ""
-    return f"{PYTEST} --benchmark-quiet {{stamp}} benchmarks/bench_{op}.py{only}"
-
-
-def accounts(recipe: str) -> str:
-    return f"-m benchmarks.accounting --preset imagenet-{recipe} --batch {RECIPES[recipe]} --json {{rows}}"
-
-
-def recipe(name: str) -> str:
-    return f"-m benchmarks.step --preset imagenet-{name} --batch {RECIPES[name]} --compare {COMPARED} {{stamp}}"
-
-
-def scaling(axis: str, variant: str, options: str) -> str:
-    return f"-m benchmarks.scaling --axis {axis} --variant {variant} {options} {{stamp}}"
-
-
-def breakdown(model: str, batch: int, options: str) -> str:
-    return f"-m benchmarks.breakdown --model {model} --batch {batch} {options} {{stamp}}"
-
-
-def tests(device: str, *, full: bool) -> Part:
-    """What has to pass before anything is timed."""
-    if device == "cpu":
-        files = "tests/kernels/test_attention.py tests/kernels/test_counts.py tests/meanflow/test_plan.py"
-        return Part("tests", device, f"{PYTEST} {files}", limit=90)
-    only = "" if full else " -m gpu"
-    # several processes, because compiling the kernels takes longer than running them
-    command = f"{PYTEST} {{workers}} --ignore=tests/kernels/test_static_report.py tests/kernels{only}"
-    return Part("tests", device, command, limit=LIMIT if full else 180)
-
-
-SCALING = {"batch": "--model XL/2", "tokens": "--model B/2 --batch 8", "model": "--batch 32"}
-KERNELS = {"needs": ("pytest_benchmark",)}
-COMPARED = "naive,naive-compiled,ours,ours-captured"
-ABLATION = ",".join(["ours", *(name for name in VARIANTS if name not in COMPARED.split(","))])
-
-PARTS = [
-    # the quick run on a GPU; --full measures the same and more
-    Part("step-b4", "cuda", step("B/4", 256, "--kappa 0.5", "naive,ours"), ("quick",), 180),
-    Part("step-xl2", "cuda", step("XL/2", 32, "--kappa 0.5", "naive,ours"), ("quick",), 240),
-    Part("attention", "cuda", bench("attention", EAGER), ("quick",), 90, **KERNELS),
-    *(Part(op, "cuda", bench(op, EAGER), ("quick",), 60, **KERNELS) for op in OPS),
-    Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", limit=60),
-    *(Part(f"accounting-{name}", "cuda", accounts(name), limit=60) for name in ("b4", "xl2")),
-    # what --full adds
-    *(Part(f"{op}-all", "cuda", bench(op), ("full",), **KERNELS) for op in ("attention", *OPS)),
-    *(Part(f"recipe-{name}", "cuda", recipe(name), ("full",)) for name in RECIPES),
-    Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", ("full",), 60, again=True),
-    *(
-        Part(f"{title}-{name}-kappa{kappa}", "cuda", step(*size, f"--kappa {kappa}", names), ("full",))
-        for name, size in ABLATED.items()
-        for kappa in (0.5, 0)
-        for title, names in (("variants", COMPARED), ("ablation", ABLATION))
-    ),
-    *(Part(f"breakdown-{name}", "cuda", breakdown(*size, "--kappa 0.5"), ("full",)) for name, size in ABLATED.items()),
-    *(
-        Part(f"scaling-{axis}-{variant}", "cuda", scaling(axis, variant, options), ("full",))
-        for axis, options in SCALING.items()
-        for variant in ("ours", "naive")
-    ),
-    *(Part(f"accounting-{name}", "cuda", accounts(name), ("full",)) for name in RECIPES if name not in ("b4", "xl2")),
-    # on a CPU
-    Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90),
-    Part("attention", "cpu", bench("attention", "not compiled and hd72 and not N1024"), limit=60, **KERNELS),
-    Part("adaln", "cpu", bench("adaln", "not compiled"), limit=60, **KERNELS),
-    Part("linear", "cpu", bench("linear", "not compiled"), limit=60, **KERNELS),
-    Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60),
-    Part("breakdown-s8", "cpu", breakdown("S/8", 4, f"{TINY} --eager --repeats 3"), limit=60),
-    Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60),
-    Part("accounting-b4", "cpu", accounts("b4"), limit=60),
-    Part("step-s4", "cpu", step("S/4", 16, TINY, "naive,naive-compiled,ours"), ("full",)),
-]
-"""What is measured, in this order."""
-
-
-def chosen(parts: list[Part], device: str, *, full: bool) -> list[Part]:
-    return [part for part in parts if part.device == device and ("full" if full else "quick") in part.runs]
 
 
 class Suite:
@@ -186,27 +73,41 @@ class Suite:
         parts, outcomes = ([tests] if tests else []) + parts, []
         for number, part in enumerate(parts, 1):
             place = f"[{number}/{len(parts)}] {part.name}"
-            outcome = self._outcome(part, place)
+            outcome = self._outcome(part, place, later=sum(p.limit for p in parts[number:] if not self._passed(p)))
             outcomes.append(outcome)
             if part is tests and outcome != "passed":
-                _say(f"benchmarks.suite: tests did not pass, nothing was timed: see {self._log(part)}")
+                _say(f"benchmarks.suite: tests: {outcome}; nothing was timed: see {self._log(part)}")
+                if outcome == "out of time":
+                    _say("the same command again finds its kernels compiled; --skip-tests times without them")
                 return 1
         path = report.write(read(p for p in (self.rows_path, self.parts_path) if p.exists()), self.out)
         unfinished = [p.name for p, o in zip(parts, outcomes, strict=True) if o not in ("passed", "skipped")]
         _say(f"{path}" + (f"; did not pass: {', '.join(unfinished)}" if unfinished else ""))
         return 1 if unfinished else 0
 
-    def _outcome(self, part: Part, place: str) -> str:
-        """Run a part unless it has passed before."""
+    def _passed(self, part: Part) -> bool:
+        """Whether a part has passed before and is not to be made again."""
         identity = self.identity(part)
         passed = any(row["identity"] == identity and row["outcome"] == "passed" for row in _rows(self.parts_path))
-        if passed and not part.again:
+        return passed and not part.again
+
+    def _seconds(self, part: Part, later: float) -> float:
+        """For a part: its limit, and what is left of a budget beyond the limits of those that come ``later``."""
+        if self.budget is None:
+            return part.limit
+        left = self.begin + self.budget - time.monotonic()
+        return max(min(part.limit, left), left - later)
+
+    def _outcome(self, part: Part, place: str, later: float) -> str:
+        """Run a part unless it has passed before."""
+        identity = self.identity(part)
+        if self._passed(part):
             _say(f"{place}: passed before, not repeated")
             return "passed"
         lacking = [name for name in part.needs if importlib.util.find_spec(name) is None]
         if lacking:
             return self._record(part, "skipped", 0, 0, [f"{', '.join(lacking)} is not installed"], place)
-        left = part.limit if self.budget is None else min(part.limit, self.begin + self.budget - time.monotonic())
+        left = self._seconds(part, later)
         if left <= 0:
             return self._record(part, "out of time", 0, 0, ["no time was left: the same command again goes on"], place)
         _say(f"{place}: python {part.command}")
@@ -226,8 +127,9 @@ class Suite:
             stamp += f" --commit {shlex.quote(self.commit)}"
         workers = "-n 6" if importlib.util.find_spec("xdist") else ""
         command = part.command
-        merged = shlex.quote(str(self.rows_path.resolve()))
-        values = {"{rows}": shlex.quote(str(rows)), "{merged}": merged, "{stamp}": stamp, "{workers}": workers}
+        merged, out = (shlex.quote(str(path.resolve())) for path in (self.rows_path, self.out))
+        values = {"{rows}": shlex.quote(str(rows)), "{merged}": merged, "{out}": out}
+        values |= {"{stamp}": stamp, "{workers}": workers}
         for name, value in values.items():
             command = command.replace(name, value)
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -314,7 +216,9 @@ def _say(words: str) -> None:
 def listing(parts: list[Part]) -> str:
     """The parts as a table."""
     lines = [[p.name, p.device, " and ".join(p.runs), p.limit, f"python {p.command}"] for p in parts]
-    head = "{stamp} is --rows FILE --device DEVICE and --commit HASH where one was given, {rows} the file alone"
+    head = (
+        "{stamp} is --rows FILE --device DEVICE and --commit HASH where one was given, {rows} the file alone, {out} DIR"
+    )
     return head + "\n" + table(["part", "device", "run", "seconds at most", "command"], lines)
 
 
@@ -341,7 +245,7 @@ def main(args: list[str] | None = None) -> int:
     suite = Suite(options.out, device, options.commit, None if options.full else BUDGET[device])
     try:
         return suite.run(
-            chosen(PARTS, device, full=options.full), None if options.skip_tests else tests(device, full=options.full)
+            chosen(PARTS, device, full=options.full), None if options.skip_tests else gate(device, full=options.full)
         )
     except UserError as error:
         print(f"benchmarks.suite: error: {error}", file=sys.stderr)

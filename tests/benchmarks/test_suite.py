@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.suite import PARTS, Part, Suite
+from benchmarks.parts import PARTS, RECIPES, Part, chosen, gate
+from benchmarks.suite import Suite
 from benchmarks.variants import VARIANTS
 
 ROW = {"model": "S/8", "batch": 4, "precision": "fp32", "ms": 3.0, "ms_20": 2.0, "ms_80": 4.0}
@@ -82,6 +83,35 @@ def test_a_failing_test_stops_the_timing(tmp_path, seen, capsys):
     assert "1 failed" in (out / "logs/tests.log").read_text()
     # no report that looks like a result
     assert not (out / "report.html").exists()
+
+
+def test_tests_that_take_too_long_stop_the_timing(tmp_path, seen, capsys):
+    out, slow = tmp_path / "out", stub("tests", "time.sleep(60)", write=False, limit=1)
+    assert Suite(out, "cpu", "abc").run([stub("one")], slow) == 1
+    assert seen.read_text().split() == ["tests"] and outcomes(out) == {"tests": "out of time"}
+    words = capsys.readouterr().err
+    assert "tests: out of time; nothing was timed" in words and "--skip-tests" in words
+
+
+def test_what_a_part_leaves_is_the_next_ones():
+    run = Suite.__new__(Suite)
+    run.begin, run.budget = time.monotonic() - 10, 100
+    part = stub("one", limit=30)
+    # 90 seconds are left: 20 for the later parts, the rest for this one
+    assert run._seconds(part, later=20) == pytest.approx(70, abs=1)
+    # its own limit, though the later ones' limits are more than is left
+    assert run._seconds(part, later=80) == pytest.approx(30, abs=1)
+    run.begin -= 80
+    assert run._seconds(part, later=80) == pytest.approx(10, abs=1)
+    run.budget = None
+    assert run._seconds(part, later=80) == 30
+
+
+def test_a_part_may_write_beside_the_report(tmp_path):
+    part = stub("one", "pathlib.Path(sys.argv[2], 'step.trace.json').touch()")
+    part = Part(**vars(part) | {"command": f"{part.command} {{out}}"})
+    Suite(tmp_path / "out", "cpu", "abc").run([part], None)
+    assert (tmp_path / "out" / "step.trace.json").exists()
 
 
 def test_a_failing_part_stops_no_other(tmp_path, seen, capsys):
@@ -204,13 +234,32 @@ def test_a_run_that_was_killed_goes_on(tmp_path, seen, how):
 def test_parts_have_names_and_limits():
     for device in ("cpu", "cuda"):
         for full in (False, True):
-            names = [part.name for part in suite.chosen(PARTS, device, full=full)]
+            names = [part.name for part in chosen(PARTS, device, full=full)]
             assert names and len(set(names)) == len(names)
-    assert all(part.limit <= 540 for part in [*PARTS, *(suite.tests(d, full=True) for d in ("cpu", "cuda"))])
+    assert all(part.limit <= 540 for part in [*PARTS, *(gate(d, full=True) for d in ("cpu", "cuda"))])
+
+
+def test_a_quick_run_on_a_gpu_has_time_for_all_its_parts():
+    parts = [gate("cuda", full=False), *chosen(PARTS, "cuda", full=False)]
+    assert sum(part.limit for part in parts) <= suite.BUDGET["cuda"] == 8 * 60
+
+
+def test_every_kernel_is_tested_before_a_quick_run():
+    command = shlex.split(gate("cuda", full=False).command.replace("{workers}", ""))
+    command += ["--collect-only", "-o", "addopts="]
+    run = subprocess.run(
+        [sys.executable, *command], cwd=suite.ROOT, env=fresh.environment(), capture_output=True, text=True
+    )
+    found = [line.split("::") for line in run.stdout.splitlines() if "::" in line]
+    files = {path.removeprefix("tests/kernels/test_").removesuffix(".py") for path, *_ in found}
+    benched = {path.stem.removeprefix("bench_") for path in suite.ROOT.glob("benchmarks/bench_*.py")}
+    assert benched | {"adamw_ema", "attention_backward"} == files
+    # what some 30 of them take is what the gate has time for
+    assert 25 <= len(found) <= 35, run.stdout
 
 
 def test_commands_name_what_is_there():
-    every = [*PARTS, *(suite.tests(device, full=full) for device in ("cpu", "cuda") for full in (False, True))]
+    every = [*PARTS, *(gate(device, full=full) for device in ("cpu", "cuda") for full in (False, True))]
     for part in every:
         words = shlex.split(part.command)
         assert words[0] == "-m"
@@ -223,21 +272,30 @@ def test_commands_name_what_is_there():
 
 
 def test_full_is_everything():
-    full = " ".join(part.command for part in suite.chosen(PARTS, "cuda", full=True)) + " "
+    full = " ".join(part.command for part in chosen(PARTS, "cuda", full=True)) + " "
     for path in suite.ROOT.glob("benchmarks/bench_*.py"):
         assert f"benchmarks/{path.name} " in full
-    compared = [word for words in full.split("--compare ")[1:] for word in words.split()[0].split(",")]
-    assert set(compared) == set(VARIANTS)
-    for name in suite.RECIPES:
+    compared = {word for words in full.split("--compare ")[1:] for word in words.split()[0].split(",")}
+    # what is left out of the eager step is timed on a CPU
+    eager = {name for name in VARIANTS if name.startswith("ours-eager-")}
+    assert compared == set(VARIANTS) - eager
+    assert ",".join(["ours-eager", *(name for name in VARIANTS if name in eager)]) in " ".join(
+        part.command for part in chosen(PARTS, "cpu", full=False)
+    )
+    for name in RECIPES:
         assert f"benchmarks.step --preset imagenet-{name} " in full and f"accounting --preset imagenet-{name} " in full
     for axis in ("batch", "tokens", "model"):
         assert f"benchmarks.scaling --axis {axis} --variant ours " in full
     assert "benchmarks.breakdown " in full and "benchmarks.projection " in full
     assert "--kappa 0 " in full and "--kappa 0.5 " in full
+    for device in ("cuda", "cpu"):
+        for whole in (False, True):
+            assert any("benchmarks.regression --self-check" in p.command for p in chosen(PARTS, device, full=whole))
+    assert full.count("--trace {out}/step-") == 2
 
 
 def test_quick_on_a_cpu_compiles_nothing():
-    for part in suite.chosen(PARTS, "cpu", full=False):
+    for part in chosen(PARTS, "cpu", full=False):
         assert "ours," not in part.command and "naive-compiled" not in part.command
         assert "bench_" not in part.command or "not compiled" in part.command
 
