@@ -182,7 +182,7 @@ class DataConfig:
     name: Literal["digits", "latents"] = "latents"
     """scikit-learn's handwritten digits, or a folder of cached VAE latents."""
     path: str = ""
-    """Folder of the latents: mean.npy, std.npy (N, channels, size, size) and labels.npy (N,)."""
+    """Folder of the latents, as scripts/prepare_data.py writes it."""
     vae: str = "stabilityai/sd-vae-ft-mse"
     """The autoencoder the latents are of, to decode samples with."""
     scale: float = 0.18215
@@ -192,7 +192,10 @@ class DataConfig:
     drop_last: bool = True
     """Leave out the samples of an epoch that do not fill a batch (official); otherwise they open the next epoch's."""
     flip: bool = False
-    """Mirror half of the samples. The official code sets its flag and never uses it; other code bases flip."""
+    """Mirror half of the samples: the encodings of mirrored images where the folder has them, else the latents.
+    The official code sets its flag and never uses it; other code bases flip."""
+    pixels: Literal["symmetric", "unit"] = "symmetric"
+    """Range of the images behind the latents: [-1, 1], or [0, 1] as EDM2's are; decoded samples become [-1, 1]."""
 
     def __post_init__(self):
         require(self.scale > 0, "data.scale", self.scale, "a positive number", "change it")

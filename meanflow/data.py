@@ -1,4 +1,8 @@
-"""Training data behind one interface: latents with their labels, in an order that is a function of the seed."""
+"""Training data behind one interface: latents with their labels, in an order that is a function of the seed.
+
+The position in the data is the step: rank r of R reads its part of Order.indices(step), so a run goes on where it was,
+on any number of processes.
+"""
 
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -7,20 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache import Cache
 from .config import DataConfig, ModelConfig
 from .draws import Draws, Stream
-from .errors import UserError, require
+from .errors import require
 
 
 class Batch(NamedTuple):
     """Some samples as they are stored, on the CPU."""
 
     mean: Tensor
-    """(B, channels, size, size), fp32."""
+    """(B, channels, size, size), fp16 or fp32 as they are stored; draw_latents computes in fp32."""
     std: Tensor | None
     """The posterior's standard deviation, or None where there is none."""
     labels: Tensor
     """(B,) int64."""
+    flip: Tensor | None = None
+    """(B,) bool, the samples that are still to be mirrored, or None."""
 
 
 class Dataset(Protocol):
@@ -32,8 +39,8 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """The samples of these indices."""
+    def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
+        """The samples of these indices, those mirrored (or marked to be) that flip (B,) bool says."""
         ...
 
 
@@ -53,45 +60,41 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """The samples of these indices."""
+    def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
+        """The samples of these indices, those marked to be mirrored that flip says."""
         indices = torch.from_numpy(indices)
-        return Batch(self.images[indices], None, self.labels[indices])
+        return Batch(self.images[indices], None, self.labels[indices], flip)
 
 
 class Latents:
-    """Cached posteriors of a VAE, memory-mapped: mean.npy and std.npy (N, channels, size, size), labels.npy (N,).
+    """Cached posteriors of a VAE, memory-mapped.
+
+    Args:
+        path: of a folder that scripts/prepare_data.py wrote.
+        num_classes: of the model; of a folder that knows its classes' names, they are counted.
+        pixels: the range of the images that the run takes for granted.
 
     Raises:
-        UserError: for a missing or unreadable file, shapes that do not fit each other, or a label out of range.
+        UserError: for a missing or damaged cache, a label out of range, or other pixels.
     """
 
-    def __init__(self, path: str, num_classes: int):
+    def __init__(self, path: str, num_classes: int, pixels: str = "symmetric"):
         require(path != "", "data.path", path, "a folder of latents", "name it by --data.path FOLDER")
-        self.mean, self.std, labels = (self._open(Path(path) / f"{name}.npy") for name in ("mean", "std", "labels"))
-        fits = self.mean.ndim == 4 and self.mean.shape == self.std.shape and labels.shape == self.mean.shape[:1]
-        shapes = (self.mean.shape, self.std.shape, labels.shape)
-        require(fits, path, shapes, "mean and std (N, C, S, S) and labels (N,)", "prepare the folder again")
-        self.labels = torch.from_numpy(np.array(labels)).long()
-        self.shape, self.num_classes = tuple(self.mean.shape[1:]), num_classes
-        check_labels(self.labels, num_classes, f"{path}/labels.npy")
-
-    @staticmethod
-    def _open(path: Path) -> np.ndarray:
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"data.path: got {path}, which cannot be read ({error}), wanted an .npy array; prepare the folder again"
-            ) from None
+        self.cache = Cache(Path(path))
+        found, classes = self.cache.manifest["pixels"], self.cache.manifest["classes"]
+        require(found == pixels, "data.pixels", pixels, f"{found!r}, the latents'", f"set --data.pixels {found}")
+        self.labels = torch.from_numpy(self.cache.labels)
+        self.shape, self.num_classes = self.cache.shape, len(classes) if classes else num_classes
+        check_labels(self.labels, self.num_classes, f"{path}: labels")
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """The samples of these indices."""
-        mean, std = (torch.from_numpy(a[indices]).float() for a in (self.mean, self.std))
-        return Batch(mean, std, self.labels[torch.from_numpy(indices)])
+    def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
+        """The samples of these indices. Flipped ones are read mirrored where the cache has them, else marked."""
+        stored = flip is not None and self.cache.flipped
+        mean, std = map(torch.from_numpy, self.cache.posterior(indices, flip.numpy() if stored else None))
+        return Batch(mean, std, self.labels[torch.from_numpy(indices)], None if stored else flip)
 
 
 def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
@@ -109,7 +112,7 @@ def open_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
     Raises:
         UserError: where it does not fit the model.
     """
-    dataset = Digits() if data.name == "digits" else Latents(data.path, model.num_classes)
+    dataset = Digits() if data.name == "digits" else Latents(data.path, model.num_classes, data.pixels)
     wanted = (model.in_channels, model.input_size, model.input_size)
     require(
         dataset.shape == wanted, "data", dataset.shape, f"samples of the model's shape {wanted}", "change the model"
@@ -139,26 +142,32 @@ class Order:
         """The data's indices of the global batch of a step (batch,)."""
         positions = np.arange(step * self.batch, (step + 1) * self.batch)
         epochs, offsets = np.divmod(positions, self.epoch_length)
-        wanted = set(epochs.tolist())
-        self._permutations = {epoch: self._permutation(epoch) for epoch in wanted}
-        return np.array([self._permutations[e][i] for e, i in zip(epochs.tolist(), offsets.tolist(), strict=True)])
+        first, last = int(epochs[0]), int(epochs[-1])
+        # tens of milliseconds for ImageNet, once an epoch
+        known = self._permutations
+        wanted = {e: known[e] if e in known else self._permutation(e) for e in range(first, last + 1)}
+        self._permutations = wanted
+        return np.concatenate([permutation[offsets[epochs == e]] for e, permutation in wanted.items()])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch in self._permutations:
-            return self._permutations[epoch]
         return np.random.default_rng((self.seed, epoch)).permutation(self.length)
 
 
+def draw_flips(draws: Draws) -> Tensor:
+    """Which samples are mirrored (B,) bool: each by a coin."""
+    return draws.uniform(Stream.FLIP) < 0.5
+
+
 def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
-    """What the network learns (B, channels, size, size): the posterior drawn, scaled and flipped as configured.
+    """What the network learns (B, channels, size, size) fp32: the posterior drawn and scaled, mirrored as marked.
 
     The batch must be on the draws' device.
     """
-    x = batch.mean
+    x = batch.mean.float()
     if batch.std is not None:
         if config.sample_posterior:
-            x = x + batch.std * draws.normal(Stream.POSTERIOR, tuple(x.shape[1:]))
+            x = x + batch.std.float() * draws.normal(Stream.POSTERIOR, tuple(x.shape[1:]))
         x = x * config.scale
-    if config.flip:
-        x = torch.where((draws.uniform(Stream.FLIP) < 0.5)[:, None, None, None], x.flip(-1), x)
+    if batch.flip is not None:
+        x = torch.where(batch.flip[:, None, None, None], x.flip(-1), x)
     return x

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cache import read_manifest
 from .config import DataConfig
-from .errors import UserError
+from .vae import check_vae, load_vae
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -19,24 +20,19 @@ def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor],
     """A function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity for digits.
 
     Raises:
-        UserError: where the autoencoder cannot be loaded.
+        UserError: where the autoencoder cannot be loaded, or is not the one that the latents at data.path are of.
     """
     if config.name == "digits":
         return lambda latents: latents
-    from diffusers import AutoencoderKL  # nine seconds to import
-
-    try:
-        vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"data.vae: got {config.vae!r}, which cannot be loaded ({reason}), wanted a diffusers AutoencoderKL; "
-            "name a local folder by --data.vae FOLDER"
-        ) from None
+    vae = load_vae(config.vae, device, "data.vae")
+    # sampling may run where the latents are not
+    if (Path(config.path) / "manifest.json").exists():
+        check_vae(config.vae, vae, read_manifest(Path(config.path)))
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        return torch.cat([vae.decode(part / config.scale).sample for part in latents.split(16)])
+        images = torch.cat([vae.decode(part / config.scale).sample for part in latents.split(16)])
+        return images if config.pixels == "symmetric" else 2 * images - 1
 
     return decode
 

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import caches
 import numpy as np
 import pytest
 import runs
@@ -56,7 +57,7 @@ BAD_TRAINING = {
     "digits --model.input-size 16": "data: got (1, 8, 8), wanted samples of the model's shape (1, 16, 16)",
     "digits --model.num-classes 5": "model.num_classes: got 5, wanted the data's 10",
     "imagenet-b4": "data.path: got '', wanted a folder of latents",
-    "imagenet-b4 --data.path /nowhere": "data.path: got /nowhere/mean.npy, which cannot be read",
+    "imagenet-b4 --data.path /nowhere": "cache: got /nowhere, which has no manifest.json, wanted a folder of latents",
 }
 
 
@@ -75,24 +76,55 @@ def test_a_gpu_that_is_not_there(command, tmp_path):
 
 
 def test_labels_out_of_range(command, tmp_path):
-    for name, array in (("mean", np.zeros((8, 4, 4, 4))), ("std", np.ones((8, 4, 4, 4))), ("labels", np.arange(8) * 2)):
-        np.save(tmp_path / f"{name}.npy", array)
-    args = ["--data.path", tmp_path, "--model.input-size", 4, "--train.batch", 8, "--out", tmp_path / "run"]
+    cache = caches.cache_of(tmp_path, np.zeros((8, 4, 4, 4)), np.ones((8, 4, 4, 4)), np.arange(8) * 2)
+    args = ["--data.path", cache, "--model.input-size", 4, "--train.batch", 8, "--out", tmp_path / "run"]
     code, _, err = command("train", "imagenet-b4", *args, "--model.num-classes", 10)
-    assert code == 2 and "labels.npy: got 10, wanted labels from 0 to 9" in err
+    assert code == 2 and "labels: got 10, wanted labels from 0 to 9" in err
 
 
 def test_training_on_latents(command, tmp_path):
     rng = np.random.default_rng(0)
-    np.save(tmp_path / "mean.npy", rng.normal(size=(64, 4, 8, 8)).astype(np.float16))
-    np.save(tmp_path / "std.npy", np.full((64, 4, 8, 8), 0.1, np.float16))
-    np.save(tmp_path / "labels.npy", rng.integers(0, 5, 64))
-    args = f"--data.path {tmp_path} --out {tmp_path}/run --model.input-size 8 --model.num-classes 5 --model.depth 1 "
+    mean, std = rng.normal(size=(64, 4, 8, 8)), np.full((64, 4, 8, 8), 0.1)
+    cache = caches.cache_of(tmp_path, mean, std, rng.integers(0, 5, 64))
+    args = f"--data.path {cache} --out {tmp_path}/run --model.input-size 8 --model.num-classes 5 --model.depth 1 "
     args += "--model.hidden-size 32 --model.num-heads 2 --train.steps 4 --train.batch 8 --train.log-every 2 "
     args += f"--objective.omega 0.2 --objective.kappa 0.5 --data.vae {tmp_path}/no-vae"
     code, out, err = command("train", "imagenet-b4", *args.split())
     assert (code, len(runs.curve(tmp_path / "run"))) == (0, 2), err
     assert "no pictures of samples: data.vae: got" in out  # said, and trained on
+
+
+def test_preparing_data(command, tmp_path):
+    caches.cache_of(tmp_path, np.zeros((9, 4, 8, 8)), np.ones((9, 4, 8, 8)), np.arange(9))
+    args = ["import", tmp_path, "--out", tmp_path / "new", "--layout", "arrays", "--shard-rows", 4]
+    code, out, _ = command("prepare_data", *args)
+    assert code == 0 and "new: 9 latents 4x8x8 fp16 in 3 shards" in out
+    assert command("prepare_data", "verify", tmp_path / "new")[:2] == (0, f"{tmp_path}/new: all 3 shards are good\n")
+    shard = tmp_path / "new" / "shard_00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    code, out, _ = command("prepare_data", "verify", tmp_path / "new")
+    assert code == 2 and "shard 1: shard_00001.npy does not match its SHA-256" in out and "with --repair" in out
+    assert command("prepare_data", *args, "--repair")[0] == 0
+    assert command("prepare_data", "verify", tmp_path / "new")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    {
+        "verify /nowhere": "cache: got /nowhere, which has no manifest.json",
+        "import /nowhere --layout repa --out x": "source: got '/nowhere', wanted a folder or file that exists",
+        "import /nowhere --out x": "--layout",
+        "encode /nowhere --out x": "source: got /nowhere, which is not there",
+        "encode /nowhere --out x --batch 0": "batch: got 0, wanted a positive whole number",
+        "encode /nowhere": "--out",
+        "make /nowhere": "verb: got 'make', wanted one of encode import verify",
+    }.items(),
+)
+def test_bad_input_to_prepare_data(command, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("prepare_data", *args.split())
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_and_dry_run(command):

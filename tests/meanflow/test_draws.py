@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from meanflow.config import DataConfig, ObjectiveConfig
-from meanflow.data import Batch, Order, draw_latents
+from meanflow.data import Batch, Order, draw_flips, draw_latents
 from meanflow.draws import Draws, Stream, philox
 from meanflow.objective import drop_mask
 from meanflow.times import draw_times
@@ -103,9 +103,13 @@ def test_posterior_is_drawn_scaled_and_flipped():
     assert stats.kstest(x.flatten(), "norm", (1.0, 1.5)).pvalue > 0.01
     mean = draw_latents(batch, draws(), DataConfig(scale=0.5, sample_posterior=False))
     assert torch.equal(mean, torch.ones_like(mean))
-    ramp = Batch(torch.tensor([0.0, 1.0]).expand(N, 1, 1, 2), None, batch.labels)
-    flipped = draw_latents(ramp, draws(), DataConfig(flip=True))[:, 0, 0, 0]
-    assert abs(flipped.mean() - 0.5) < 4 * 0.5 / N**0.5
+    half = Batch(batch.mean.half(), batch.std.half(), batch.labels)
+    assert torch.equal(draw_latents(half, draws(), DataConfig(scale=0.5)), x)  # computed in fp32
+    ramp = Batch(torch.tensor([0.0, 1.0]).expand(N, 1, 1, 2), None, batch.labels, draw_flips(draws()))
+    flipped = draw_latents(ramp, draws(), DataConfig())[:, 0, 0, 0]
+    assert torch.equal(flipped.bool(), ramp.flip) and abs(flipped.mean() - 0.5) < 4 * 0.5 / N**0.5
+    parts = [draw_flips(Draws(0, 0, part)) for part in torch.arange(N).split(N // 4)]
+    assert torch.equal(torch.cat(parts), draw_flips(Draws(0, 0, torch.arange(N))))
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
@@ -116,6 +120,15 @@ def test_order_visits_each_sample_once_an_epoch(drop_last):
         assert len(set(seen[:8])) == len(set(seen[8:16])) == 8
     else:
         assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    again = Order(10, 4, seed=1, drop_last=drop_last)
+    again = Order(10, 4, seed=1, drop_last=drop_last)  # at any step, not only from the first on
     assert (again.indices(3) == order.indices(3)).all()
     assert (Order(10, 4, seed=2, drop_last=drop_last).indices(3) != order.indices(3)).any()
+
+
+def test_order_within_a_step_of_several_epochs():
+    order, seen = Order(5, 4, seed=3, drop_last=False), []
+    for step in range(10):
+        seen += order.indices(step).tolist()
+    epochs = [seen[i : i + 5] for i in range(0, 40, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert epochs == [np.random.default_rng((3, e)).permutation(5).tolist() for e in range(8)]

@@ -1,0 +1,288 @@
+"""Images to latents: decode, crop, encode, and fill a cache's shards, in any number of processes, after any kill."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .cache import DTYPES, Builder
+from .errors import UserError, require
+from .sources import Source, centre_crop, decode, fingerprint, open_source
+from .vae import identity, load_vae
+from .world import World
+
+CROP = "adm centre crop"
+AHEAD = 4  # batches that are decoded while one is encoded
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images become latents."""
+
+    image_size: int = 256
+    """Side of the cropped images in pixels."""
+    vae: str = "stabilityai/sd-vae-ft-mse"
+    """diffusers' AutoencoderKL: a local folder or a name on the hub."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """What mean and std are stored in; the autoencoder computes in fp32 (without TF32)."""
+    flipped: bool = False
+    """Store the encoding of each mirrored image too: twice the room, and what --data.flip then reads."""
+    split: str = "train"
+    """Subfolder or split of the source that is taken, if it has one of this name."""
+    limit: int | None = None
+    """Take so many images only, evenly spread over the source."""
+    bad_images: Literal["fatal", "skip"] = "fatal"
+    """What an image that cannot be read does: stop, or be left out and listed in the manifest."""
+    batch: int = 32
+    """Images encoded at a time."""
+    workers: int = 4
+    """Threads of each process that decode and crop."""
+    shard_rows: int = 8192
+    """Images a shard: what a killed process does again at most."""
+    repair: bool = False
+    """Read the shards that are there too, and do the damaged ones again; missing ones are always done."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one; under torchrun each process takes its own."""
+
+    def __post_init__(self):
+        for name in ("image_size", "batch", "workers", "shard_rows"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "a positive whole number", "change it")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "a positive whole number", "change it")
+
+
+class Decoded(NamedTuple):
+    """An image read by a worker."""
+
+    crop: np.ndarray | None
+    """(size, size, 3) uint8, or None where it cannot be read."""
+    mode: str
+    """The mode it was stored in, or why it cannot be read."""
+    seconds: float
+    """What reading took."""
+
+
+class Stopwatch:
+    """Seconds of each stage, and the images that went through all of them."""
+
+    def __init__(self, workers: int):
+        self.workers, self.start = workers, time.perf_counter()
+        self.seconds: Counter[str] = Counter()
+        self.images = 0
+
+    @contextmanager
+    def __call__(self, stage: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        total = time.perf_counter() - self.start
+        # each worker runs on its own, so together they are that much faster
+        share = {"decode": self.workers}
+        rates = [f"{stage} {self.images * share.get(stage, 1) / s:.0f}" for stage, s in self.seconds.items() if s]
+        return f"{self.images} images in {total:.1f} s, images/s: all {self.images / total:.1f}, " + ", ".join(rates)
+
+
+class Encoder:
+    """An autoencoder's posteriors of uint8 crops."""
+
+    def __init__(self, vae: nn.Module, image_size: int, flipped: bool, device: torch.device):
+        self.vae, self.flipped, self.device = vae, flipped, device
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        require(vae.config.in_channels == 3, "vae", vae.config.in_channels, "one of 3 colours", "name another")
+        require(image_size % factor == 0, "image_size", image_size, f"a multiple of {factor}", "change it")
+        self.shape = (vae.config.latent_channels, image_size // factor, image_size // factor)
+
+    @torch.no_grad()
+    def __call__(self, crops: np.ndarray) -> np.ndarray:
+        """Crops (B, size, size, 3) uint8 -> mean and std (B, copies, 2, C, S, S) fp32."""
+        x = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2).float()
+        x = x.div(255).sub(0.5).div(0.5)  # rounds as the official code's ToTensor and Normalize do
+        copies = [self._posterior(x)] + ([self._posterior(x.flip(-1))] if self.flipped else [])
+        return torch.stack(copies, 1).cpu().numpy()
+
+    def _posterior(self, x: Tensor) -> Tensor:
+        posterior = self.vae.encode(x).latent_dist
+        return torch.stack([posterior.mean, posterior.std], 1)
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[Sequence], ahead: int) -> Iterator[list]:
+    """The results of work on each batch's items, batches in order, `ahead` of them under way."""
+    pending: deque = deque()
+    for batch in batches:
+        pending.append([pool.submit(work, item) for item in batch])
+        if len(pending) > ahead:
+            yield [future.result() for future in pending.popleft()]
+    while pending:
+        yield [future.result() for future in pending.popleft()]
+
+
+def fill(folder: Path, job: dict, world: World, repair: bool, make: Callable[[Builder, list[int]], Any]) -> dict | None:
+    """Complete a cache: every process makes its share of the shards that are not whole; the manifest, in the first.
+
+    Raises:
+        UserError: for a folder that holds another job.
+    """
+    builder = Builder(folder, job)
+    if world.is_main:
+        builder.begin()
+    missing = world.broadcast(builder.missing(read=repair) if world.is_main else None)
+    builder.check()
+    done = builder.shards - len(missing)
+    if world.is_main and done:
+        print(f"{folder}: {done} of {builder.shards} shards are whole, {len(missing)} are made")
+    make(builder, missing[world.rank :: world.size])
+    world.gather(None)  # when all have come here, all shards are there
+    return builder.finish() if world.is_main else None
+
+
+def progress(builder: Builder, shards: list[int], world: World) -> tqdm:
+    """A bar of this process's images; only the first process shows it."""
+    total = sum(len(builder.members(shard)) for shard in shards)
+    name = builder.folder.name + (f", process 1 of {world.size}" if world.size > 1 else "")
+    return tqdm(total=total, unit="img", desc=name, disable=not world.is_main, dynamic_ncols=True, mininterval=1.0)
+
+
+class Preparation:
+    """A source being encoded into a folder."""
+
+    def __init__(self, name: str, folder: Path, options: Options, world: World):
+        self.folder, self.options, self.world = folder, options, world
+        self.source: Source = open_source(name, options.split)
+        available, limit = len(self.source.names), options.limit
+        wanted = available if limit is None else min(limit, available)
+        self.chosen = np.arange(wanted) * available // wanted
+        vae = load_vae(options.vae, world.device, "vae")
+        self.encoder = Encoder(vae, options.image_size, options.flipped, world.device)
+        self.job = self._job(name, vae)
+        self.stopwatch = Stopwatch(options.workers)
+
+    def _job(self, name: str, vae: nn.Module) -> dict:
+        import diffusers
+        import PIL
+
+        options, source = self.options, self.source
+        labels = source.labels[self.chosen].tolist()
+        listed = fingerprint((source.names[i] for i in self.chosen), labels)
+        return {
+            "source": {"kind": source.kind, "path": name, "split": options.split, "sha256": listed},
+            "count": len(self.chosen),
+            "classes": source.classes,
+            "vae": identity(options.vae, vae),
+            "crop": CROP,
+            "image_size": options.image_size,
+            "pixels": "symmetric",
+            "latent_shape": self.encoder.shape,
+            "dtype": options.dtype,
+            "flipped": options.flipped,
+            "batch": options.batch,
+            "shard_rows": options.shard_rows,
+            "device": self.world.device.type,
+            "software": {"torch": torch.__version__, "diffusers": diffusers.__version__, "pillow": PIL.__version__},
+        }
+
+    def run(self) -> dict | None:
+        """Encode what is missing; the manifest, in the first process.
+
+        Raises:
+            UserError: for an image that cannot be read, latents that are not finite, a folder that holds another job.
+        """
+        return fill(self.folder, self.job, self.world, self.options.repair, self._make)
+
+    def _make(self, builder: Builder, shards: list[int]) -> None:
+        batch, pool = self.options.batch, ThreadPoolExecutor(self.options.workers)
+        # batches do not cross shards: what a shard holds does not depend on which ones are made
+        batches = [
+            builder.members(shard)[i : i + batch]
+            for shard in shards
+            for i in range(0, len(builder.members(shard)), batch)
+        ]
+        try:
+            decoded = in_order(pool, self._decode, batches, AHEAD)
+            with progress(builder, shards, self.world) as bar:
+                for shard in shards:
+                    self._make_shard(builder, shard, decoded, bar)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, member: int) -> Decoded:
+        start = time.perf_counter()
+        try:
+            image, mode = decode(self.source.read(int(self.chosen[member])))
+            crop = np.asarray(centre_crop(image, self.options.image_size))
+        # what Pillow raises for damaged files
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            crop, mode = None, " ".join(str(error).split())
+        return Decoded(crop, mode, time.perf_counter() - start)
+
+    def _make_shard(self, builder: Builder, shard: int, decoded: Iterator[list[Decoded]], bar: tqdm) -> None:
+        members, batch = builder.members(shard), self.options.batch
+        copies = 2 if self.options.flipped else 1
+        latents = np.empty((len(members), copies, 2, *self.encoder.shape), DTYPES[self.options.dtype])
+        rows, skipped, converted = [], [], Counter()
+        for start in range(0, len(members), batch):
+            part = members[start : start + batch]
+            images = next(decoded)
+            self.stopwatch.seconds["decode"] += sum(image.seconds for image in images)
+            good = [(member, image) for member, image in zip(part, images, strict=True) if image.crop is not None]
+            skipped += [[self._name(m), i.mode] for m, i in zip(part, images, strict=True) if i.crop is None]
+            if skipped and self.options.bad_images == "fatal":
+                raise UserError(
+                    f"source: got {skipped[0][0]}, which cannot be read ({skipped[0][1]}), wanted an image; "
+                    "repair it, or leave such images out by --bad-images skip"
+                )
+            converted.update(image.mode for _, image in good if image.mode != "RGB")
+            if good:
+                with self.stopwatch("encode"):
+                    encoded = self.encoder(np.stack([image.crop for _, image in good]))
+                latents[len(rows) : len(rows) + len(good)] = self._finite(encoded, [member for member, _ in good])
+                rows += [member for member, _ in good]
+            self.stopwatch.images += len(part)
+            bar.update(len(part))
+        with self.stopwatch("write"):
+            builder.put(
+                shard, latents[: len(rows)], self.source.labels[self.chosen[np.array(rows, int)]], skipped, converted
+            )
+
+    def _finite(self, encoded: np.ndarray, members: list[int]) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            encoded = encoded.astype(DTYPES[self.options.dtype])
+        good = np.isfinite(encoded).reshape(len(encoded), -1).all(1)
+        if not good.all():
+            name = self._name(members[int(np.argmin(good))])
+            raise UserError(
+                f"vae: got latents of {name} that are not finite in {self.options.dtype}, wanted numbers; "
+                f"name another autoencoder than {self.options.vae!r}, or take --dtype fp32"
+            )
+        return encoded
+
+    def _name(self, member: int) -> str:
+        return self.source.names[int(self.chosen[member])]
+
+
+def prepare(source: str, folder: Path, options: Options) -> dict | None:
+    """Encode a source's images into a latent cache, going on with what it holds; the manifest, in the first process.
+
+    Raises:
+        UserError: for a source without images or a damaged one, an autoencoder that does not fit, another job's folder.
+    """
+    # a GPU would otherwise round convolutions to TF32, and differently from run to run
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    with World(options.device) as world:
+        preparation = Preparation(source, folder, options, world)
+        manifest = preparation.run()
+        if preparation.stopwatch.images:
+            process = f"process {world.rank + 1} of {world.size}: " if world.size > 1 else ""
+            print(f"{process}{preparation.stopwatch} ({options.workers} decoding threads)")
+        return manifest
