@@ -3,9 +3,8 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +18,21 @@ KEYS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu
 _READABLE = (*KEYS.items(), ("pool3", ("ref_mu", "ref_sigma")))
 
 
-class Gaussian(NamedTuple):
+@dataclass(frozen=True)
+class Gaussian:
     """A normal distribution of features."""
 
     mean: Tensor
     """(D,) fp64."""
     covariance: Tensor
     """(D, D) fp64."""
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (D, rank) with F F^T = covariance; eigenvalues that rounding cannot tell from zero are zero."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+        return vectors[:, kept] * values[kept].sqrt()
 
 
 @dataclass(frozen=True)
@@ -92,16 +99,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         a.mean.shape == b.mean.shape, "statistics", tuple(b.mean.shape), f"the shape {tuple(a.mean.shape)}",
         "both must be of the same features",
     )  # fmt: skip
-    cross = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
+    cross = torch.linalg.svdvals(a.factor.T @ b.factor).sum()
     gap = (a.mean - b.mean).square().sum()
     return float(gap + a.covariance.trace() + b.covariance.trace() - 2 * cross)
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    """F (D, rank) with F F^T = covariance; eigenvalues that rounding cannot tell from zero are zero."""
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
 
 
 def write_statistics(path: Path, statistics: dict[str, Gaussian], **facts: object) -> None:
@@ -114,7 +114,7 @@ def write_statistics(path: Path, statistics: dict[str, Gaussian], **facts: objec
     """
     arrays = {name: np.array(value) for name, value in facts.items()}
     for name, gaussian in statistics.items():
-        for key, x in zip(KEYS[name], gaussian, strict=True):
+        for key, x in zip(KEYS[name], (gaussian.mean, gaussian.covariance), strict=True):
             arrays[key] = x.cpu().numpy()
     partial = path.with_name(path.name + ".partial")
     try:
@@ -146,7 +146,8 @@ def read_statistics(path: Path, device: torch.device | str = "cpu") -> dict[str,
             f"reference: got {path}, which cannot be read ({reason}), wanted an .npz of statistics or images; "
             "fetch it again or name another"
         ) from None
-    for name, (mean, covariance) in found.items():
+    for name, gaussian in found.items():
+        mean, covariance = gaussian.mean, gaussian.covariance
         fits = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
         finite = bool(mean.isfinite().all() and covariance.isfinite().all())
         require(
