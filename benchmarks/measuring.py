@@ -8,6 +8,7 @@ reason, and the others go on.
 
 import functools
 import gc
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from .variants import VARIANTS, Variant, Workload, same_as
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """||g - g_first|| / ||g_first||: the rounding of two orders of summation, far below any mistake's."""
 OUT_OF_MEMORY = "out of memory"
+FEWEST = 3
+"""Turns that are taken however long they last."""
 
 
 class Reference(NamedTuple):
@@ -46,16 +49,32 @@ class Started(NamedTuple):
     reference: Reference
 
 
-def measure(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
+def measure(work: Workload, names: list[str], repeats: int, seconds: float = math.inf) -> Iterator[dict]:
     """The rows of the variants, each as soon as it is known: those that cannot be timed first where they take turns.
+
+    Args:
+        repeats: steps of each at most. seconds: on a CPU no further turn is begun after these, but
+            three are taken.
 
     Raises:
         SystemExit: where a gradient is another than the first's.
     """
-    return (in_turn if work.device == "cuda" else interleaved)(work, names, repeats)
+    if work.device == "cuda":
+        # as many steps of each, or they would be no pairs
+        return in_turn(work, names, repeats)
+    return interleaved(work, names, repeats, seconds)
 
 
-def interleaved(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
+def turns(repeats: int, seconds: float) -> Iterator[int]:
+    """The numbers of the steps to take, while there is time: a slow machine gets fewer pairs, and not none."""
+    begin = time.monotonic()
+    for turn in range(repeats):
+        if turn >= FEWEST and time.monotonic() - begin > seconds:
+            return
+        yield turn
+
+
+def interleaved(work: Workload, names: list[str], repeats: int, seconds: float) -> Iterator[dict]:
     """All variants side by side, a step each in turn; ratios are of the pairs of a turn."""
     started, samples, reference = {}, {}, None
     for name in names:
@@ -64,7 +83,7 @@ def interleaved(work: Workload, names: list[str], repeats: int) -> Iterator[dict
             yield untimed(name, why)
         else:
             started[name], samples[name], reference = found, [], found.reference
-    for step in tqdm(range(repeats), desc="timing", unit="turn"):
+    for step in tqdm(turns(repeats, seconds), total=repeats, desc="timing", unit="turn"):
         inputs = work.inputs(step)
         # every other turn backwards, so that nobody always follows the same neighbour
         for name in list(started) if step % 2 else reversed(list(started)):

@@ -32,7 +32,8 @@ PYTEST = "-m pytest -q -rs -p no:cacheprovider"
 OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding")
 RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
 """The paper's Table 4: the batch on one GPU, a part of 256."""
-TINY = "--precision fp32 --kappa 0.5"
+TINY = "--precision fp32 --kappa 0.5 --seconds 15"
+"""On a CPU; a slow one takes fewer steps."""
 ABLATED = {"b4": ("B/4", 256), "xl2": ("XL/2", 32)}
 EAGER = "not compiled and not reference and not N1024 and not hd64"
 """Benches that need no compiler but Triton's, at one size of attention."""

@@ -15,6 +15,7 @@ same version twice has to agree within the printed spread. Exit code 1 where 1 l
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from .measuring import timed
+from .measuring import timed, turns
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .timing import quantiles
 from .variants import VARIANTS
@@ -93,12 +94,12 @@ def _git(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def compare(here: Side, there: Side, turns: int) -> dict:
+def compare(here: Side, there: Side, repeats: int, seconds: float = math.inf) -> dict:
     """Times of both, and the quantiles of here over there by the pairs of a turn."""
     for side in (here, there):
         assert side.answer() == READY
     samples = {here: [], there: []}
-    for turn in range(turns):
+    for turn in turns(repeats, seconds):
         for side in (here, there) if turn % 2 else (there, here):
             samples[side].append(side.step(turn))
     ratios = quantiles([a / b for a, b in zip(samples[here], samples[there], strict=True)])
@@ -107,7 +108,7 @@ def compare(here: Side, there: Side, turns: int) -> dict:
         "ms": quantiles(samples[here])[1],
         "base_ms": quantiles(samples[there])[1],
         "ratio": dict(zip(("20", "50", "80"), ratios, strict=True)),
-        "turns": turns,
+        "turns": len(samples[here]),
     }
 
 
@@ -152,7 +153,7 @@ def main(args: list[str] | None = None) -> int:
         sides = []
         try:
             sides += [Side(ROOT, args), Side(tree, args)]
-            row = compare(*sides, options.repeats or TURNS[options.device])
+            row = compare(*sides, options.repeats or TURNS[options.device], options.seconds)
         finally:
             for side in sides:
                 side.process.kill()

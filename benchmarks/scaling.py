@@ -60,7 +60,8 @@ def main(args: list[str] | None = None) -> int:
             work = make_workload(options)
         except UserError as error:
             raise SystemExit(f"benchmarks.scaling: error: {error}") from None
-        (row,) = measure(work, [options.variant], options.repeats or REPEATS[options.device])
+        repeats = options.repeats or REPEATS[options.device]
+        (row,) = measure(work, [options.variant], repeats, options.seconds)
         columns = identity(work, options.preset) | {"axis": options.axis}
         rows += append([columns | row | {"kind": "scaling"}], options)
         if not row["ms"]:

@@ -11,6 +11,7 @@ memory, or would be another's step, is a row with its reason. Exit code 1: a gra
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", type=float, default=0.25, help="share of r != t (default 0.25)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=None, help="timed steps")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="CPU: fewer steps where they take longer")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
@@ -111,7 +113,7 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         raise SystemExit(f"benchmarks.step: error: {error}") from None
     rows = []
-    for row in measure(work, names, options.repeats or REPEATS[options.device]):
+    for row in measure(work, names, options.repeats or REPEATS[options.device], options.seconds):
         # what is known stays, whatever happens to the next
         rows += append([identity(work, options.preset) | {"compared": names} | row], options)
     print(report(rows))

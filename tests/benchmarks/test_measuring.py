@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,24 @@ def test_what_does_not_fit_costs_no_other(monkeypatch, tmp_path, capsys, when, e
     # the others keep all their pairs
     assert rows["one"]["samples"] == rows["two"]["samples"] == 2 and rows["two"]["times"].keys() == {"one"}
     assert "large: not timed: out of memory" in capsys.readouterr().out
+
+
+def test_a_slow_machine_takes_fewer_turns(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+
+    def taken(seconds):
+        found = []
+        for turn in measuring.turns(9, seconds):
+            found.append(turn)
+            now[0] += 10
+        return found
+
+    assert taken(math.inf) == list(range(9))
+    # the sixth turn ends at 60 seconds
+    assert taken(55) == list(range(6))
+    # three are taken however long they last
+    assert taken(1) == [0, 1, 2]
 
 
 def test_the_first_may_be_the_one_that_does_not_fit(monkeypatch, tmp_path):
