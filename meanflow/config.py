@@ -234,11 +234,48 @@ class TrainConfig:
     keep_last: int = 3
     """Checkpoints that are kept."""
 
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for ever; 0 keeps none."""
+    accumulate: int = 1
+    """Micro-batches that a process makes of its part of the batch, one after the other: less memory, the same step."""
+    parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """Several processes (torchrun): a copy of the network in each (ddp); its parameters, gradients and optimizer state
+    sharded over all (fsdp), or over the processes of a machine and copied between machines (hybrid)."""
+    shard_size: int = 0
+    """hybrid: processes that share one copy; 0 is those of a machine."""
+    groups: int = 0
+    """Equal parts of the batch, within each of which the first samples get r = t and lose their labels. The official
+    code has one a device; 0 is one a process, at the start of a run, and stays so. 1 is the whole batch."""
+    wandb: str = ""
+    """Project of Weights & Biases to log to, beside TensorBoard; needs the package wandb."""
+
     def __post_init__(self):
-        for name in ("steps", "batch", "log_every", "sample_every", "save_every", "keep_last"):
+        for name in ("steps", "batch", "log_every", "sample_every", "save_every", "keep_last", "accumulate"):
             value = getattr(self, name)
             require(value >= 1, f"train.{name}", value, "a positive whole number", "change it")
+        for name in ("keep_every", "shard_size", "groups"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "zero or more", "change it")
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "a number in [0, 2^63)", "change it")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Steps that would do harm: loss or gradient not finite, or far above what they were. They are not made."""
+
+    spike: float = 10.0
+    """A raw loss, v_loss or gradient norm of so many times its running mean is a spike; 0 lets every finite one pass."""
+    patience: int = 10
+    """Steps in a row that may be left out. Looked at with each log line."""
+    then: Literal["stop", "rollback"] = "stop"
+    """After that: stop, or go back to the last checkpoint and on with data and draws that were not met yet."""
+    rollbacks: int = 3
+    """Times a run may go back."""
+
+    def __post_init__(self):
+        require(self.spike == 0 or self.spike > 1, "guard.spike", self.spike, "a factor above 1, or 0", "change it")
+        require(self.patience >= 1, "guard.patience", self.patience, "a positive whole number", "change it")
+        require(self.rollbacks >= 0, "guard.rollbacks", self.rollbacks, "zero or more", "change it")
 
 
 @dataclass(frozen=True)
@@ -250,14 +287,17 @@ class RunConfig:
     optim: OptimConfig
     data: DataConfig
     train: TrainConfig
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
-        if self.objective.equal_placement == "first":
-            batch, share = self.train.batch, self.objective.share_equal
+        groups = self.train.groups or 1
+        if self.objective.equal_placement == "first" and self.train.batch % groups == 0:
+            batch, share = self.train.batch // groups, self.objective.share_equal
             require(
                 _divides(batch, share),
-                "train.batch", batch, f"one that a share of r = t of {share:g} divides to within 5 %",
-                f"take {next(b for b in itertools.count(batch) if _divides(b, share))} samples, "
+                "train.batch", self.train.batch,
+                f"one that a share of r = t of {share:g} divides to within 5 %" + f", in {groups} groups" * (groups > 1),
+                f"take {groups * next(b for b in itertools.count(batch) if _divides(b, share))} samples, "
                 "or objective.equal_placement bernoulli",
             )  # fmt: skip
 

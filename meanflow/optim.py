@@ -56,6 +56,14 @@ def _apex(params: list[Tensor], options: dict, captured: bool) -> torch.optim.Op
         raise UserError(APEX.format(error)) from None
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Step, or change nothing where skip, a scalar tensor, is 1. The host waits, unless the optimizer is native."""
+    if isinstance(optimizer, AdamWEMA):
+        optimizer.step(skip=skip)
+    elif not skip:
+        optimizer.step()
+
+
 def learning_rate(config: OptimConfig, step: int) -> float:
     """The rate of a step, counted from 0: constant after a linear warm-up."""
     if step < config.warmup_steps:
@@ -89,6 +97,15 @@ def state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str,
         step = state["step"] if _counts_by_parameter(optimizer) else optimizer.param_groups[0]["step"]
         tensors[f"step.{name}"] = torch.as_tensor(step, dtype=torch.float32).reshape(())
         tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
+    return tensors
+
+
+def empty_state_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Zeros of the names, shapes and shards of :func:`state_tensors`, to load into."""
+    tensors = {}
+    for name, p in net.named_parameters():
+        tensors[f"step.{name}"] = torch.zeros(())
+        tensors |= {f"{key}.{name}": torch.zeros_like(p, requires_grad=False) for key in MOMENTS}
     return tensors
 
 

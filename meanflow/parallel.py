@@ -15,9 +15,11 @@ Gradients are means over the processes: with batches of one size, those of the w
 
 import inspect
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -82,6 +84,22 @@ def shard(net: DiT, mesh: DeviceMesh | None = None) -> None:
     for block in net.blocks:
         fully_shard(block, mp_policy=policy, **options)
     fully_shard(net, **options)
+
+
+def summed_later(loss: nn.Module) -> AbstractContextManager:
+    """Within it, gradients of a replicated objective stay with each process; the next backward outside sums them all.
+
+    Shards are summed at once: what they would otherwise wait as, whole gradients, is what sharding is to avoid.
+    """
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
+
+
+def over_processes(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x = x / dist.get_world_size()
+        dist.all_reduce(x)
+    return x
 
 
 def gathered(x: Tensor) -> Tensor:

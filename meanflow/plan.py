@@ -9,6 +9,7 @@ A group's size decides the shapes of a step, so groups are padded to a few decla
 the step knows all of them beforehand.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,11 +64,13 @@ class Planner:
 
     Args:
         config: of the objective.
-        batch: samples B.
+        batch: samples B, of a device or of a micro-batch.
+        prefixes: how many samples at the start of a batch may be known to have r = t; None is the official number.
     """
 
-    def __init__(self, config: ObjectiveConfig, batch: int):
+    def __init__(self, config: ObjectiveConfig, batch: int, prefixes: Iterable[int] | None = None):
         self.config, self.batch = config, batch
+        self._prefixes = {equal_prefix(config, batch)} if prefixes is None else set(prefixes)
         # torch specialises a compiled region on a dimension of one
         self.granule = max(2, -(-batch // SIZES_PER_BATCH))
         self.tangent_sizes = self._tangent_sizes()
@@ -78,7 +81,7 @@ class Planner:
 
     def _tangent_sizes(self) -> tuple[int, ...]:
         if self.config.equal_placement == "first":
-            return (self.batch - equal_prefix(self.config, self.batch),)
+            return tuple(sorted(self.batch - prefix for prefix in self._prefixes))
         return self._multiples(self.batch)
 
     def _guidance_sizes(self) -> tuple[int, ...]:
@@ -115,8 +118,9 @@ class Planner:
             order = unequal.int().argsort(stable=True)
             t, drop = t[order], drop[order]
         else:
-            start = self.batch - self.tangent_sizes[0]
-            require(not unequal[:start].any(), "r", "r < t", f"r = t in the first {start} samples",
+            known = (start for start in self._prefixes if not unequal[:start].any())
+            start = max(known, default=None)
+            require(start is not None, "r", "r < t", f"r = t in the first {min(self._prefixes)} samples",
                     "set objective.equal_placement to bernoulli")  # fmt: skip
         return self._guidance(guided_mask(self.config, t, drop), drop, start, order)
 

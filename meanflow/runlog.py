@@ -1,5 +1,6 @@
 """What a run leaves to read: config, environment, JSON lines and TensorBoard scalars, pictures of samples."""
 
+import hashlib
 import json
 import os
 import platform
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import UserError, require
 from .images import grid, save_png
 from .objective import Terms
+from .peaks import PEAKS
+from .step import Done
+from .world import World
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "safetensors")
 
@@ -40,36 +45,54 @@ def commit() -> str | None:
         return None
 
 
-class RunLog:
-    """The run folder's log. Sums over the steps of an interval stay on the device until they are written."""
+SUMS = (
+    "steps", "samples", "unequal_samples", "loss", "raw", "raw_equal", "raw_unequal", "v_loss", "weight", "du_dt",
+    "grad_norm", "skipped",
+)  # fmt: skip
 
-    def __init__(self, out: Path):
-        self.out = out
+
+class RunLog:
+    """The run folder's log. Sums over the steps of an interval stay on the device until they are written.
+
+    Args:
+        out: run folder. world: whose first process writes.
+        wandb: project of Weights & Biases, or "".
+    """
+
+    def __init__(self, out: Path, world: World, wandb: str = ""):
+        self.out, self.world, self._project = out, world, wandb
         self.config_path = out / "config.json"
-        self._sums: dict[str, Tensor] = {}
-        self._tensorboard = None
-        self._clock = time.perf_counter()
+        self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64))
+        self._tensorboard = self._wandb = None
+        self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
 
     # --- the folder ---
 
-    def check(self, config: dict, continuable: tuple[str, ...]) -> None:
-        """Raise unless the folder is new or holds the same run, and can be written.
+    def held(self) -> dict | None:
+        """The configuration of the run that the folder holds, if any.
 
         Raises:
-            UserError: otherwise; the folder is as it was.
+            UserError: where the folder cannot be written, or read.
         """
-        try:
-            (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            held = json.loads(self.config_path.read_text()) if self.config_path.exists() else config
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
-                "name another by --out"
-            ) from None
-        self._compare(held, config, continuable)
+        values = None
 
-    def _compare(self, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
+        def look():
+            nonlocal values
+            try:
+                (self.out / "samples").mkdir(parents=True, exist_ok=True)
+                write_atomically(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+                values = json.loads(self.config_path.read_text()) if self.config_path.exists() else None
+            except (OSError, json.JSONDecodeError) as error:
+                raise UserError(
+                    f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
+                    "name another by --out"
+                ) from None
+
+        self.world.agree(look, main_only=True)
+        return self.world.broadcast(values)
+
+    def check(self, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
+        """Raise unless a configuration continues the one that the folder holds."""
         for section, options in config.items():
             for name, value in options.items():
                 if f"{section}.{name}" in continuable:
@@ -83,6 +106,8 @@ class RunLog:
 
     def start(self, config: dict, step: int) -> None:
         """Record the configuration and drop the lines after a step: the run goes on from there."""
+        if not self.world.is_main:
+            return
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
@@ -98,85 +123,149 @@ class RunLog:
                     break
                 kept.append(line + "\n")
             write_atomically(path, "".join(kept))
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._tensorboard = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1 if step else None)
-        self._clock = time.perf_counter()
+        if self._project and self._wandb is None:
+            self._wandb = self._start_wandb(config)
+
+    def _start_wandb(self, config: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"train.wandb: got {self._project!r}, but its package is not installed, wanted wandb; "
+                "pip install wandb, or leave the option out: TensorBoard has the same"
+            ) from None
+        # one run for a folder, whatever stops it
+        name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
+        return wandb.init(
+            project=self._project, name=self.out.name, id=name, dir=self.out, config=config, resume="allow"
+        )
+
+    def close(self) -> None:
+        """End the loggers."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     # --- numbers ---
 
-    def add(self, terms: Terms, grad_norm: Tensor) -> None:
-        """Add a step to the interval's sums; nothing waits for the device."""
-        raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
-        du_dt = terms.du_dt.square().flatten(1).mean(1)  # of the last samples of the batch, or all
-        values = {
-            "steps": torch.ones((), device=raw.device),
-            "samples": torch.full((), float(len(raw)), device=raw.device),
-            "unequal_samples": unequal.sum(),
-            "loss": terms.loss.detach(),
-            "raw": raw.sum(),
-            "raw_equal": torch.where(equal, raw, 0).sum(),
-            "raw_unequal": torch.where(unequal, raw, 0).sum(),
-            "v_loss": terms.v_loss.sum(),
-            "weight": terms.weight.sum(),
-            "du_dt": torch.where(unequal[len(raw) - len(du_dt) :], du_dt, 0).sum(),
-            "grad_norm": grad_norm.detach(),
-        }
-        for name, value in values.items():
-            value = value.double()
-            self._sums[name] = value if name not in self._sums else self._sums[name] + value
+    def add(self, done: Done, flops: float) -> None:
+        """Add a step to the interval's sums; nothing waits for the device. flops: what it needed, of this process."""
+        share = 1 / (self.world.size * len(done.terms))
+        main = float(self.world.is_main)
+        values = dict.fromkeys(SUMS, 0.0) | {"steps": main, "grad_norm": done.grad_norm.detach() * main}
+        for terms in done.terms:
+            for name, value in _sums(terms).items():
+                values[name] = values[name] + value * (share if name == "loss" else 1)
+        device = done.grad_norm.device
+        row = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in SUMS])
+        # what was not done may be not finite, and does not count
+        row = torch.where(done.skipped > 0, 0.0, row)
+        row[-1] = done.skipped * main
+        self._sums = self._sums.to(device) + row
+        self._flops += flops
+        self._images += sum(len(terms.raw) for terms in done.terms)
 
-    def sums(self) -> dict[str, Tensor]:
-        """The unfinished interval, for the checkpoint."""
-        return self._sums
+    def gathered_sums(self) -> Tensor:
+        """The unfinished interval of all processes, for the checkpoint; the first process holds it from then on."""
+        total = self.world.sum(self._sums)
+        self._sums = total if self.world.is_main else torch.zeros_like(total)
+        return total
 
-    def restore_sums(self, sums: dict[str, Tensor]) -> None:
+    def restore_sums(self, sums: Tensor) -> None:
         """Continue a checkpoint's interval."""
-        self._sums = dict(sums)
+        self._sums = sums if self.world.is_main else torch.zeros_like(sums)
 
-    def write(self, step: int, epoch: float, lr: float) -> dict:
-        """Write the interval's means and start a new one; returns the row. raw sums over a sample's elements."""
-        s = {name: float(value) for name, value in self._sums.items()}
-        self._sums = {}
-        equal = s["samples"] - s["unequal_samples"]
+    def write(self, step: int, epoch: float, lr: float, waited: float, **more: float | None) -> dict:
+        """Write the interval's means and start a new one; returns the row. All processes call it, the first writes.
+
+        Args:
+            waited: seconds that this process waited for data, since the run began. more: columns as they are.
+        """
+        s = dict(zip(SUMS, self.world.sum(self._sums).tolist(), strict=True))
+        self._sums = torch.zeros_like(self._sums)
         now = time.perf_counter()
+        seconds = now - self._clock
+
+        def mean(name: str, count: str = "samples") -> float | None:
+            return s[name] / s[count] if s[count] else None
+
+        s["equal_samples"] = s["samples"] - s["unequal_samples"]
+        du_dt = mean("du_dt", "unequal_samples")
         row = {
             "step": step,
             "epoch": epoch,
-            "loss": s["loss"] / s["steps"],
-            "raw": s["raw"] / s["samples"],
-            "raw_equal": s["raw_equal"] / equal if equal else None,
-            "raw_unequal": s["raw_unequal"] / s["unequal_samples"] if s["unequal_samples"] else None,
-            "v_loss": s["v_loss"] / s["samples"],
-            "weight": s["weight"] / s["samples"],
-            "du_dt_rms": (s["du_dt"] / s["unequal_samples"]) ** 0.5 if s["unequal_samples"] else None,
-            "grad_norm": s["grad_norm"] / s["steps"],
+            "loss": mean("loss", "steps"),
+            "raw": mean("raw"),
+            "raw_equal": mean("raw_equal", "equal_samples"),
+            "raw_unequal": mean("raw_unequal", "unequal_samples"),
+            "v_loss": mean("v_loss"),
+            "weight": mean("weight"),
+            "du_dt_rms": None if du_dt is None else du_dt**0.5,
+            "grad_norm": mean("grad_norm", "steps"),
             "lr": lr,
-            "images_per_second": s["samples"] / (now - self._clock),
+            "skipped": int(s["skipped"]),
+            **more,
+            "images_per_second": self._images * self.world.size / seconds,
+            "data_wait": (waited - self._waited) / seconds,
+            "mfu": self._mfu(seconds),
+            "memory_gb": _memory_gb(self.world.device),
             "time": time.time(),
         }
-        self._clock = now
+        self._clock, self._flops, self._images, self._waited = now, 0.0, 0, waited
+        if self.world.is_main:
+            self._write(step, row)
+        return row
+
+    def _write(self, step: int, row: dict) -> None:
         try:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if value is not None and name not in ("step", "time"):
-                    self._tensorboard.add_scalar(f"train/{name}", value, step)
+            scalars = {f"train/{k}": v for k, v in row.items() if v is not None and k not in ("step", "time")}
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+            if self._wandb is not None:
+                self._wandb.log(scalars, step=step)
         except OSError as error:
             raise self._unwritable(error) from None
-        return row
+
+    def _mfu(self, seconds: float) -> float | None:
+        """This process's share of its GPU's 16-bit datasheet peak, by the matrix products that the recipe needs."""
+        if self.world.device.type != "cuda":
+            return None
+        peak = PEAKS.get(torch.cuda.get_device_name(self.world.device))
+        return self._flops / seconds / (peak.tflops * 1e12) if peak else None
+
+    def event(self, step: int, what: str, **values) -> None:
+        """Something out of the ordinary: a line in events.jsonl and on the terminal."""
+        if self.world.is_main:
+            with open(self.out / "events.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "event": what, **values, "time": time.time()}) + "\n")
+            tqdm.write(f"{self.out}: step {step}: {what}")
 
     def picture(self, step: int, images: Tensor, columns: int) -> None:
-        """Write a grid of uint8 samples."""
+        """Write a grid of uint8 samples; the first process does."""
+        if not self.world.is_main:
+            return
         picture = grid(images, columns)
         try:
             save_png(self.out / "samples" / f"step_{step:08d}.png", picture, zoom=max(1, 32 // images.shape[-1]))
             self._tensorboard.add_image("samples/one_step", picture.numpy(), step, dataformats="HWC")
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({"samples/one_step": wandb.Image(picture.numpy())}, step=step)
         except OSError as error:
             raise self._unwritable(error) from None
 
     def flush(self) -> None:
         """Hand everything written to the operating system."""
         try:
-            self._tensorboard.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -185,6 +274,34 @@ class RunLog:
             f"out: got {self.out}, which cannot be written ({error}), wanted room in a writable folder; make room and "
             "repeat the command to resume"
         )
+
+
+def _sums(terms: Terms) -> dict[str, Tensor]:
+    """What a micro-batch adds to the sums."""
+    raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
+    du_dt = terms.du_dt.square().flatten(1).mean(1)  # of the last samples of the batch, or all
+    return {
+        "samples": torch.full((), float(len(raw)), device=raw.device),
+        "unequal_samples": unequal.sum(),
+        "loss": terms.loss.double(),
+        "raw": raw.sum().double(),
+        "raw_equal": torch.where(equal, raw, 0).sum().double(),
+        "raw_unequal": torch.where(unequal, raw, 0).sum().double(),
+        "v_loss": terms.v_loss.sum().double(),
+        "weight": terms.weight.sum().double(),
+        "du_dt": torch.where(unequal[len(raw) - len(du_dt) :], du_dt, 0).sum().double(),
+    }
+
+
+def _memory_gb(device: torch.device) -> float | None:
+    """The most that this process has held so far on its GPU, or its resident memory now, in 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -17,8 +17,10 @@ from .config import RunConfig
 from .data import Batch, draw_latents
 from .draws import Draws
 from .errors import UserError
+from .guard import Guard
 from .objective import Terms, draw_noise
-from .parallel import gathered
+from .optim import step_unless
+from .parallel import gathered, over_processes, summed_later
 from .plan import Plan, Planner
 
 
@@ -41,7 +43,8 @@ class Inputs(NamedTuple):
         def move(x):
             if not isinstance(x, Tensor) or x.device == device:
                 return x
-            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+            pinned = x.pin_memory() if device.type == "cuda" and not x.is_pinned() else x
+            return pinned.to(device, non_blocking=True)
 
         return pytree.tree_map(move, self)
 
@@ -53,6 +56,17 @@ def draw_batch(config: RunConfig, batch: Batch, samples: Tensor, step: Tensor) -
     return x, draw_noise(x, draws)
 
 
+class Done(NamedTuple):
+    """What a step leaves. What a captured one leaves is overwritten by the next."""
+
+    terms: tuple[Terms, ...]
+    """Of each micro-batch of this process."""
+    grad_norm: Tensor
+    """() of the whole gradient."""
+    skipped: Tensor
+    """() fp32, 1 where the guard kept the step from being made."""
+
+
 class Step:
     """A training step. Calling it makes one.
 
@@ -61,10 +75,19 @@ class Step:
         loss: the objective, compiled (`compile_loss`) if train.compile says so, and then wrapped for several processes.
         optimizer: its step() updates the moving average too.
         planner: of the plans to come, whose sizes are declared.
+        guard: keeps steps from being made; None makes them all.
     """
 
-    def __init__(self, config: RunConfig, loss: nn.Module, optimizer: torch.optim.Optimizer, planner: Planner):
+    def __init__(
+        self,
+        config: RunConfig,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        planner: Planner,
+        guard: Guard | None = None,
+    ):
         self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
+        self.guard = guard
         self.params = [p for p in loss.parameters() if p.requires_grad]
         self._draw = functools.partial(draw_batch, config)
         self._warm = not (config.train.compile or config.train.cuda_graph)
@@ -74,23 +97,22 @@ class Step:
         if config.train.compile:
             self._draw = torch.compile(self._draw, fullgraph=True, dynamic=False)
 
-    def __call__(self, inputs: Inputs) -> tuple[Terms, Tensor]:
-        """Update the weights; returns the step's terms and the norm of its gradient.
-
-        What a captured step returns is overwritten by the next.
+    def __call__(self, *micro_batches: Inputs) -> Done:
+        """Update the weights by the mean gradient of some micro-batches, of all processes.
 
         Raises:
             UserError: where memory or the compiler fails, naming the setting that helps.
         """
         with explained_failures():
             if not self._warm:
-                self._warm_up(inputs)
+                self._warm_up(micro_batches[0])
             with torch.compiler.set_stance("fail_on_recompile") if self.config.train.compile else nullcontext():
                 if self.config.train.cuda_graph:
-                    return self._replay(inputs)
-                return self._run(inputs)
+                    return self._replay(micro_batches)
+                return self._run(micro_batches)
 
-    def _gradient(self, inputs: Inputs) -> Terms:
+    def _gradient(self, inputs: Inputs, share: float = 1.0) -> Terms:
+        """Add a micro-batch's share of the gradient."""
         batch, samples, step, r, t, drop, plan = inputs
         with record_function("draw"):
             x, e = self._draw(batch, samples, step)
@@ -98,17 +120,29 @@ class Step:
             declare_sizes(plan)
         with record_function("loss"):
             terms = self.loss(x, e, r, t, batch.labels, drop, plan)
-        self.optimizer.zero_grad()
         with record_function("backward"):
-            terms.loss.backward()
-        return terms
+            (terms.loss if share == 1 else terms.loss * share).backward()
+        return terms._replace(loss=terms.loss.detach())
 
-    def _run(self, inputs: Inputs) -> tuple[Terms, Tensor]:
-        terms = self._gradient(inputs)
+    def _run(self, micro_batches: tuple[Inputs, ...]) -> Done:
+        self.optimizer.zero_grad()
+        terms = []
+        for inputs in micro_batches:
+            # gradients travel with the last one
+            with summed_later(self.loss) if inputs is not micro_batches[-1] else nullcontext():
+                terms.append(self._gradient(inputs, 1 / len(micro_batches)))
         grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.params]))
+        skip = torch.zeros_like(grad_norm)
+        if self.guard is not None:
+            raw, v_loss = over_processes(torch.stack([torch.cat([getattr(part, name) for part in terms]).mean()
+                                                      for name in ("raw", "v_loss")]))  # fmt: skip
+            skip = self.guard.check(raw, v_loss, grad_norm, micro_batches[0].step)
         with record_function("optimizer"):
-            self.optimizer.step()
-        return terms, grad_norm
+            if self.guard is None:
+                self.optimizer.step()
+            else:
+                step_unless(self.optimizer, skip)
+        return Done(tuple(terms), grad_norm, skip)
 
     def _warm_up(self, inputs: Inputs) -> None:
         """Run every size that the planner declares: it compiles, and loads the kernels, which a capture must not do.
@@ -138,10 +172,12 @@ class Step:
 
     # --- CUDA graphs ---
 
-    def _replay(self, inputs: Inputs) -> tuple[Terms, Tensor]:
+    def _replay(self, micro_batches: tuple[Inputs, ...]) -> Done:
+        # micro-batches of one step have their own sizes each, too many together: accumulation is not captured
+        (inputs,) = micro_batches
         if not self._graphs:
             # a first step by hand loads the optimizer's kernels too
-            result = self._run(inputs)
+            result = self._run((inputs,))
             self._capture(inputs)
             return result
         return self._graphs[_shapes(inputs)](inputs)
@@ -152,19 +188,19 @@ class Step:
             for plan in self._declared_plans():
                 example = inputs._replace(plan=plan).to(inputs.samples.device)
                 self.optimizer.zero_grad()
-                self._graphs[_shapes(example)] = _Graph(self._run, example, pool)
+                self._graphs[_shapes(example)] = _Graph(lambda inputs: self._run((inputs,)), example, pool)
 
 
 class _Graph:
     """A function of tensors, captured with its inputs' shapes."""
 
-    def __init__(self, run: Callable[[Inputs], tuple], inputs: Inputs, pool):
+    def __init__(self, run: Callable[[Inputs], Done], inputs: Inputs, pool):
         self._inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._outputs = run(self._inputs)
 
-    def __call__(self, inputs: Inputs) -> tuple:
+    def __call__(self, inputs: Inputs) -> Done:
         for held, new in zip(pytree.tree_leaves(self._inputs), pytree.tree_leaves(inputs), strict=True):
             if isinstance(held, Tensor):
                 held.copy_(new, non_blocking=True)

@@ -56,7 +56,7 @@ import torch
 from meanflow.objective import meanflow_terms
 from meanflow.optim import make_optimizer
 from meanflow.presets import preset
-from meanflow.training import build_net
+from meanflow.engine import build_net
 
 config = preset("digits")
 net = build_net(config.model)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meanflow.config import ModelConfig, from_dict, to_dict
 from meanflow.errors import UserError
 from meanflow.presets import PRESETS, preset
-from meanflow.training import build_net
+from meanflow.engine import build_net
 
 # paper, Table 4: parameters in millions, GMACs a forward pass, steps, omega, kappa, guidance interval
 TABLE_4 = {

@@ -1,0 +1,134 @@
+"""The processes of a run, as torchrun starts them; one alone without it."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: one may still compile, or write a checkpoint."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda"; with several processes on a machine, each its own GPU.
+
+    Raises:
+        UserError: for a GPU that is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: got 'cuda', but torch sees no GPU, wanted one; take auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"torchrun: got process {local + 1} on a machine of {count} GPU(s), wanted one GPU a process; "
+            f"start it with --nproc-per-node {count}"
+        )
+    return torch.device("cuda", local) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+
+
+class World:
+    """This process among the others. A context manager: leaving it ends the connection.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: for a GPU that is not there.
+    """
+
+    def __init__(self, device: str = "auto"):
+        self.device = choose_device(device)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.host_group = self.checkpoint_group = None
+        self._pending: tuple[Tensor, dist.Work] | None = None
+        self._own = self.size > 1 and not dist.is_initialized()
+        if self.size > 1:
+            self._connect()
+
+    def _connect(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self._own:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        # of their own: what the host agrees on must not wait for the GPU, nor meet a checkpoint's background thread
+        self.host_group, self.checkpoint_group = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._own and dist.is_initialized():
+            # after a failure the others may be gone: nothing to wait for
+            if kind is None:
+                dist.barrier(self.host_group)
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what one process writes."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, a small picklable one, in all."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def gather(self, value: Any) -> list:
+        """The values of all processes, in all."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def first_error(self, check: Callable[[], object], *, main_only: bool = False) -> UserError | None:
+        """The first process's complaint about something that each checks, or the main one alone; in all processes."""
+        mine = None
+        try:
+            if self.is_main or not main_only:
+                check()
+        except UserError as error:
+            mine = error
+        return next((error for error in self.gather(mine) if error is not None), None)
+
+    def agree(self, check: Callable[[], object], *, main_only: bool = False) -> None:
+        """Do something that may raise a UserError: all processes go on, or all raise."""
+        error = self.first_error(check, main_only=main_only)
+        if error is not None:
+            raise error
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the processes, on the tensor's device; x itself in one process."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def any_wanted(self, mine: bool) -> bool:
+        """Whether a process wanted something at the call before this one; all get the same answer, and nobody waits.
+
+        One process alone gets its own wish at once.
+        """
+        if self.size == 1:
+            return mine
+        wanted = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            wanted = bool(flag)
+        flag = torch.tensor(float(mine))
+        self._pending = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+        return wanted
