@@ -11,10 +11,12 @@ Every file is written to `*.partial` in one sequential pass, flushed to the disk
 which shard follows from the job alone, so any number of processes, killed and resumed, write the same bytes.
 """
 
+import fcntl
 import hashlib
 import io
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +117,26 @@ class Builder:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_json(self.folder / "job.json", self.job)
         self.check()
-        for stale in self.folder.glob("*.partial"):  # of a process that was killed while writing
-            stale.unlink()
+
+    @contextmanager
+    def alone(self):
+        """Within it no other command writes to the folder, where the file system knows locks.
+
+        Raises:
+            UserError: where another one does.
+        """
+        with (self.folder / "job.json").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"out: got {self.folder}, which another process is writing to, wanted a folder at rest; wait for it"
+                ) from None
+            except OSError:
+                pass  # a network file system without locks
+            for stale in self.folder.glob("*.partial"):  # of a process that was killed while writing
+                stale.unlink()
+            yield
 
     def check(self) -> None:
         """Raise UserError unless the folder's job is this one; where source and VAE lie may differ."""

@@ -17,7 +17,6 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from .cache import DTYPES, Builder
 from .errors import UserError, require
-from .preparation import AHEAD, fill, in_order, progress
+from .preparation import AHEAD, batches_of, fill, in_order, progress, threads
 from .sources import fingerprint
 from .world import World
 
@@ -197,15 +196,10 @@ def import_latents(source: Path, folder: Path, options: ImportOptions) -> dict |
     }
 
     def make(builder: Builder, shards: list[int]) -> None:
-        pool = ThreadPoolExecutor(options.workers)
-        batches = [builder.members(s)[i : i + BATCH] for s in shards for i in range(0, len(builder.members(s)), BATCH)]
-        try:
-            read = in_order(pool, layout.read, batches, AHEAD)
-            with progress(builder, shards, world) as bar:
-                for shard in shards:
-                    _copy_shard(builder, shard, layout, read, bar)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with threads(options.workers) as pool, progress(builder, shards, world) as bar:
+            read = in_order(pool, layout.read, batches_of(builder, shards, BATCH), AHEAD)
+            for shard in shards:
+                _copy_shard(builder, shard, layout, read, bar)
 
     with World("cpu") as world:
         return fill(folder, job, world, options.repair, make)

@@ -4,7 +4,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from .cache import DTYPES, Builder
 from .errors import UserError, require
+from .features import Extractor, ImageStatistics
 from .sources import Source, centre_crop, decode, fingerprint, open_source
 from .vae import identity, load_vae
 from .world import World
 
-CROP = "adm centre crop"
+CROP, REFERENCE = "adm centre crop", "reference.npz"
 AHEAD = 4  # batches that are decoded while one is encoded
 
 
@@ -51,6 +52,9 @@ class Options:
     """Images a shard: what a killed process does again at most."""
     repair: bool = False
     """Read the shards that are there too, and do the damaged ones again; missing ones are always done."""
+    inception: Path | None = None
+    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth: then the statistics of the cropped images are
+    written to reference.npz beside the latents, in a second pass over the images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one; under torchrun each process takes its own."""
 
@@ -117,6 +121,22 @@ class Encoder:
         return torch.stack([posterior.mean, posterior.std], 1)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers; what they have not begun when this is left is not done."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches_of(builder: Builder, shards: list[int], size: int) -> list[range]:
+    """The members of shards in batches. They do not cross shards: what a shard holds depends on it alone."""
+    members = map(builder.members, shards)
+    return [part[i : i + size] for part in members for i in range(0, len(part), size)]
+
+
 def in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[Sequence], ahead: int) -> Iterator[list]:
     """The results of work on each batch's items, batches in order, `ahead` of them under way."""
     pending: deque = deque()
@@ -135,16 +155,18 @@ def fill(folder: Path, job: dict, world: World, repair: bool, make: Callable[[Bu
         UserError: for a folder that holds another job.
     """
     builder = Builder(folder, job)
-    if world.is_main:
-        builder.begin()
-    missing = world.broadcast(builder.missing(read=repair) if world.is_main else None)
-    builder.check()
-    done = builder.shards - len(missing)
-    if world.is_main and done:
-        print(f"{folder}: {done} of {builder.shards} shards are whole, {len(missing)} are made")
-    make(builder, missing[world.rank :: world.size])
-    world.gather(None)  # when all have come here, all shards are there
-    return builder.finish() if world.is_main else None
+    with ExitStack() as stack:
+        if world.is_main:
+            builder.begin()
+            stack.enter_context(builder.alone())
+        missing = world.broadcast(builder.missing(read=repair) if world.is_main else None)
+        builder.check()
+        done = builder.shards - len(missing)
+        if world.is_main and done:
+            print(f"{folder}: {done} of {builder.shards} shards are whole, {len(missing)} are made")
+        make(builder, missing[world.rank :: world.size])
+        world.gather(None)  # when all have come here, all shards are there
+        return builder.finish() if world.is_main else None
 
 
 def progress(builder: Builder, shards: list[int], world: World) -> tqdm:
@@ -200,21 +222,23 @@ class Preparation:
         """
         return fill(self.folder, self.job, self.world, self.options.repair, self._make)
 
-    def _make(self, builder: Builder, shards: list[int]) -> None:
-        batch, pool = self.options.batch, ThreadPoolExecutor(self.options.workers)
-        # batches do not cross shards: what a shard holds does not depend on which ones are made
-        batches = [
-            builder.members(shard)[i : i + batch]
-            for shard in shards
-            for i in range(0, len(builder.members(shard)), batch)
-        ]
-        try:
+    def measure(self, extractor: Extractor) -> None:
+        """Write the FID's statistics of all images that can be read to reference.npz. All processes together."""
+        images, batch, world = range(len(self.chosen)), self.options.batch, self.world
+        batches = [images[i : i + batch] for i in range(0, len(images), batch)][world.rank :: world.size]
+        statistics = ImageStatistics(extractor)
+        with threads(self.options.workers) as pool:
             decoded = in_order(pool, self._decode, batches, AHEAD)
-            with progress(builder, shards, self.world) as bar:
-                for shard in shards:
-                    self._make_shard(builder, shard, decoded, bar)
-        finally:
-            pool.shutdown(cancel_futures=True)
+            for part in tqdm(decoded, "reference.npz", len(batches), unit="batch", disable=not world.is_main):
+                if crops := [image.crop for image in part if image.crop is not None]:
+                    statistics.add(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
+        statistics.save(self.folder / REFERENCE, world)
+
+    def _make(self, builder: Builder, shards: list[int]) -> None:
+        with threads(self.options.workers) as pool, progress(builder, shards, self.world) as bar:
+            decoded = in_order(pool, self._decode, batches_of(builder, shards, self.options.batch), AHEAD)
+            for shard in shards:
+                self._make_shard(builder, shard, decoded, bar)
 
     def _decode(self, member: int) -> Decoded:
         start = time.perf_counter()
@@ -280,9 +304,13 @@ def prepare(source: str, folder: Path, options: Options) -> dict | None:
     # a GPU would otherwise round convolutions to TF32, and differently from run to run
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     with World(options.device) as world:
+        # weights that are refused are found before hours of encoding
+        extractor = Extractor(options.inception, world.device) if options.inception else None
         preparation = Preparation(source, folder, options, world)
         manifest = preparation.run()
         if preparation.stopwatch.images:
             process = f"process {world.rank + 1} of {world.size}: " if world.size > 1 else ""
             print(f"{process}{preparation.stopwatch} ({options.workers} decoding threads)")
+        if extractor and not world.broadcast((folder / REFERENCE).exists()):
+            preparation.measure(extractor)
         return manifest

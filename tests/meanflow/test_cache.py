@@ -195,6 +195,17 @@ def test_another_job_is_refused(cache):
     assert builder.job["source"]["path"] == "here"
 
 
+def test_one_command_at_a_time(cache):
+    first, second = Builder(cache, JOB), Builder(cache, JOB)
+    (cache / "shard_00000.npy.partial").touch()
+    with first.alone():
+        assert not list(cache.glob("*.partial"))
+        with pytest.raises(UserError, match="which another process is writing to"), second.alone():
+            pass
+    with second.alone():
+        pass
+
+
 @pytest.mark.parametrize("moment", ["begin", "flush", "rename"])
 @pytest.mark.parametrize("nth", [0, 3, 7])
 def test_fault_disk_full_or_killed_while_writing(tmp_path, made, monkeypatch, moment, nth):

@@ -7,17 +7,22 @@ import tarfile
 from dataclasses import replace
 
 import caches
+import fid_inputs
 import numpy as np
 import pytest
 import torch
 from fresh import ROOT, environment
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from meanflow import preparation, vae
 from meanflow.cache import Cache, verify
 from meanflow.config import DataConfig
 from meanflow.errors import UserError
+from meanflow.features import Extractor
+from meanflow.frechet import read_statistics
 from meanflow.images import make_decoder
+from meanflow.inception import Inception
 from meanflow.preparation import Options, prepare
 from meanflow.sources import ClassFolders, centre_crop, open_source
 
@@ -120,6 +125,27 @@ def test_crop_halves_by_boxes():
         wanted = np.floor(wanted.reshape(2 * n, n, 2, 3).mean(2) + 0.5)
         wanted = np.floor(wanted.reshape(n, 2, n, 3).mean(1) + 0.5)
     assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == wanted).all()
+
+
+def test_reference_statistics_of_the_same_crops(images, options, tmp_path):
+    weights = tmp_path / "inception.safetensors"
+    save_file(fid_inputs.weights({name: tuple(x.shape) for name, x in Inception().state_dict().items()}), weights)
+    few = replace(options, limit=5, inception=weights)
+    prepare(str(images), tmp_path / "latents", few)
+    written = read_statistics(tmp_path / "latents" / "reference.npz")["pool3"]
+    folder = ClassFolders(images)
+    files = [folder.read(i) for i in (0, 4, 8, 12, 16)]
+    crops = [np.asarray(centre_crop(Image.open(io.BytesIO(f)).convert("RGB"), caches.SIZE)) for f in files]
+    features = Extractor(weights, "cpu")(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), "tensorflow")["pool3"]
+    assert torch.allclose(written.mean, features.double().mean(0), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(written.covariance, features.double().T.cov(), rtol=1e-4, atol=1e-6)
+    # what is there is kept, and the latents do not depend on it
+    before = caches.contents(tmp_path / "latents")
+    prepare(str(images), tmp_path / "latents", few)
+    assert caches.contents(tmp_path / "latents") == before
+    with pytest.raises(UserError, match="inception: got .*, wanted the weights of the FID's network"):
+        prepare(str(images), tmp_path / "other", replace(few, inception=tmp_path / "none.pth"))
+    assert not (tmp_path / "other").exists()
 
 
 # --- killed and resumed, several processes ---
@@ -323,8 +349,6 @@ def broken_weights(path):
 
 
 def lacking_weights(path):
-    from safetensors.torch import load_file, save_file
-
     weights = caches.tiny_vae(path) / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     del tensors["encoder.conv_in.bias"]
@@ -332,8 +356,6 @@ def lacking_weights(path):
 
 
 def infinite_weights(path):
-    from safetensors.torch import load_file, save_file
-
     weights = caches.tiny_vae(path) / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["quant_conv.bias"].fill_(1e5)
