@@ -148,6 +148,8 @@ def roofline(
         ax.set(
             xscale="log", yscale="log", xlabel="FLOP a byte of compulsory traffic", ylabel="TFLOP/s", xlim=(low, high)
         )
+        for axis in ("x", "y"):
+            plain_ticks(ax, axis)
         ax.grid(alpha=0.25, which="major")
         return finish(figure, title)
 
@@ -166,6 +168,7 @@ def dots(title: str, hardware: str, unit: str, rows: dict[str, dict[str, float]]
         ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_xscale("log")
+        plain_ticks(ax, "x")
         ax.grid(alpha=0.25)
         ax.set_xlabel(unit)
         return finish(figure, title)
@@ -193,14 +196,14 @@ def curves(title: str, hardware: str, axis: str, panels: dict[str, dict[str, lis
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(sorted(xs), [f"{x:,}" for x in sorted(xs)], rotation=30 if len(xs) > 5 else 0)
                 ax.minorticks_off()
-            plain_ticks(ax)
+            plain_ticks(ax, "y")
             ax.grid(alpha=0.25, which="both")
         return finish(figure, title)
 
 
-def plain_ticks(ax: Axes) -> None:
-    """Numbers as they are said, not powers of ten, on a logarithmic axis."""
-    low, high = ax.get_ylim()
+def plain_ticks(ax: Axes, axis: str) -> None:
+    """Numbers as they are said, not powers of ten, on a logarithmic axis, "x" or "y"."""
+    low, high = getattr(ax, f"get_{axis}lim")()
     # as few as the range allows, but two at least
     fine = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
     for digits in ((1,), (1, 2, 5), fine, [n / 10 for n in range(10, 100)]):
@@ -208,9 +211,10 @@ def plain_ticks(ax: Axes) -> None:
         if len(ticks) >= 3:
             break
     if 2 <= len(ticks) <= 20:
-        ax.set_yticks(ticks, [f"{t:,.0f}" if t >= 1000 else f"{t:g}" for t in ticks])
-        ax.set_yticks([], minor=True)
-        ax.set_ylim(low, high)
+        set_ticks = getattr(ax, f"set_{axis}ticks")
+        set_ticks(ticks, [f"{t:,.0f}" if t >= 1000 else f"{t:g}" for t in ticks])
+        set_ticks([], minor=True)
+        getattr(ax, f"set_{axis}lim")(low, high)
 
 
 def save(figure: Figure, stem: Path, label: str) -> str:

@@ -27,16 +27,17 @@ h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; caption-side: bottom }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; max-width: 7rem }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3.5rem; max-width: 7rem }
 td.words, th.words { text-align: left }
 td.words { white-space: normal; min-width: 7rem; max-width: 26rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+.figures { margin: .8rem 0 }
 figure { margin: 0 } figure svg { width: 100%; max-width: 46rem; height: auto }
 .hardware, .note { color: #555; font-size: 13px } .note { margin: .2rem 0 }
 .badge { background: #8a4b00; color: #fff; border-radius: .2rem; padding: 0 .4rem; font-size: 12px }
 .failed { color: #a40000; font-weight: 600 } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto }
-nav a { margin-right: 1rem } a { color: #00558c }
+nav a { margin-right: 1rem; display: inline-block } a { color: #00558c }
 """
 
 

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import measuring
 from benchmarks.bench_silu import VARIANTS, Case, measure
-from benchmarks.environment import _nvml, environment
+from benchmarks.environment import _nvml, clocks, energy, environment
+from benchmarks.measuring import joules
 from benchmarks.shapes import MODELS, naming, on
 from benchmarks.stopwatch import Stopwatch, check, relative_error
 from benchmarks.timing import Ceilings, device_ms, measure_ceilings, quantiles
@@ -128,6 +130,68 @@ def test_missing_nvml_is_a_reason_and_no_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     found, missing = _nvml(lambda pynvml, gpu: {"driver": "1"})
     assert found == {} and "install nvidia-ml-py" in missing["nvml"]
+
+
+def refuse(words: str):
+    def call(*_):
+        raise NvmlError(words)
+
+    return call
+
+
+class NvmlError(Exception):
+    pass
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """An NVML with one GPU of no known name, on a machine that may have none."""
+    stub = SimpleNamespace(
+        NVMLError=NvmlError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlSystemGetDriverVersion=lambda: "580.1", nvmlDeviceGetClockInfo=lambda gpu, clock: clock,
+        NVML_CLOCK_SM=1980, NVML_CLOCK_MEM=2619, nvmlDeviceGetCurrentClocksThrottleReasons=lambda gpu: 4,
+        nvmlDeviceGetTotalEnergyConsumption=lambda gpu: 5000,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 9090")
+    return stub
+
+
+def test_what_nvml_says_is_in_the_row(nvml):
+    assert energy() == {"joules": 5.0}
+    assert clocks() == {"sm_mhz": 1980, "memory_mhz": 2619, "throttle_bits": 4}
+    row = environment("cuda", "abc")
+    assert row["gpu"] == "NVIDIA GeForce RTX 9090" and row["driver"] == "580.1" and "missing" not in row
+    assert joules({"joules": 5.0}, {"joules": 29.0}, images=8) == {"joules_per_image": 3.0}
+
+
+def test_no_permission_to_read_power_costs_that_column_alone(nvml):
+    nvml.nvmlDeviceGetTotalEnergyConsumption = refuse("Insufficient Permissions")
+    found = energy()
+    assert found == {"missing": {"joules": "Insufficient Permissions"}}
+    assert joules(found, found, images=8) == {"missing": {"joules_per_image": "Insufficient Permissions"}}
+    assert clocks()["sm_mhz"] == 1980 and environment("cuda", "abc")["driver"] == "580.1"
+
+
+def test_an_nvml_that_does_not_start_costs_its_columns_alone(nvml):
+    nvml.nvmlInit = refuse("Driver Not Loaded")
+    assert energy() == {"missing": {"joules": "Driver Not Loaded"}}
+    assert clocks() == {"missing": {"nvml": "Driver Not Loaded"}}
+    row = environment("cuda", "abc")
+    assert row["gpu"] == "NVIDIA GeForce RTX 9090" and row["missing"] == {"nvml": "Driver Not Loaded"}
+
+
+@pytest.mark.parametrize(("gpu", "known"), [("NVIDIA H200", True), ("NVIDIA GeForce RTX 9090", False)])
+def test_only_a_known_gpus_step_has_mfu(nvml, monkeypatch, gpu, known):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    monkeypatch.setattr(measuring, "needed_flops", lambda run: 4e12)
+    train = SimpleNamespace(batch=8, precision="bf16")
+    row = measuring.row("ours", [9.0, 10.0, 11.0], SimpleNamespace(device="cuda", run=SimpleNamespace(train=train)))
+    assert row["images_per_second"] == pytest.approx(800.0) and row["tflops"] == pytest.approx(400.0)
+    assert row["mfu"] == (pytest.approx(400.0 / PEAKS[gpu].tflops) if known else None)
 
 
 def test_quantiles_and_ceilings():
