@@ -46,13 +46,7 @@ class Workload:
 
     def weights(self) -> dict[str, Tensor]:
         """Initial weights without zeros, on the CPU."""
-        generator = torch.Generator().manual_seed(0)
-        net = build_net(self.run.model)
-        net.init_weights(generator)
-        for p in net.parameters():
-            if p.ndim > 1 and not p.any():
-                nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
-        return net.state_dict()
+        return initial_weights(self.run.model)
 
     def inputs(self, step: int) -> Inputs:
         """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
@@ -66,6 +60,18 @@ class Workload:
         batch = Batch(mean, torch.full_like(mean, 0.1), labels)
         plan = Planner(run.objective, len(samples)).plan(r, t, drop)
         return Inputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
+
+
+@functools.lru_cache(maxsize=1)
+def initial_weights(model: ModelConfig) -> dict[str, Tensor]:
+    """Those of every variant: drawing the largest model's takes longer than a step of it on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    net = build_net(model)
+    net.init_weights(generator)
+    for p in net.parameters():
+        if p.ndim > 1 and not p.any():
+            nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
+    return net.state_dict()
 
 
 class Variant:
@@ -89,7 +95,10 @@ class Variant:
         """The last step's, of all parameters, as one fp32 vector on the CPU."""
         return torch.cat([p.grad.detach().float().flatten().cpu() for p in self.net.parameters()])
 
-    def _place(self, net: nn.Module, work: Workload) -> nn.Module:
+    def _place(self, build: Callable[[], nn.Module], work: Workload) -> nn.Module:
+        """Build the network on its device and load its weights; returns its average."""
+        with torch.device(work.device):
+            net = build()
         net.load_state_dict(work.weights())
         self.net = net.to(work.device)
         return copy.deepcopy(self.net).requires_grad_(False)
@@ -100,7 +109,7 @@ class Naive(Variant):
 
     def __init__(self, work: Workload, *, compiled: bool = False):
         objective = work.run.objective
-        ema = self._place(NaiveDiT(work.run.model, work.compute_dtype), work)
+        ema = self._place(lambda: NaiveDiT(work.run.model, work.compute_dtype), work)
         self.optimizer = make_optimizer(replace(work.run.optim, implementation="torch"), self.net, ema)
         self.draw = functools.partial(draw_batch, work.run)
 
@@ -139,7 +148,9 @@ class Ours(Variant):
     ):
         run = work.run
         run = replace(run, train=replace(run.train, **train), optim=replace(run.optim, implementation=implementation))
-        ema = self._place(build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work)
+        ema = self._place(
+            lambda: build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work
+        )
         optimizer = make_optimizer(
             run.optim, self.net, ema, copies=work.compute_dtype is not None, captured=run.train.cuda_graph
         )
