@@ -135,6 +135,11 @@ class Plan:
     batch: int = 64
     """Samples generated at a time; part of what makes the numbers' last bits."""
 
+    def __post_init__(self):
+        least = 2 * BLOCKS
+        require(self.count >= least, "count", self.count, f"at least {least} samples", "standard errors need them")
+        require(self.batch >= 1, "batch", self.batch, "a positive whole number", "change it")
+
     def batches(self) -> list[tuple[int, int]]:
         """First index and end of each."""
         return [(i, min(i + self.batch, self.count)) for i in range(0, self.count, self.batch)]
@@ -240,10 +245,10 @@ def evaluate(
     world.gather(None)  # all files are there
     if not world.is_main:
         return None
+    asked = [(times, name) for times in plan.schedules for name in plan.protocols]
     rows = [
-        _score(store, extractor, plan, name, times, references[protocol.reference, protocol.resize])
-        for times in plan.schedules
-        for name, protocol in plan.protocols.items()
+        _score(store, extractor, plan, name, times, references)
+        for times, name in tqdm(asked, desc="scores", unit="protocol", dynamic_ncols=True)
     ]
     report = identity | {"count": plan.count, "results": rows, "notes": list(NOTES), "environment": environment()}
     write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
@@ -271,10 +276,12 @@ def _draw(sampler: Sampler, extractor: Extractor, plan: Plan, store: FeatureStor
 
 
 def _score(
-    store: FeatureStore, extractor: Extractor, plan: Plan, name: str, times: Sequence[float], reference: Reference
-) -> dict:
+    store: FeatureStore, extractor: Extractor, plan: Plan, name: str, times: Sequence[float],
+    references: dict[tuple[str, str], Reference],
+) -> dict:  # fmt: skip
     """A protocol's numbers at one schedule, with everything they depend on beside them."""
     protocol = plan.protocols[name]
+    reference = references[protocol.reference, protocol.resize]
     view = protocol.rounding, protocol.resize
     features = store.read([store.path(times, protocol.labels, view, span) for span in plan.batches()])
     scores = {

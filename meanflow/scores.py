@@ -88,6 +88,8 @@ def precision_recall(features: Tensor, real: Tensor) -> tuple[Estimate, Estimate
 
 
 def _share(hits: Tensor) -> Estimate:
+    if len(hits) < 2 * BLOCKS:  # a reference may hold a few images only
+        return Estimate(float(hits.mean()))
     means = torch.stack([part.mean() for part in blocks(hits)])
     return Estimate(float(hits.mean()), float(means.std() / sqrt(BLOCKS)))
 

@@ -13,7 +13,6 @@ from tyro.conf import Positional
 
 from meanflow import cli
 from meanflow.digits_evaluation import DigitsEvaluation
-from meanflow.errors import require
 from meanflow.evaluation import Plan, Sampler, evaluate, table
 from meanflow.features import Extractor, digest
 from meanflow.images import make_decoder
@@ -62,9 +61,8 @@ class Options:
 
 def main(args: list[str]) -> None:
     options = cli.parse(Options, args, prog="evaluate.py", description=__doc__)
-    for name in ("count", "batch"):
-        require(getattr(options, name) >= 1, name, getattr(options, name), "a positive whole number", "change it")
     schedules = (check_times(options.times),) if options.times else tuple(even_times(n) for n in options.steps)
+    plan = Plan(options.count, schedules, {name: named(name) for name in options.protocols}, options.batch)
     with World(options.device) as world:
         net, config, path, step = load_ema(options.checkpoint, world.device)
         if options.precision == "bf16":
@@ -73,7 +71,6 @@ def main(args: list[str]) -> None:
             if world.is_main:
                 judge_digits(options, net, schedules, {"checkpoint": str(path), "step": step}, world.device)
             return
-        plan = Plan(options.count, schedules, {name: named(name) for name in options.protocols}, options.batch)
         extractor = Extractor(options.inception, world.device, options.dinov2)
         data = replace(config.data, vae=options.vae) if options.vae else config.data
         shape = (net.in_channels, net.input_size, net.input_size)
@@ -92,16 +89,18 @@ def main(args: list[str]) -> None:
 def judge_digits(
     options: Options, net: torch.nn.Module, schedules: tuple[tuple[float, ...], ...], about: dict, device: torch.device
 ) -> None:
-    """Print what the digits' own judge says, an object for each schedule."""
+    """Print what the digits' own judge says; JSON is an object, or a list of them for several schedules."""
     judge = DigitsEvaluation(options.seed)
     floor = {"frechet_floor": judge.floor(), "classifier_accuracy_real": judge.accuracy_real}
-    for times in schedules:
-        result = {**about, "evaluations": len(times) - 1, **judge.score_net(net, device, times).as_dict(), **floor}
-        if options.json:
-            print(json.dumps(result, indent=2))
-            continue
-        for name, value in result.items():
-            print(f"{name:26s} {value:.4g}" if isinstance(value, float) else f"{name:26s} {value}")
+    results = [
+        {**about, "evaluations": len(times) - 1, **judge.score_net(net, device, times).as_dict(), **floor}
+        for times in schedules
+    ]
+    if options.json:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=2))
+        return
+    for name, value in (item for result in results for item in result.items()):
+        print(f"{name:26s} {value:.4g}" if isinstance(value, float) else f"{name:26s} {value}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from meanflow import cli
+from meanflow.digits_evaluation import Scores
 from meanflow.presets import PRESETS
 from meanflow.training import train
 
@@ -179,6 +180,76 @@ def test_evaluate(command, run_folder):
     result = json.loads(out)
     assert code == 0 and result["step"] == 10 and result["evaluations"] == 1
     assert {"accuracy", "frechet", "variance_ratio", "frechet_floor", "classifier_accuracy_real"} <= result.keys()
+
+
+def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
+    class Judge:  # the real one trains a classifier
+        accuracy_real = 0.98
+
+        def __init__(self, seed):
+            self.floor = lambda: 1.1
+            self.score_net = lambda net, device, times: Scores(len(times) / 10, 2.0, 3.0)
+
+    monkeypatch.setattr("meanflow.digits_evaluation.DigitsEvaluation", Judge)
+    code, out, _ = command("evaluate", run_folder, "--json", "--steps", 1, 2)
+    assert code == 0 and [(row["evaluations"], row["accuracy"]) for row in json.loads(out)] == [(1, 0.2), (2, 0.3)]
+    code, out, _ = command("evaluate", run_folder, "--times", 1, 0.25, 0)
+    assert code == 0 and "accuracy                   0.3" in out.splitlines()
+
+
+class FewFeatures:
+    """Stands in for the feature networks, which take a fifth of a second an image."""
+
+    def __init__(self, inception, device, dinov2):
+        self.device = device
+
+    def identity(self):
+        return {"inception_sha256": "0" * 64, "inception_is_standard": False, "dinov2_sha256": None}
+
+    def __call__(self, images, resize):
+        x = images.float().flatten(1)[:, :5] / 255
+        return {"pool3": x, "spatial": x[:, :2]}
+
+    def probabilities(self, pool3):
+        return pool3.softmax(1)
+
+
+def test_evaluate_by_protocols(command, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("meanflow.features.Extractor", FewFeatures)
+    reference = tmp_path / "adm.npz"
+    np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
+    args = [run_folder, "--inception", "any", "--reference", reference, "--count", 30, "--batch", 8, "--steps", 1, 2]
+    code, out, err = command("evaluate", *args, "--protocols", "official", "balanced+round")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[1].startswith("balanced+round (adm, balanced, round, tensorflow), 1 step(s), 30 images: fid ")
+    report = Path(lines[-1])
+    assert report == run_folder / "evaluation" / "step10_seed0_fp32" / "report.json"
+    written = json.loads(report.read_text())
+    assert [(row["protocol"], row["times"]) for row in written["results"]][2:] == [
+        ("official", [1, 0.5, 0]),
+        ("balanced+round", [1, 0.5, 0]),
+    ]
+    assert written["vae"] is None and len(written["weights_sha256"]) == 64 and written["seed"] == 0
+    code, out, _ = command("evaluate", *args, "--json")  # from the features that are there
+    assert json.loads(out)["results"] == [row for row in written["results"] if row["protocol"] == "official"]
+    code, _, err = command("evaluate", *args, "--batch", 7)
+    assert code == 2 and "batch: got 7, wanted 8, as in the evaluation" in err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    {
+        "--inception missing.pth": "inception: got missing.pth, wanted the weights of the FID's network",
+        "--protocols offical": "protocols: got 'offical', wanted names among official",
+        "--count 19": "count: got 19, wanted at least 20 samples",
+        "--batch 0": "batch: got 0",
+        "--steps 0": "num_steps: got 0",
+    }.items(),
+)
+def test_bad_input_to_evaluate(command, run_folder, args, message):
+    code, _, err = command("evaluate", run_folder, *args.split())
+    assert code == 2 and message in err and err.count("\n") == 1
 
 
 def test_quickstart(command, tmp_path):

@@ -77,6 +77,8 @@ def test_evaluation_precision_and_recall(monkeypatch):
         precision, recall = precision_recall(fake, real)
         assert (precision.value, recall.value) == pytest.approx(wanted)
     assert 0 < wanted[0] < 1 and 0 < wanted[1] < 1 and wanted[0] != wanted[1]
+    few = precision_recall(fake, real[:12])[1]
+    assert few.stderr is None and few.as_dict()["interval"] is None
     same = precision_recall(fake, fake.clone())
     assert [s.value for s in same] == [1, 1]
     assert [s.value for s in precision_recall(fake, real + 100)] == [0, 0]
