@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,19 @@ def _triton() -> str | None:
     except ImportError:
         return None
     return triton.__version__
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_name() -> str:
+    """The processor's own name; its architecture where the system does not tell."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _nvml(read) -> tuple[dict, dict]:
@@ -77,6 +91,6 @@ def environment(device: str, commit: str | None = None) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if device == "cpu":
-        return row | {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        return row | {"cpu": cpu_name(), "threads": torch.get_num_threads()}
     found, missing = _nvml(lambda pynvml, gpu: {"driver": pynvml.nvmlSystemGetDriverVersion()})
     return row | {"gpu": torch.cuda.get_device_name()} | found | ({"missing": missing} if missing else {})

@@ -55,7 +55,9 @@ def grid(header: list[str], lines: list[list[str]], caption: str) -> str:
     words = [title.startswith("=") for title in header]
 
     def line(cells: list[str], tag: str) -> str:
-        sides = (' class="words"' if left else "" for left in words)
+        # sentences may break, names and numbers not
+        kinds = ("words long" if len(cell) > 40 else "words" for cell in cells)
+        sides = (f' class="{kind}"' if left else "" for kind, left in zip(kinds, words, strict=True))
         return "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for s, c in zip(sides, cells, strict=True))
 
     head = line([title.removeprefix("=") for title in header], "th")

@@ -29,7 +29,7 @@ caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; capt
 th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3.5rem; max-width: 7rem }
 td.words, th.words { text-align: left }
-td.words { white-space: normal; min-width: 7rem; max-width: 26rem }
+td.long { white-space: normal; min-width: 12rem; max-width: 26rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 .figures { margin: .8rem 0 }

@@ -11,7 +11,9 @@ from .markup import (
 )  # fmt: skip
 from .regression import ITSELF, agrees
 from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
-from .variants import left_out
+from .variants import VARIANTS, left_out
+
+ORDER = {name: place for place, name in enumerate(VARIANTS)}
 
 
 def speed(row: dict, base: str, rows: list[dict]) -> tuple[float, ...] | None:
@@ -121,6 +123,7 @@ def ablation(page: Page, rows: list[dict]) -> str:
         for title, of_step in by_workload(group).items():
             for first in dict.fromkeys(row["compared"][0] for row in of_step):
                 found = [row for row in of_step if row["compared"][0] == first]
+                found.sort(key=lambda row: ORDER.get(row["variant"], len(ORDER)))
                 tables.append(f"<h3>{html.escape(title)}</h3>" + ablation_table(found, first))
                 ratios = {row["variant"]: ratio for row in timed(found) if (ratio := slowdown(row))}
                 if ratios:

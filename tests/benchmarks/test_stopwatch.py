@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import environment as environment_module
 from benchmarks import measuring
 from benchmarks.bench_silu import VARIANTS, Case, measure
 from benchmarks.environment import _nvml, clocks, energy, environment
@@ -158,6 +159,19 @@ def nvml(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 9090")
     return stub
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("processor: 0\nmodel name\t: A CPU @ 2 GHz\nmodel name\t: B\n", "A CPU @ 2 GHz"), ("Hardware: board\n", "arch"),
+     (None, "arch")],
+)  # fmt: skip
+def test_the_processor_has_its_name(monkeypatch, tmp_path, text, name):
+    monkeypatch.setattr(environment_module, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(environment_module.platform, "processor", lambda: "arch")
+    if text:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert environment("cpu", "abc")["cpu"] == name
 
 
 def test_what_nvml_says_is_in_the_row(nvml):
