@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .errors import UserError, require
@@ -43,10 +44,16 @@ def load_dinov2(path: Path, device: torch.device | str) -> nn.Module:
             "pip install transformers, or leave --dinov2 out"
         ) from None
     try:
-        net = AutoModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        # of pickles, code beside the weights and anything remote it reads nothing
+        net, about = AutoModel.from_pretrained(
+            str(path), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"dinov2: got {path}, which cannot be loaded ({reason}), wanted safetensors; {hint}") from None
+    whole = net.config.model_type == "dinov2" and not about["missing_keys"]
+    require(whole, "dinov2", f"{path}, {net.config.model_type} without {sorted(about['missing_keys'])[:3]}",
+            "all weights of a dinov2", hint)  # fmt: skip
     return net.to(device).eval().requires_grad_(False)
 
 
