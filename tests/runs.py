@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +42,18 @@ def final_state(out: Path) -> dict:
     return {name: x.numpy().tobytes() for shard in sorted(shards) for name, x in load_file(shard).items()}
 
 
-def train_in_process(out: Path, prelude: str = "", ranks: int = 1, **train) -> subprocess.CompletedProcess:
-    """Train the tiny run in processes of its own, after a prelude that arranges an accident; several under torchrun."""
+def train_in_process(out: Path, prelude: str = "", ranks: int = 1, restarts: int = 0, **train):
+    """Train the tiny run in processes of its own, after a prelude that arranges an accident; its CompletedProcess."""
+    job = start_processes(out, prelude, ranks, restarts, **train)
+    try:
+        stdout, stderr = job.communicate(timeout=300)
+    finally:
+        job.kill()
+    return subprocess.CompletedProcess(job.args, job.returncode, stdout, stderr)
+
+
+def start_processes(out: Path, prelude: str = "", ranks: int = 1, restarts: int = 0, **train) -> subprocess.Popen:
+    """One process, or several under torchrun."""
     program = f"""
 import os, signal, sys
 RANK = int(os.environ.get("RANK", 0))
@@ -57,15 +66,17 @@ try:
 except ModuleNotFoundError:  # a GPU machine without tyro
     run = lambda main: sys.exit(main([]))
 die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+OUT = Path({str(out)!r})
 {prelude}
 sys.argv[0] = "train.py"
-run(lambda args: training.train(runs.tiny(**{train!r}), Path({str(out)!r})))
+run(lambda args: training.train(runs.tiny(**{train!r}), OUT))
 """
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
     if ranks > 1:
-        with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-            file.write(program)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
-                   "--rdzv-endpoint", "127.0.0.1:0", file.name]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        script = out.with_name(out.name + ".py")
+        script.write_text(program)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command += ["--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        command += ["--monitor-interval", "0.2", str(script)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)

@@ -2,16 +2,13 @@
 
 import copy
 import gc
-import os
-import socket
-import traceback
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
+from meanflow_kernels.adamw_ema import AdamWEMA
+from ranks import RANKS, Ranks
 from torch import Tensor, nn
 
 from meanflow.config import ObjectiveConfig
@@ -21,64 +18,12 @@ from meanflow.optim import update_ema
 from meanflow.parallel import compile_blocks, gathered, replicate, shard
 from meanflow.plan import Planner
 from meanflow.step import declare_sizes
-from meanflow_kernels.adamw_ema import AdamWEMA
 
 F64 = torch.float64
-# a hang fails after so long; a compiler at work takes its time
-RANKS, BATCH, SECONDS = 2, 8, 240
+BATCH = 8
 GUIDED = ObjectiveConfig(omega=0.2, kappa=0.92, guidance_end=0.75)
 BY_EMA = replace(GUIDED, guidance_weights="ema")
 COIN = replace(GUIDED, equal_placement="bernoulli")
-
-
-# --- two processes that take orders ---
-
-
-class Ranks:
-    """Calls a function of (rank, ...) in each of two processes; what fails or hangs there fails here."""
-
-    def __init__(self):
-        self.start()
-
-    def start(self):
-        context = torch.multiprocessing.get_context("spawn")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.pipes, self.processes = [], []
-        for rank in range(RANKS):
-            here, there = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(rank, port, there), daemon=True))
-            self.processes[-1].start()
-            self.pipes.append(here)
-
-    def stop(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-    def __call__(self, work, *args):
-        for pipe in self.pipes:
-            pipe.send((work, args))
-        answers = [pipe.recv() if pipe.poll(SECONDS) else (False, "no answer: hangs") for pipe in self.pipes]
-        if not all(ok for ok, _ in answers):
-            self.stop()
-            self.start()
-            pytest.fail("\n".join(str(answer) for ok, answer in answers if not ok))
-        return [answer for _, answer in answers]
-
-
-def serve(rank: int, port: int, pipe):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS / 2))
-    while True:
-        work, args = pipe.recv()
-        try:
-            pipe.send((True, work(rank, *args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

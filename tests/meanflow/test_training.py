@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,3 +244,51 @@ def test_guidance_by_the_average(whole, tmp_path):
     train(replace(config, objective=objective), tmp_path / "ema")
     train(replace(config, objective=replace(objective, guidance_weights="current")), tmp_path / "current")
     assert runs.final_state(tmp_path / "ema") != runs.final_state(tmp_path / "current")
+
+
+class Wandb(types.ModuleType):
+    """Weights & Biases, as far as the log uses it."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.rows, self.ended = [], [], 0
+
+    def init(self, **options):
+        self.runs.append(options)
+        return self
+
+    def log(self, values, step):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.ended += 1
+
+    Image = staticmethod(lambda picture: picture.shape)
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    for _ in range(2):
+        assert train(runs.tiny(wandb="project"), tmp_path) == 0
+        shutil.rmtree(tmp_path / "checkpoints")
+    first, again = wandb.runs
+    assert first["project"] == "project" and first["id"] == again["id"] and first["resume"] == "allow"
+    assert first["config"]["train"]["batch"] == 8 and wandb.ended == 2
+    steps = [step for step, values in wandb.rows if "train/raw" in values]
+    assert steps == [3, 6, 9, 10] * 2
+    assert [step for step, values in wandb.rows if "samples/one_step" in values] == [5, 10] * 2
+
+
+def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="train.wandb: got 'project', but its package is not installed"):
+        train(runs.tiny(wandb="project"), tmp_path)
+
+
+def test_some_checkpoints_are_kept_for_ever(tmp_path):
+    train(runs.tiny(save_every=2, keep_last=1, keep_every=4), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000008",
+        "step_00000010",
+    ]
