@@ -281,8 +281,8 @@ class Cache:
         self.shape: tuple[int, int, int] = tuple(self.manifest["latent_shape"])
         self.dtype = DTYPES[self.manifest["dtype"]]
         self.flipped: bool = self.manifest["flipped"]
-        shards = [entry for entry in self.manifest["shards"] if entry["rows"]]
-        for entry in self.manifest["shards"]:
+        shards = self.manifest["shards"]
+        for entry in shards:
             for part in ("latents", "labels"):
                 damage = _damage(folder, entry[part], read=False)
                 if damage is not None:
@@ -290,7 +290,7 @@ class Cache:
         copies = 2 if self.flipped else 1
         self._shards = [self._open(e["latents"], (e["rows"], copies, 2, *self.shape), self.dtype) for e in shards]
         labels = [self._open(e["labels"], (e["rows"],), np.dtype(np.int64)) for e in shards]
-        self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int64), *labels])
+        self.labels: np.ndarray = np.concatenate(labels)
         rows = [entry["rows"] for entry in shards]
         self._ends = np.cumsum(rows)
         self._starts = self._ends - rows

@@ -105,6 +105,7 @@ def test_posterior_is_drawn_scaled_and_flipped():
     assert torch.equal(mean, torch.ones_like(mean))
     half = Batch(batch.mean.half(), batch.std.half(), batch.labels)
     assert torch.equal(draw_latents(half, draws(), DataConfig(scale=0.5)), x)  # computed in fp32
+    assert draw_latents(half, draws(), DataConfig(sample_posterior=False)).dtype == torch.float32
     ramp = Batch(torch.tensor([0.0, 1.0]).expand(N, 1, 1, 2), None, batch.labels, draw_flips(draws()))
     flipped = draw_latents(ramp, draws(), DataConfig())[:, 0, 0, 0]
     assert torch.equal(flipped.bool(), ramp.flip) and abs(flipped.mean() - 0.5) < 4 * 0.5 / N**0.5
