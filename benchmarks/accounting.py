@@ -38,7 +38,7 @@ from meanflow.peaks import PEAKS
 from meanflow.plan import Plan, Planner
 from meanflow.presets import preset
 from meanflow.times import draw_times
-from meanflow.training import build_net
+from meanflow.engine import build_net
 
 from .environment import environment
 from .table import table

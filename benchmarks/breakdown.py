@@ -26,7 +26,7 @@ from meanflow.objective import MeanFlowLoss
 from meanflow.optim import make_optimizer
 from meanflow.plan import Planner
 from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
-from meanflow.training import build_net
+from meanflow.engine import build_net
 
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table

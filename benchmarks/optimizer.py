@@ -19,7 +19,7 @@ import torch
 from meanflow.config import ModelConfig, OptimConfig
 from meanflow.errors import UserError
 from meanflow.optim import make_optimizer
-from meanflow.training import build_net
+from meanflow.engine import build_net
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 
 from .environment import environment

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 from meanflow.presets import BATCH, preset
-from meanflow.training import build_net
+from meanflow.engine import build_net
 
 from .accounting import META
 from .table import table

@@ -18,7 +18,7 @@ from meanflow.plan import Plan, Planner, whole_batch
 from meanflow.presets import preset
 from meanflow.step import Inputs, Step, compile_loss, draw_batch
 from meanflow.times import draw_times
-from meanflow.training import build_net
+from meanflow.engine import build_net
 from meanflow_kernels.routing import Route, force_route
 
 from .naive import NaiveDiT, naive_terms
