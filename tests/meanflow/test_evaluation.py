@@ -24,6 +24,7 @@ from meanflow.sampling import sample
 from meanflow.world import World
 
 SHAPE, CLASSES, COUNT, BATCH = (3, 8, 8), 5, 44, 8
+ODD = 37  # five batches, which two processes cannot halve
 CPU = torch.device("cpu")
 PROTOCOLS = ("official", "balanced", "round", "floor", "pytorch-fid", "clean-fid", "own-data")
 
@@ -240,6 +241,8 @@ def test_evaluation_references(sources, tmp_path):
     assert len(features.shown) == shown and torch.equal(again.features, adm.features)  # kept
     load_reference("adm", sources["adm"], **(args | {"resize": "clean"}))
     assert len(features.shown) == 2 * shown
+    np.savez(sources["adm"], arr_0=real_images(30, seed=5))
+    assert not torch.equal(load_reference("adm", sources["adm"], **args).features, adm.features)  # another file
     # ADM's own statistics win over those of the images beside them
     np.savez(tmp_path / "both.npz", arr_0=real_images(30), mu=np.zeros(6), sigma=np.eye(6))
     both = load_reference("adm", tmp_path / "both.npz", **args)
@@ -304,15 +307,15 @@ def share_work(rank, port, sources, out):
         assert (report is None) == (rank == 1)
         half = len(net.asked)
         assert half > 0
-        scores = in_training(sources, world)
+        scores = [in_training(sources, world, count) for count in (COUNT, ODD)]
         (out / f"rank{rank}.json").write_text(json.dumps({"batches": half, "scores": scores}))
 
 
-def in_training(sources, world):
+def in_training(sources, world, count):
     extractor = Features()
     reference = load_reference("adm", sources["adm"], extractor, "tensorflow", sources["adm"].parent, BATCH, world)
     evaluator = Evaluator(extractor, reference, lambda z: z, SHAPE, CLASSES, world=world, batch=BATCH, seed=3)
-    return evaluator.score(Net(), COUNT)
+    return evaluator.score(Net(), count)
 
 
 def test_ranks_of_an_evaluation_equal_one(sources, tmp_path):
@@ -336,11 +339,10 @@ def test_ranks_of_an_evaluation_equal_one(sources, tmp_path):
     assert sum(rank["batches"] for rank in ranks) == len(net.asked)
     assert min(rank["batches"] for rank in ranks) >= 0.4 * len(net.asked)
     assert ranks[0]["scores"] == ranks[1]["scores"]
-    one = in_training(sources, World("cpu"))
+    for count, shared in zip((COUNT, ODD), ranks[0]["scores"], strict=True):
+        assert shared == pytest.approx(in_training(sources, World("cpu"), count), rel=1e-12)
     official = wanted["results"][0]
-    for name in ("fid", "sfid"):
-        assert ranks[0]["scores"][name] == pytest.approx(one[name], rel=1e-12)
-        assert one[name] == pytest.approx(official[name]["value"], rel=1e-9)
+    assert ranks[0]["scores"][0] == pytest.approx({k: official[k]["value"] for k in ("fid", "sfid")}, rel=1e-9)
     # the files are the same, bit for bit
     for path in (tmp_path / "one" / "features").rglob("*.safetensors"):
         assert path.read_bytes() == (out / path.relative_to(tmp_path / "one")).read_bytes()

@@ -75,6 +75,15 @@ def test_fewer_samples_than_dimensions(counts):
     assert relative(got, float(wanted)) < 1e-9
 
 
+@pytest.mark.parametrize("rank", [1, 20])
+def test_rounding_errors_of_a_singular_covariance_add_nothing(rank):
+    """Their roots would: each is 1e-8, and there are hundreds."""
+    values = torch.cat([torch.linspace(1, 2, rank), torch.zeros(400 - rank)]).double()
+    zero, basis = torch.zeros(400, dtype=F64), rotation(400)
+    got = frechet_distance(with_spectrum(values, basis, zero), Gaussian(zero, torch.eye(400, dtype=F64)))
+    assert relative(got, float((values.sqrt() - 1).square().sum())) < 1e-11
+
+
 def test_distance_to_itself_is_zero():
     for count in (20, 300):
         a = Moments.of(normal(count, 100) + 100).gaussian()
@@ -146,11 +155,17 @@ def test_statistics_file(tmp_path):
         write_statistics(tmp_path / "file" / "stats.npz", {"pool3": a})
 
 
-def test_bad_statistics_file(tmp_path):
+class Malicious:
+    def __reduce__(self):
+        return exec, ("open('ran', 'w').close()",)
+
+
+def test_bad_statistics_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     good = tmp_path / "good.npz"
     write_statistics(good, {"pool3": Moments.of(normal(50, 60)).gaussian()})
     (tmp_path / "short.npz").write_bytes(good.read_bytes()[:5000])
-    np.savez(tmp_path / "pickled.npz", mu=np.array([object()]), sigma=np.eye(1))
+    np.savez(tmp_path / "pickled.npz", mu=np.array([Malicious()]), sigma=np.eye(1))
     np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.eye(4))
     np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
     (tmp_path / "text.npz").write_text("hello")
@@ -158,3 +173,4 @@ def test_bad_statistics_file(tmp_path):
         with pytest.raises(UserError, match="reference.*wanted") as caught:
             read_statistics(tmp_path / f"{name}.npz")
         assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
