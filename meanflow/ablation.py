@@ -12,7 +12,8 @@ from .digits_evaluation import DigitsEvaluation
 from .errors import require
 from .presets import ABLATIONS, preset
 from .runlog import write_atomically
-from .training import load_ema, train
+from .training import train
+from .weights import load_ema
 from .world import choose_device
 
 SEEDS = (0, 1, 2)

@@ -264,7 +264,7 @@ class GuardConfig:
     """Steps that would do harm: loss or gradient not finite, or far above what they were. They are not made."""
 
     spike: float = 10.0
-    """A raw loss, v_loss or gradient norm of so many times its running mean is a spike; 0 lets every finite one pass."""
+    """A raw loss, v_loss or gradient norm of so many times its running mean is a spike; 0 looks for none."""
     patience: int = 10
     """Steps in a row that may be left out. Looked at with each log line."""
     then: Literal["stop", "rollback"] = "stop"
@@ -279,6 +279,24 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores of the average's one-step samples while it trains. scripts/evaluate.py has more of them, afterwards."""
+
+    every: int = 0
+    """Steps between two evaluations; 0 makes none. Digits are judged by a classifier, latents by the FID."""
+    count: int = 10_000
+    """Samples; the official 50,000 take long, and fewer give a higher FID."""
+    inception: str = ""
+    """The FID network's weight file, pt_inception-2015-12-05-6726825d.pth."""
+    reference: str = ""
+    """What samples are compared with: ADM's VIRTUAL_imagenet256_labeled.npz, or the cache's reference.npz."""
+
+    def __post_init__(self):
+        require(self.every >= 0, "evaluation.every", self.every, "zero or more", "change it")
+        require(self.count >= 2, "evaluation.count", self.count, "at least 2", "change it")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -288,6 +306,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     guard: GuardConfig = GuardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
         groups = self.train.groups or 1
@@ -296,7 +315,7 @@ class RunConfig:
             require(
                 _divides(batch, share),
                 "train.batch", self.train.batch,
-                f"one that a share of r = t of {share:g} divides to within 5 %" + f", in {groups} groups" * (groups > 1),
+                f"one that a share of r = t of {share:g} divides to within 5 %" + f" in {groups} groups" * (groups > 1),
                 f"take {groups * next(b for b in itertools.count(batch) if _divides(b, share))} samples, "
                 "or objective.equal_placement bernoulli",
             )  # fmt: skip

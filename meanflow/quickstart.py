@@ -14,7 +14,8 @@ from .errors import require
 from .images import to_uint8
 from .runlog import environment, write_atomically
 from .sampling import sample
-from .training import load_ema, train
+from .training import train
+from .weights import load_ema
 from .world import choose_device
 
 ROWS, CLASSES = 8, 10

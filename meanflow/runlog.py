@@ -239,12 +239,31 @@ class RunLog:
         peak = PEAKS.get(torch.cuda.get_device_name(self.world.device))
         return self._flops / seconds / (peak.tflops * 1e12) if peak else None
 
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Scores of samples: a line in scores.jsonl, and in the loggers."""
+        if not self.world.is_main:
+            return
+        try:
+            with open(self.out / "scores.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **scores}) + "\n")
+            for name, value in scores.items():
+                self._tensorboard.add_scalar(f"evaluation/{name}", value, step)
+            if self._wandb is not None:
+                self._wandb.log({f"evaluation/{name}": value for name, value in scores.items()}, step=step)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        tqdm.write(f"{self.out}: step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
     def event(self, step: int, what: str, **values) -> None:
         """Something out of the ordinary: a line in events.jsonl and on the terminal."""
-        if self.world.is_main:
+        if not self.world.is_main:
+            return
+        try:
             with open(self.out / "events.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, "event": what, **values, "time": time.time()}) + "\n")
-            tqdm.write(f"{self.out}: step {step}: {what}")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        tqdm.write(f"{self.out}: step {step}: {what}")
 
     def picture(self, step: int, images: Tensor, columns: int) -> None:
         """Write a grid of uint8 samples; the first process does."""

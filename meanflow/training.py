@@ -14,15 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint as ckpt
-from .config import RunConfig, from_dict, to_dict
+from .config import RunConfig, to_dict
 from .data import Dataset, Order, draw_flips, open_dataset
-from .dit import DiT
 from .draws import Draws, Stream
-from .engine import build_engine, build_net
+from .engine import build_engine
 from .errors import TrainingStopped, UserError
 from .flops import sample_flops
 from .guard import Findings, Guard
 from .images import make_decoder, to_uint8
+from .judge import Judge, make_judge
 from .microbatch import Deal
 from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
 from .parallel import gathered
@@ -40,6 +40,7 @@ CONTINUABLE = (
         "steps", "log_every", "sample_every", "save_every", "keep_last", "keep_every", "compile", "cuda_graph",
         "checkpoint_blocks", "accumulate", "parallel", "shard_size", "wandb", "device",
     )),
+    *(f"evaluation.{name}" for name in ("every", "count", "inception", "reference")),
     "optim.implementation", "guard.patience", "guard.then", "guard.rollbacks", "data.path", "data.vae",
 )  # fmt: skip
 
@@ -80,6 +81,7 @@ class Trainer:
         self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
         # for the MFU, which a CPU has none of
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
+        self.judge = self._judge() if config.evaluation.every else None
         self.step = self.position = 0
         self.checkpointer = ckpt.Checkpointer(out / "checkpoints", self.world, train.keep_last, train.keep_every)
         if held is not None:
@@ -135,6 +137,8 @@ class Trainer:
                         continue
                 if self.step % train.sample_every == 0 or done:
                     self.draw_picture()
+                if self.judge is not None and (self.step % self.config.evaluation.every == 0 or done):
+                    self.log.scores(self.step, self.judge(self.ema))
                 if self.step % train.save_every == 0 or done:
                     self.save()
         if self.step < train.steps:
@@ -227,6 +231,9 @@ class Trainer:
         latents = sample(self.ema, noise, labels)
         if self.world.is_main:
             self.log.picture(self.step, to_uint8(decode(latents)).cpu(), GRID_CLASSES)
+
+    def _judge(self) -> Judge:
+        return make_judge(self.config, self.dataset, self.world, self.out / "evaluation" / "reference")
 
     @cache  # noqa: B019, a trainer lives as long as its process
     def _decoder(self) -> Callable[[Tensor], Tensor]:
@@ -327,36 +334,3 @@ def _with_groups(config: RunConfig, held: dict | None, world: World) -> RunConfi
     """The configuration with its number of groups, that of the run that goes on, or one a process."""
     groups = config.train.groups or (held or {}).get("train", {}).get("groups") or world.size
     return replace(config, train=replace(config.train, groups=groups))
-
-
-def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:
-    """The averaged weights of a checkpoint, of a run folder's last one, or of a file of weights: network,
-    configuration, where from and step.
-
-    Raises:
-        UserError: where there is none, or a damaged or foreign one.
-    """
-    if path.suffix == ".safetensors":
-        weights, values, step = ckpt.load_weights(path)
-    else:
-        found = ckpt.checkpoints(path / "checkpoints") or ckpt.checkpoints(path) or [path]
-        path = found[-1]
-        if not path.exists() or not (path / ckpt.HEADER).exists():
-            raise UserError(
-                f"checkpoint: got {path}, where there is none, wanted a run folder, a checkpoint or an exported "
-                ".safetensors; train first"
-            )
-        header = ckpt.read_header(path)
-        ckpt.verify(path, header, ema_only=True)
-        weights, values, step = ckpt.load_part(path, "ema"), header.config, header.step
-    config = from_dict(values)
-    net = build_net(config.model)
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()[:24])
-        raise UserError(
-            f"checkpoint: got {path}, which does not fit the model ({reason} ...), wanted one of this project; "
-            "name another"
-        ) from None
-    return net.to(device).eval().requires_grad_(False), config, path, step

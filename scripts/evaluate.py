@@ -18,7 +18,7 @@ from meanflow.features import Extractor, digest
 from meanflow.images import make_decoder
 from meanflow.protocols import named
 from meanflow.sampling import check_times, even_times
-from meanflow.training import load_ema
+from meanflow.weights import load_ema
 from meanflow.world import World
 
 

@@ -13,7 +13,7 @@ from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError, require
 from meanflow.images import grid, make_decoder, save_png, to_uint8
 from meanflow.sampling import check_times, even_times, sample
-from meanflow.training import load_ema
+from meanflow.weights import load_ema
 from meanflow.world import choose_device
 
 

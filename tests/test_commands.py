@@ -170,9 +170,27 @@ def test_bad_input_to_sample(command, run_folder, args, message):
 def test_nothing_to_sample_from(command, tmp_path):
     for script in ("sample", "evaluate"):
         code, _, err = command(script, tmp_path)
-        assert code == 2 and "a folder without any" in err
+        assert code == 2 and "where there is none" in err and err.count("\n") == 1
         code, _, err = command(script, tmp_path / "missing")
+        assert code == 2 and "where there is none" in err
+        code, _, err = command(script, tmp_path / "missing.safetensors")
         assert code == 2 and "cannot be read" in err
+
+
+def test_export(command, run_folder, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    code, said, _ = command("export", run_folder, "--out", out)
+    assert code == 0 and "step 10" in said
+    code, _, err = command("export", run_folder, "--out", out)
+    assert code == 2 and "wanted a file that does not exist yet" in err
+    for source in (run_folder, out):
+        assert command("sample", source, "--count", 4, "--out", tmp_path / source.name)[0] == 0
+    a, b = (np.load(tmp_path / f"{source.name}.npz")["images"] for source in (run_folder, out))
+    assert np.array_equal(a, b)
+    # half a file, and one of somebody else
+    out.write_bytes(out.read_bytes()[:-9])
+    code, _, err = command("sample", out)
+    assert code == 2 and "cannot be read" in err and err.count("\n") == 1
 
 
 def test_evaluate(command, run_folder):

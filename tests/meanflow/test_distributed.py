@@ -18,7 +18,8 @@ from meanflow.errors import UserError
 from meanflow.microbatch import Deal
 from meanflow.objective import drop_mask
 from meanflow.times import draw_times
-from meanflow.training import load_ema, train
+from meanflow.training import train
+from meanflow.weights import load_ema
 
 TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_every": 99, "groups": 2}
 GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75, "label_drop": 0.3, "share_equal": 0.5}

@@ -10,7 +10,8 @@ import torch
 from meanflow.config import GuardConfig
 from meanflow.errors import TrainingStopped
 from meanflow.guard import WARMUP_STEPS, Guard
-from meanflow.training import Trainer, load_ema
+from meanflow.training import Trainer
+from meanflow.weights import load_ema
 
 
 def watched(raw=100.0, v_loss=50.0, grad_norm=1.0):
