@@ -94,8 +94,8 @@ class Stopwatch:
         total = time.perf_counter() - self.start
         # each worker runs on its own, so together they are that much faster
         share = {"decode": self.workers}
-        rates = [f"{stage} {self.images * share.get(stage, 1) / s:.0f}" for stage, s in self.seconds.items() if s]
-        return f"{self.images} images in {total:.1f} s, images/s: all {self.images / total:.1f}, " + ", ".join(rates)
+        rates = [f"{stage} {self.images * share.get(stage, 1) / s:.3g}" for stage, s in self.seconds.items() if s]
+        return f"{self.images} images in {total:.1f} s, images/s: all {self.images / total:.3g}, " + ", ".join(rates)
 
 
 class Encoder:
@@ -112,7 +112,7 @@ class Encoder:
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         """Crops (B, size, size, 3) uint8 -> mean and std (B, copies, 2, C, S, S) fp32."""
         x = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2).float()
-        x = x.div(255).sub(0.5).div(0.5)  # rounds as the official code's ToTensor and Normalize do
+        x = x.div(127.5).sub(1)  # the bits of the official code's ToTensor and Normalize
         copies = [self._posterior(x)] + ([self._posterior(x.flip(-1))] if self.flipped else [])
         return torch.stack(copies, 1).cpu().numpy()
 
