@@ -1,0 +1,73 @@
+"""The network as a diffusers model: saved to a folder, loaded from one, in any dtype."""
+
+from dataclasses import asdict
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from .config import ModelConfig
+from .dit import DiT
+
+
+class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
+    """:class:`meanflow.dit.DiT` itself, under diffusers' names for inputs and outputs.
+
+    The parameters are those of :class:`meanflow.config.ModelConfig`, and the state dict is DiT's.
+
+    Raises:
+        ValueError: for parameters that ModelConfig refuses.
+    """
+
+    _no_split_modules = ["DiTBlock"]
+    _repeated_blocks = ["DiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        patch_size: int,
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        time_embedding: str = "t,h",
+    ):
+        config = ModelConfig(
+            depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding
+        )
+        super().__init__(**asdict(config) | {"time_embedding": tuple(time_embedding.split(","))})
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """diffusers' loading; the table of positions, which no file holds, is computed where the weights end up."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.pos_embed = model._position_table()
+        return loaded
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The average velocity from timestep t back to r.
+
+        Args:
+            hidden_states: z (B, channels, size, size). timestep, r_timestep: t and r (B,) in [0, 1], r <= t, best in
+                fp32 whatever the model's dtype. class_labels: (B,), int64; None is the null class for all.
+
+        Returns:
+            An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
+        """
+        if class_labels is None:
+            class_labels = torch.full((len(hidden_states),), self.num_classes, device=hidden_states.device)
+        u = super().forward(hidden_states, r_timestep, timestep, class_labels)
+        return Transformer2DModelOutput(sample=u) if return_dict else (u,)
