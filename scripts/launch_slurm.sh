@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Trains on several machines by Slurm. Requeued jobs resume.
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh imagenet-xl2 --data.path LATENTS --train.precision bf16
+#SBATCH --job-name meanflow
+#SBATCH --ntasks-per-node 1
+#SBATCH --requeue
+#SBATCH --signal TERM@120
+#SBATCH --output slurm-%j.log
+# SIGTERM two minutes before the time limit, or at preemption: each torchrun passes it on, and the run is saved.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+srun --kill-on-bad-exit 1 torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts "${RESTARTS:-10}" \
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:${PORT:-29500}" \
+    scripts/train.py "$@" &
+job=$!
+trap 'kill -TERM $job' TERM
+# a trapped signal ends the first wait, not the job
+wait $job || wait $job
