@@ -5,6 +5,7 @@ is wrong). The interpreter has to be chosen before the first import of triton. C
 it: run it in a subprocess whose environment lacks TRITON_INTERPRET.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -28,3 +29,24 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="long; run with --full"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a script in this process: exit code, output, error output."""
+
+    from meanflow import cli
+
+    def run(name: str, *args: object) -> tuple[int, str, str]:
+        path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"command_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # tyro reads the options' source for their help
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            cli.run(module.main)
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run

@@ -1,8 +1,6 @@
 """The commands as their users meet them: results, messages, exit codes."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import caches
@@ -12,31 +10,11 @@ import runs
 import torch
 from PIL import Image
 
-from meanflow import cli
 from meanflow.digits_evaluation import Scores
 from meanflow.presets import PRESETS
 from meanflow.training import train
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Run a script in this process: exit code, output, error output."""
-
-    def run(name: str, *args: object) -> tuple[int, str, str]:
-        path = ROOT / "scripts" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"command_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)  # tyro reads the options' source for their help
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            cli.run(module.main)
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
