@@ -1,15 +1,16 @@
 """The recipes against the paper's Table 4, and configurations through JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.config import ModelConfig, from_dict, to_dict
+from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.presets import PRESETS, preset
-from meanflow.engine import build_net
 
 # paper, Table 4: parameters in millions, GMACs a forward pass, steps, omega, kappa, guidance interval
 TABLE_4 = {
@@ -46,6 +47,64 @@ def test_recipes_are_the_papers(name, row):
             net(z, t, t, y)
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(params, abs=0.5)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.02)
+
+
+# paper, Tables 1 and 5 (B/4, 80 epochs): what each row changes, and its FID
+TABLES_1_AND_5 = {
+    "table1a-0": ("share_equal", 1.0, 328.91),
+    "table1a-25": ("share_equal", 0.75, 61.06),
+    "table1a-50": ("share_equal", 0.5, 63.14),
+    "table1a-100": ("share_equal", 0.0, 67.32),
+    "table1b-v01": ("tangent", (0.0, 1.0), 61.06),
+    "table1b-v00": ("tangent", (0.0, 0.0), 268.06),
+    "table1b-v10": ("tangent", (1.0, 0.0), 329.22),
+    "table1b-v11": ("tangent", (1.0, 1.0), 137.96),
+    "table1c-t-r": ("time_embedding", "t,r", 61.75),
+    "table1c-t-h": ("time_embedding", "t,h", 61.06),
+    "table1c-t-r-h": ("time_embedding", "t,r,h", 63.98),
+    "table1c-h": ("time_embedding", "h", 63.13),
+    "table1d-uniform": ("time_distribution", "uniform", 65.90),
+    "table1d-ln-0.2-1": ("time_mean time_std", (-0.2, 1.0), 63.83),
+    "table1d-ln-0.2-1.2": ("time_mean time_std", (-0.2, 1.2), 64.72),
+    "table1d-ln-0.4-1": ("time_mean time_std", (-0.4, 1.0), 61.06),
+    "table1d-ln-0.4-1.2": ("time_mean time_std", (-0.4, 1.2), 61.79),
+    "table1e-p0": ("norm_p", 0.0, 79.75),
+    "table1e-p0.5": ("norm_p", 0.5, 63.98),
+    "table1e-p1": ("norm_p", 1.0, 61.06),
+    "table1e-p1.5": ("norm_p", 1.5, 66.57),
+    "table1e-p2": ("norm_p", 2.0, 69.19),
+    "table1f-omega1": ("omega", 1.0, 61.06),
+    "table1f-omega1.5": ("omega", 1.5, 33.33),
+    "table1f-omega2": ("omega", 2.0, 20.15),
+    "table1f-omega3": ("omega", 3.0, 15.53),
+    "table1f-omega5": ("omega", 5.0, 20.75),
+    # an effective scale omega / (1 - kappa) of 2
+    "table5-kappa0": ("omega kappa", (2.0, 0.0), 20.15),
+    "table5-kappa0.5": ("omega kappa", (1.0, 0.5), 19.15),
+    "table5-kappa0.8": ("omega kappa", (0.4, 0.8), 19.10),
+    "table5-kappa0.9": ("omega kappa", (0.2, 0.9), 18.63),
+    "table5-kappa0.95": ("omega kappa", (0.1, 0.95), 19.17),
+}
+FIDS = {"b4": 61.06, "b2": 6.17, "m2": 5.01, "l2": 3.84, "xl2": 3.43, "xl2-plus": None}
+
+
+def test_every_preset_is_compared():
+    mine = {"digits", "digits-flow-matching"}
+    assert set(PRESETS) - mine == {*TABLE_4, *TABLES_1_AND_5}
+    assert {name: PRESETS[f"imagenet-{name}"].fid for name in FIDS} == FIDS
+
+
+@pytest.mark.parametrize("name, row", TABLES_1_AND_5.items(), ids=TABLES_1_AND_5)
+def test_ablations_are_the_papers(name, row):
+    """A row is the B/4 recipe of 80 epochs but for what the table says."""
+    options, values, fid = row
+    changes = dict(zip(options.split(), values if " " in options else (values,), strict=True))
+    base, config = preset("imagenet-b4"), preset(name)
+    model = {"time_embedding": changes.pop("time_embedding")} if "time_embedding" in changes else {}
+    assert config.model == replace(base.model, **model)
+    assert config.objective == replace(base.objective, **changes)
+    assert (config.optim, config.data, config.train) == (base.optim, base.data, base.train)
+    assert PRESETS[name].fid == fid
 
 
 @pytest.mark.parametrize("name", PRESETS)
