@@ -82,6 +82,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "diffusers",
         "matplotlib",
+        "msgpack",
         "numpy",
         "nvidia-ml-py",
         "pillow",
@@ -94,6 +95,7 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis", "kernels", "pytest", "pytest-xdist"],
+        "orbax": ["tensorstore"],
         "flash-attn": ["flash-attn"],
         "xformers": ["xformers"],
     },

@@ -1,4 +1,4 @@
-"""Weights of the official JAX implementation in this project's DiT."""
+"""Weights of the official JAX implementation in this project's DiT, and back."""
 
 import re
 from collections.abc import Mapping
@@ -28,6 +28,30 @@ def from_official(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         ValueError: for a path that is not of the official network.
     """
     return {_name(path): _tensor(path, np.asarray(array)) for path, array in params.items()}
+
+
+def to_official(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The inverse of :func:`from_official`: a state dict as {flax path without ``net/``: array}, bit for bit."""
+    return {_path(name): _array(name, x) for name, x in tensors.items()}
+
+
+def _path(name: str) -> str:
+    *modules, leaf = name.split(".")
+    modules = [f"layers_{module}" if module.isdigit() else module for module in modules]
+    if modules[0] == "x_embedder":
+        wrapper, leaf = [], {"weight": "kernel"}.get(leaf, leaf)
+    elif modules[-1] == "embedding_table":
+        wrapper, leaf = ["_flax_embedding"], "embedding"
+    else:
+        wrapper, leaf = ["_flax_linear"], {"weight": "kernel"}.get(leaf, leaf)
+    return "/".join([*modules, *wrapper, leaf])
+
+
+def _array(name: str, x: Tensor) -> np.ndarray:
+    array = x.detach().cpu().numpy()
+    if name.endswith("weight") and not name.endswith("embedding_table.weight"):
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(array)
 
 
 def _name(path: str) -> str:

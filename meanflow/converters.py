@@ -1,0 +1,247 @@
+"""From any of the known formats to a pipeline, to weights to start from, and back to the formats of others.
+
+run       a run folder, a checkpoint or exported weights of this project
+pipeline  a folder of MeanFlowPipeline
+official  a checkpoint of the official JAX code (flax)
+sit, dit, zhuyu    .pt files: see :mod:`meanflow.sit`
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import save_weights
+from .config import ModelConfig, from_dict, to_dict
+from .convert import from_official, to_official
+from .engine import build_net
+from .errors import UserError, require
+from .flax_files import read_flax, write_flax
+from .presets import preset
+from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, read_torch, to_zhuyu
+from .weights import load_checkpoint
+
+SCALES = {"zhuyu": 0.18125}
+"""Factors on the latents that are not Stable Diffusion's 0.18215."""
+NET = "net/"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights and what is known of them."""
+
+    tensors: dict[str, Tensor]
+    """State dict of :class:`meanflow.dit.DiT`."""
+    model: ModelConfig
+    config: dict
+    """Of the run by sections, or model and data alone where nothing else is known."""
+    step: int
+    origin: str
+    """Where from, in words."""
+    part: str
+    """"ema" or "model"."""
+    note: str = ""
+    """What a person should know about the conversion."""
+
+
+def find_format(path: Path) -> str:
+    """The format of a file or folder, of .pt files "" because three share their names.
+
+    Raises:
+        UserError: where there is nothing.
+    """
+    require(path.exists(), "source", str(path), "a file or folder", "check the path")
+    if (path / "model_index.json").exists():
+        return "pipeline"
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        return ""
+    names = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
+    orbax = names & {"manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"}
+    return "official" if orbax or any(name.startswith("checkpoint_") for name in names) else "run"
+
+
+def load(
+    path: Path, format: str, part: str = "ema", *, num_heads: int | None = None, input_size: int | None = None
+) -> Weights:
+    """Weights of any format.
+
+    Args:
+        part: "ema" or "model", where the source has both. num_heads, input_size: where the source does not tell.
+
+    Raises:
+        UserError: where it cannot be read or is something else, or not a whole network.
+    """
+    weights = _load(path, format, part, num_heads, input_size)
+    with torch.device("meta"):
+        wanted = {name: x.shape for name, x in build_net(weights.model).state_dict().items()}
+    found = {name: x.shape for name, x in weights.tensors.items()}
+    strange = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    names = f"{len(strange)} tensors missing, too many or of another shape, such as {strange[:1]}"
+    require(not strange, "checkpoint", names, f"the network {weights.model.name}", "is it whole, and of this format?")
+    return weights
+
+
+def _load(path: Path, format: str, part: str, num_heads: int | None, input_size: int | None) -> Weights:
+    if format == "run":
+        tensors, config, _, step = load_checkpoint(path, part)
+        return Weights(tensors, from_dict(config).model, config, step, "a run of this project", part)
+    if format == "pipeline":
+        return _from_pipeline(path)
+    if format == "official":
+        arrays, step, found = read_flax(path, part)
+        try:
+            tensors = from_official({key.removeprefix(NET): x for key, x in arrays.items()})
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        model = infer_model(tensors, num_heads=num_heads, input_size=input_size)
+        return _foreign(tensors, model, format, step, f"the official code's {found.name}", part)
+    require(format in FAMILIES, "format", format, f"one of {', '.join(FAMILIES)} for a .pt file", "name it by --format")
+    state, step = read_torch(path, part)
+    note = ""
+    if format == "sit":
+        tensors, model = from_sit(state, num_heads)
+        note = "u(z, r, t) is SiT's velocity for every r: a start, not yet a one-step model."
+    elif format == "dit":
+        tensors, model, error = from_dit(state, num_heads)
+        note = (
+            "DiT is a diffusion model, this is no flow-matching model: a start alone. Its time embedding is fitted to "
+            f"a relative error of {error:.1%}."
+        )
+    else:
+        tensors, model = from_zhuyu(state, num_heads)
+    return _foreign(tensors, model, format, step, f"{format}'s {path.name}", part, note)
+
+
+def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, part: str, note: str = "") -> Weights:
+    data = replace(preset("imagenet-b4").data, scale=SCALES.get(format, 0.18215))
+    config = {"model": asdict(model), "data": asdict(data)}
+    return Weights(tensors, model, config, step, origin, part, note)
+
+
+def _from_pipeline(path: Path) -> Weights:
+    from .pipeline import MeanFlowPipeline
+
+    try:
+        pipeline = MeanFlowPipeline.from_pretrained(path, vae=None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"source: got {path}, which cannot be loaded ({str(error).splitlines()[0]}), wanted a folder of "
+            "MeanFlowPipeline.save_pretrained; name another"
+        ) from None
+    net, recipe = pipeline.transformer, pipeline.config.recipe or {}
+    model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
+    config = recipe.get("config", {"model": asdict(model)})
+    part, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
+    return Weights(net.state_dict(), model, config, recipe.get("step", 0), origin, part)
+
+
+def run_config(weights: Weights) -> dict:
+    """A whole run's configuration: the weights' own, or the paper's recipe for what is not known."""
+    known = weights.config
+    return known if "train" in known else to_dict(preset("imagenet-b4")) | known | {"model": asdict(weights.model)}
+
+
+def save_start(weights: Weights, out: Path) -> None:
+    """One safetensors file: to start a run from, to sample from and to evaluate."""
+    save_weights(out, weights.tensors, run_config(weights), weights.step)
+
+
+def save_official(weights: Weights, out: Path) -> None:
+    """A checkpoint (msgpack) of the official code, whose params and ema_params are these weights.
+
+    Raises:
+        UserError: for networks that the official code does not have.
+    """
+    arrays = {NET + key: x for key, x in to_official(weights.tensors).items()}
+    write_flax(out, arrays, arrays, weights.step)
+
+
+def save_zhuyu(weights: Weights, out: Path) -> None:
+    """A .pt file of zhuyu-cs's code, whose model and ema are these weights.
+
+    Raises:
+        UserError: for networks that it does not have, or where it cannot be written.
+    """
+    state = to_zhuyu(weights.tensors, weights.model)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": state, "ema": state, "steps": weights.step}, out)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"out: got {out}, which cannot be written ({error}), wanted room; name another") from None
+
+
+def make_pipeline(
+    weights: Weights, vae: str = "", names: Mapping[int, str] | None = None, scores: list[dict] | None = None
+):
+    """A :class:`meanflow.pipeline.MeanFlowPipeline` of the weights, on the CPU.
+
+    Args:
+        vae: folder of the autoencoder, whose scale becomes that of the latents; without one the pipeline gives latents.
+        names: of the classes. scores: what was measured, for the model card.
+
+    Raises:
+        UserError: where the autoencoder cannot be loaded or has other latents.
+    """
+    from .pipeline import MeanFlowPipeline
+    from .scheduler import MeanFlowScheduler
+    from .transformer import MeanFlowTransformer2DModel
+    from .vae import load_vae
+
+    net = MeanFlowTransformer2DModel(**asdict(weights.model))
+    net.load_state_dict(weights.tensors)
+    data = weights.config.get("data", {})
+    autoencoder = None
+    if vae:
+        autoencoder = load_vae(vae, torch.device("cpu"), "vae")
+        channels, wanted = autoencoder.config.latent_channels, f"{net.in_channels} channels of latents, as the model's"
+        require(
+            channels == net.in_channels, "vae", f"{channels} channels", wanted, "name the autoencoder it learnt from"
+        )
+        autoencoder.register_to_config(scaling_factor=data.get("scale", 0.18215))
+    recipe = {key: getattr(weights, key) for key in ("origin", "step", "config")} | {"weights": weights.part}
+    if names is None and data.get("name") == "digits":
+        names = {i: str(i) for i in range(weights.model.num_classes)}
+    return MeanFlowPipeline(
+        net.eval().requires_grad_(False), MeanFlowScheduler(), autoencoder, names, data.get("pixels", "symmetric"),
+        recipe, scores,
+    )  # fmt: skip
+
+
+def read_names(path: Path, classes: int) -> dict[int, str]:
+    """Names of the classes: a JSON object {number: name}, or a text file with a name a line.
+
+    Raises:
+        UserError: where it cannot be read, or names other classes.
+    """
+    try:
+        text = path.read_text()
+        names = json.loads(text) if path.suffix == ".json" else dict(enumerate(text.splitlines()))
+        names = {int(i): str(name) for i, name in names.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"names: got {path}, which cannot be read ({error}), wanted JSON or a name a line") from None
+    wanted = f"names of the classes 0 to {classes - 1}"
+    require(set(names) <= set(range(classes)), "names", f"{len(names)} names", wanted, "correct the file")
+    return names
+
+
+def read_scores(path: Path) -> list[dict]:
+    """The rows of scripts/evaluate.py's report.json, or of its --json, for the model card: plain values.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        report = json.loads(path.read_text())
+        rows = report if isinstance(report, list) else report.get("results", [report])
+        return [{key: _plain(value) for key, value in row.items()} for row in rows]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"scores: got {path}, which cannot be read ({error}), wanted a report.json") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict) and "value" in value:  # a score with its interval
+        return value["value"]
+    return " ".join(map(str, value)) if isinstance(value, list) else value
