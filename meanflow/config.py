@@ -211,6 +211,8 @@ class TrainConfig:
     """Samples a step."""
     seed: int = 0
     """Seed of the initial weights, the data's order and all draws."""
+    init: str = ""
+    """Weights to begin with, to fine-tune: a run folder, a checkpoint, or a file of scripts/export.py or convert.py."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of matrix products and attention. Weights, residual stream, target and loss stay in fp32."""
     matmul: Literal["highest", "high", "medium"] = "highest"

@@ -4,7 +4,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from .config import ModelConfig, RunConfig
@@ -45,8 +45,8 @@ def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None, *, 
     )
 
 
-def build_engine(config: RunConfig, world: World) -> Engine:
-    """The parts of a run, with its initial weights.
+def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | None = None) -> Engine:
+    """The parts of a run, with random initial weights or those given.
 
     Raises:
         UserError: for settings that do not go together, or with the machine.
@@ -55,7 +55,10 @@ def build_engine(config: RunConfig, world: World) -> Engine:
     check(config, world)
     dtype = torch.bfloat16 if train.precision == "bf16" else None
     net = build_net(config.model, dtype, checkpoint_blocks=train.checkpoint_blocks)
-    net.init_weights(torch.Generator().manual_seed(train.seed))
+    if weights is None:
+        net.init_weights(torch.Generator().manual_seed(train.seed))
+    else:
+        fill(net, weights, train.init)
     net = net.to(world.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     guide = ema if config.objective.guidance_weights == "ema" else None
@@ -76,6 +79,22 @@ def build_engine(config: RunConfig, world: World) -> Engine:
     copies = dtype is not None and not sharded
     optimizer = make_optimizer(config.optim, net, ema, copies=copies, captured=train.cuda_graph)
     return Engine(net, ema, loss, optimizer)
+
+
+def fill(net: nn.Module, weights: dict[str, Tensor], source: object) -> None:
+    """Load weights that came from somewhere.
+
+    Raises:
+        UserError: where they do not fit the network.
+    """
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:24])
+        raise UserError(
+            f"checkpoint: got {source}, which does not fit the model ({reason} ...), wanted one of this project and "
+            "model; name another"
+        ) from None
 
 
 def check(config: RunConfig, world: World) -> None:

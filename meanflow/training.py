@@ -31,6 +31,7 @@ from .prefetch import Prefetcher
 from .runlog import RunLog
 from .sampling import sample
 from .step import Inputs, Step
+from .weights import load_checkpoint
 from .world import World
 
 GRID_CLASSES, GRID_ROWS = 10, 8
@@ -76,7 +77,9 @@ class Trainer:
         prefixes = {self.deal.prefix(config.objective, part) for part in range(self.deal.parts)}
         self.planner = Planner(config.objective, self.deal.part_size, prefixes)
 
-        self.net, self.ema, loss, self.optimizer = build_engine(config, self.world)
+        begins = train.init and not ckpt.checkpoints(out / "checkpoints")
+        weights = load_checkpoint(Path(train.init))[0] if begins else None
+        self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
         self.guard = Guard(config.guard, self.device)
         self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
         # for the MFU, which a CPU has none of

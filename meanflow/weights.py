@@ -8,7 +8,7 @@ from torch import Tensor
 from . import checkpoint as ckpt
 from .config import RunConfig, from_dict
 from .dit import DiT
-from .engine import build_net
+from .engine import build_net, fill
 from .errors import UserError
 
 
@@ -43,12 +43,5 @@ def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, in
     weights, values, path, step = load_checkpoint(path)
     config = from_dict(values)
     net = build_net(config.model)
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()[:24])
-        raise UserError(
-            f"checkpoint: got {path}, which does not fit the model ({reason} ...), wanted one of this project; "
-            "name another"
-        ) from None
+    fill(net, weights, path)
     return net.to(device).eval().requires_grad_(False), config, path, step

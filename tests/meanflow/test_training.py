@@ -14,8 +14,10 @@ import runs
 import torch
 from safetensors.torch import load_file
 
+from meanflow.checkpoint import save_weights
 from meanflow.errors import UserError
-from meanflow.training import train
+from meanflow.training import Trainer, train
+from meanflow.weights import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +294,28 @@ def test_some_checkpoints_are_kept_for_ever(tmp_path):
         "step_00000008",
         "step_00000010",
     ]
+
+
+def test_fine_tuning_begins_with_weights(whole, tmp_path):
+    """Network and average begin as the run's average, from its folder or an exported file; resuming does not again."""
+    weights, config, _, step = load_checkpoint(whole)
+    save_weights(tmp_path / "exported.safetensors", weights, config, step)
+    for source in (whole, tmp_path / "exported.safetensors"):
+        out = tmp_path / f"of_{source.name}"
+        trainer = Trainer(runs.tiny(init=str(source)), out)
+        for net in (trainer.net, trainer.ema):
+            assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())
+        assert trainer.step == 0
+        assert train(runs.tiny(init=str(source), steps=6), out) == 0
+    assert runs.curve(tmp_path / f"of_{whole.name}") == runs.curve(tmp_path / "of_exported.safetensors")
+    (tmp_path / "exported.safetensors").unlink()
+    assert train(runs.tiny(init=str(tmp_path / "exported.safetensors")), tmp_path / "of_exported.safetensors") == 0
+
+
+def test_fine_tuning_from_what_does_not_fit(whole, tmp_path):
+    config = runs.tiny(init=str(whole))
+    with pytest.raises(UserError, match="which does not fit the model") as error:
+        train(replace(config, model=replace(config.model, hidden_size=32)), tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="checkpoint: got .*missing, where there is none"):
+        train(runs.tiny(init=str(tmp_path / "missing")), tmp_path / "run")
