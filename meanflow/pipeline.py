@@ -32,6 +32,8 @@ class MeanFlowPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    # sequential offloading, layer by layer, would miss weights that other layers read; as a whole it is offloaded
+    _exclude_from_cpu_offload = ["transformer"]
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
 
@@ -76,7 +78,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -89,9 +91,10 @@ class MeanFlowPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels: classes by number or name, one image each; None is one image of no class (the null class).
-            num_inference_steps: equal steps from noise to image. timesteps: falling times instead, such as
-                [1, 0.5, 0].
+            class_labels: classes by number or name, one image each, also in lists of lists; None is one image of no
+                class (the null class).
+            num_inference_steps: equal steps from noise to image; None takes the scheduler's own schedule, one step
+                unless it says otherwise. timesteps: falling times instead, such as [1, 0.5, 0].
             num_images_per_label: images of each label, in a row.
             generator: of the noise; a list has one an image, which then does not depend on its batch.
             latents: the noise itself (images, channels, size, size), in place of a generator.
@@ -114,10 +117,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         labels = self._labels(class_labels, num_images_per_label).to(self._execution_device)
         latents = self._noise(len(labels), generator, latents)
 
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
         self._num_timesteps = len(self.scheduler.timesteps)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
@@ -146,15 +146,11 @@ class MeanFlowPipeline(DiffusionPipeline):
         classes = self.transformer.config.num_classes
         if class_labels is None:
             return torch.full((repeats,), classes)
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in class_labels]
+        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in _flat(class_labels)]
         require(len(ids) > 0, "class_labels", ids, "at least one class", "None draws one image of no class")
         for label in ids:
             wanted = f"classes from 0 to {classes - 1}, or {classes} for none"
-            require(0 <= label <= classes, "class_labels", label, wanted, "correct it")
+            require(isinstance(label, int) and 0 <= label <= classes, "class_labels", label, wanted, "correct it")
         return torch.tensor(ids).repeat_interleave(repeats)
 
     def _noise(self, count: int, generator, latents: Tensor | None) -> Tensor:
@@ -193,3 +189,11 @@ class MeanFlowPipeline(DiffusionPipeline):
         if self.vae is not None and self.config.pixels == "unit":
             images = 2 * images - 1
         return self.image_processor.postprocess(images, output_type)
+
+
+def _flat(labels) -> list:
+    """Labels one after the other, out of lists, tensors and arrays."""
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    if isinstance(labels, Sequence) and not isinstance(labels, str):
+        return [each for label in labels for each in _flat(label)]
+    return [labels]

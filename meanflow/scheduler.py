@@ -15,6 +15,9 @@ from .sampling import check_times, even_times
 class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few steps from noise at t = 1 to data at t = 0, by average velocities.
 
+    Args:
+        times: the schedule where a call names none, such as [1, 0.5, 0]; None is one step, [1, 0].
+
     Timesteps are times in [0, 1] themselves. A step depends on its time alone, so steps may be taken in any order.
     """
 
@@ -23,8 +26,8 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = []
 
     @register_to_config
-    def __init__(self):
-        self.set_timesteps(1)
+    def __init__(self, times: list | None = None):
+        self.set_timesteps()
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -39,20 +42,19 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps: so many equal steps from 1 to 0. timesteps: falling times of one's own instead, such
-                as [1, 0.5, 0]; the last one, where the sample ends, is no step.
+                as [1, 0.5, 0]; the last one, where the sample ends, is no step. Neither: the configured times.
             device: of the attribute ``timesteps``.
 
         Raises:
-            ValueError: for both or neither, or times that do not fall within [0, 1].
+            ValueError: for both, or times that do not fall within [0, 1].
         """
-        require(
-            (num_inference_steps is None) != (timesteps is None),
-            "timesteps", timesteps, f"either these or num_inference_steps = {num_inference_steps}", "pass one of them",
-        )  # fmt: skip
-        if timesteps is not None:
-            self._times = check_times(torch.as_tensor(timesteps, dtype=torch.float64).tolist())
-        else:
+        wanted = f"none beside num_inference_steps = {num_inference_steps}"
+        require(num_inference_steps is None or timesteps is None, "timesteps", timesteps, wanted, "pass one of them")
+        if num_inference_steps is not None:
             self._times = even_times(num_inference_steps)
+        else:
+            times = (self.config.times or [1, 0]) if timesteps is None else timesteps
+            self._times = check_times(torch.as_tensor(times, dtype=torch.float64).tolist())
         self.num_inference_steps = len(self._times) - 1
         self.timesteps = torch.tensor(self._times[:-1], dtype=torch.float32, device=device)
 

@@ -95,6 +95,14 @@ def test_pipeline_saved_and_loaded_draws_the_same(pipeline, tmp_path):
     assert_same_images(pipeline, reload(again, tmp_path / "again"))
 
 
+def test_pipeline_keeps_the_schedule_of_its_scheduler(tmp_path):
+    pipeline = build()
+    wanted = draw(pipeline, timesteps=[1, 0.6, 0], num_inference_steps=None)
+    pipeline.scheduler = MeanFlowScheduler(times=[1, 0.6, 0])
+    again = reload(pipeline, tmp_path)
+    assert np.array_equal(draw(again, num_inference_steps=None), wanted) and again.num_timesteps == 2
+
+
 def test_pipeline_saves_and_loads_a_variant(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, variant="fp16")
     again = MeanFlowPipeline.from_pretrained(tmp_path, variant="fp16")
@@ -163,6 +171,7 @@ def test_pipeline_labels_by_number_name_and_none(pipeline):
     by_number = draw(pipeline, [1, 2])
     assert np.array_equal(by_number, draw(pipeline, ["Carassius auratus", "name 2"]))
     assert np.array_equal(by_number, draw(pipeline, torch.tensor([1, 2])))
+    assert np.array_equal(by_number, draw(pipeline, [[1], ["name 2"]]))
     assert pipeline.get_label_ids(["tench", "goldfish"]) == [0, 1] and pipeline.get_label_ids("tench") == [0]
     one = {"generator": seed(), "output_type": "np"}
     assert np.array_equal(
@@ -254,6 +263,7 @@ def test_pipeline_offloads_to_the_cpu(pipeline):
 REFUSED = {
     "class_labels: got 11": {"labels": [11]},
     "class_labels: got -1": {"labels": [-1]},
+    "class_labels: got 1.5": {"labels": [1.5]},
     "class_labels: got 'dragon'": {"labels": ["dragon"]},
     "class_labels: got []": {"labels": []},
     "num_images_per_label: got 0": {"num_images_per_label": 0},
@@ -261,7 +271,8 @@ REFUSED = {
     "generator: got 1": {"generator": [seed()]},
     "latents: got (1, 1, 8, 8)": {"latents": torch.zeros(1, 1, 8, 8)},
     "num_steps: got 0": {"num_inference_steps": 0},
-    "times: got (0.0, 1.0)": {"timesteps": [0, 1]},
+    "times: got (0.0, 1.0)": {"timesteps": [0, 1], "num_inference_steps": None},
+    "timesteps: got [1, 0]": {"timesteps": [1, 0]},
 }
 
 
@@ -314,6 +325,14 @@ def test_pipeline_model_saved_and_loaded(tmp_path):
     assert torch.equal(net(*inputs).sample, again(*inputs).sample)
     assert torch.equal(net(*inputs).sample, net(*inputs, return_dict=False)[0])
     assert torch.equal(net(*inputs[:3]).sample, net(*inputs[:3], torch.tensor([10, 10])).sample)
+
+
+def test_pipeline_model_keeps_its_layers_in_eight_bits():
+    pipeline = build()
+    wanted = draw(pipeline)
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipeline.transformer.blocks[0].attn.qkv.weight.dtype == torch.float8_e4m3fn
+    assert 0 < np.abs(draw(pipeline) - wanted).max() < 0.2
 
 
 def test_pipeline_model_trains():
