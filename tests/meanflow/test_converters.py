@@ -10,18 +10,21 @@ import oracle
 import pytest
 import runs
 import torch
-from conversions import SiT, assert_equal, convert, module
 
-from meanflow import converters
-from meanflow.checkpoint import load_weights
-from meanflow.config import ModelConfig
-from meanflow.convert import from_official, to_official
-from meanflow.engine import build_net
-from meanflow.errors import UserError
-from meanflow.flax_files import read_flax, read_msgpack, write_flax, write_msgpack
-from meanflow.sampling import sample
-from meanflow.training import train
-from meanflow.weights import load_checkpoint, load_ema
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("msgpack", reason="msgpack is not installed")
+from conversions import SiT, assert_equal, convert, module  # noqa: E402
+
+from meanflow import converters  # noqa: E402
+from meanflow.checkpoint import load_weights  # noqa: E402
+from meanflow.config import ModelConfig  # noqa: E402
+from meanflow.convert import from_official, to_official  # noqa: E402
+from meanflow.engine import build_net  # noqa: E402
+from meanflow.errors import UserError  # noqa: E402
+from meanflow.flax_files import read_flax, read_msgpack, write_flax, write_msgpack  # noqa: E402
+from meanflow.sampling import sample  # noqa: E402
+from meanflow.training import train  # noqa: E402
+from meanflow.weights import load_checkpoint, load_ema  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 FLAX = ROOT / "tests" / "data" / "flax"

@@ -2,19 +2,26 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import runs
 import torch
-from conversions import SiT, assert_equal, convert
 
-from meanflow import converters
-from meanflow.checkpoint import load_weights
-from meanflow.config import ModelConfig
-from meanflow.dit import Dual, position_table
-from meanflow.engine import build_net
-from meanflow.errors import UserError
-from meanflow.sit import from_dit, from_sit, from_zhuyu, to_zhuyu
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("msgpack", reason="msgpack is not installed")
+from conversions import SiT, assert_equal, convert  # noqa: E402
+
+from meanflow import converters  # noqa: E402
+from meanflow.checkpoint import load_weights  # noqa: E402
+from meanflow.config import ModelConfig  # noqa: E402
+from meanflow.dit import Dual, position_table  # noqa: E402
+from meanflow.engine import build_net  # noqa: E402
+from meanflow.errors import UserError  # noqa: E402
+from meanflow.sit import from_dit, from_sit, from_zhuyu, to_zhuyu  # noqa: E402
+from meanflow.training import train  # noqa: E402
+from meanflow.weights import load_checkpoint  # noqa: E402
 
 
 def inputs(count=4, dtype=torch.float64):
@@ -56,6 +63,21 @@ def test_sit_converter_leaves_the_new_embedding_to_be_trained():
     assert tensors["h_embedder.mlp.0.weight"].std() > 0.01 and not tensors["h_embedder.mlp.2.weight"].any()
     again, _ = from_sit(SiT().state_dict(), num_heads=4)
     assert_equal(tensors, again)
+
+
+def test_sit_converter_starts_a_run(tmp_path):
+    sit = SiT(channels=1, classes=10)
+    torch.save({"ema": sit.state_dict()}, tmp_path / "sit.pt")
+    file = tmp_path / "start.safetensors"
+    code, _, err = convert(tmp_path / "sit.pt", "--format", "sit", "--num-heads", 4, "--to", "weights", "--out", file)
+    assert code == 0, err
+    tensors, config, _ = load_weights(file)
+    options = runs.tiny(init=str(file), steps=1, save_every=1)
+    options = replace(options, model=ModelConfig(**config["model"]), optim=replace(options.optim, lr=1e-9))
+    train(options, tmp_path / "run")
+    after, *_ = load_checkpoint(tmp_path / "run", "model")
+    for name, x in tensors.items():
+        torch.testing.assert_close(after[name], x, rtol=0, atol=1e-8)
 
 
 def test_dit_converter_says_that_it_is_a_start_alone(tmp_path):
