@@ -125,7 +125,7 @@ def _from_pipeline(path: Path) -> Weights:
     from .pipeline import MeanFlowPipeline
 
     try:
-        pipeline = MeanFlowPipeline.from_pretrained(path, vae=None)
+        pipeline = MeanFlowPipeline.from_pretrained(path, vae=None, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"source: got {path}, which cannot be loaded ({str(error).splitlines()[0]}), wanted a folder of "
@@ -210,18 +210,21 @@ def make_pipeline(
     )  # fmt: skip
 
 
-def read_names(path: Path, classes: int) -> dict[int, str]:
-    """Names of the classes: a JSON object {number: name}, or a text file with a name a line.
+def read_names(source: str, classes: int) -> dict[int, str]:
+    """Names of the classes: "imagenet", a JSON object {number: name}, or a text file with a name a line.
 
     Raises:
-        UserError: where it cannot be read, or names other classes.
+        UserError: where they cannot be read, or name other classes.
     """
+    path = Path(__file__).with_name("imagenet_classes.txt") if source == "imagenet" else Path(source)
     try:
         text = path.read_text()
         names = json.loads(text) if path.suffix == ".json" else dict(enumerate(text.splitlines()))
         names = {int(i): str(name) for i, name in names.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"names: got {path}, which cannot be read ({error}), wanted JSON or a name a line") from None
+        raise UserError(
+            f"names: got {source}, which cannot be read ({error}), wanted imagenet, JSON or a name a line; correct it"
+        ) from None
     wanted = f"names of the classes 0 to {classes - 1}"
     require(set(names) <= set(range(classes)), "names", f"{len(names)} names", wanted, "correct the file")
     return names

@@ -53,10 +53,12 @@ class MeanFlowPipeline(DiffusionPipeline):
         id2label = None if id2label is None else {str(i): name for i, name in id2label.items()}
         self.register_to_config(id2label=id2label, pixels=pixels, recipe=recipe, scores=scores)
         self.image_processor = VaeImageProcessor()
-        self.labels: dict[str, int] = {}
+        classes: dict[str, set[int]] = {}
         for i, names in (id2label or {}).items():
             for name in names.split(","):
-                self.labels.setdefault(name.strip(), int(i))
+                classes.setdefault(name.strip(), set()).add(int(i))
+        # a crane is a bird and a machine: such names stand for neither
+        self.labels = {name: ids.pop() for name, ids in sorted(classes.items()) if len(ids) == 1}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """diffusers' saving, with a model card (README.md) unless the folder has one."""
@@ -71,7 +73,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         """
         names = [label] if isinstance(label, str) else list(label)
         for name in names:
-            require(name in self.labels, "class_labels", name, "one of pipeline.labels", "or pass the class's number")
+            wanted = "one of pipeline.labels, which lacks names of two classes"
+            require(name in self.labels, "class_labels", name, wanted, "or pass the class's number")
         return [self.labels[name] for name in names]
 
     @torch.no_grad()

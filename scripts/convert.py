@@ -25,8 +25,8 @@ class Options:
     """The moving average, which samples better, or the weights in training."""
     vae: str = ""
     """A pipeline's autoencoder, a local folder or its name; without one the pipeline gives latents (or digits)."""
-    names: Path | None = None
-    """Names of the classes for a pipeline: JSON {number: name}, or a name a line."""
+    names: str = ""
+    """Names of the classes for a pipeline: "imagenet" (ILSVRC 2012), a JSON file {number: name}, or a name a line."""
     scores: Path | None = None
     """A report.json of evaluate.py, for the model card."""
     num_heads: int | None = None
@@ -46,7 +46,10 @@ def main(args: list[str]) -> None:
     if options.to == "pipeline":
         names = converters.read_names(options.names, weights.model.num_classes) if options.names else None
         scores = converters.read_scores(options.scores) if options.scores else None
-        converters.make_pipeline(weights, options.vae, names, scores).save_pretrained(options.out)
+        pipeline = converters.make_pipeline(weights, options.vae, names, scores)
+        pipeline.save_pretrained(options.out)
+        if pipeline.vae is None and weights.model.in_channels not in (1, 3):
+            print("Without an autoencoder the pipeline gives latents; --vae FOLDER adds one.")
     else:
         save = {"weights": converters.save_start, "official": converters.save_official, "zhuyu": converters.save_zhuyu}
         save[options.to](weights, options.out)

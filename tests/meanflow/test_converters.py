@@ -223,6 +223,30 @@ def test_converter_to_a_pipeline_with_vae_names_and_scores(tmp_path):
     assert code == 2 and "vae: got" in err and err.count("\n") == 1
 
 
+def test_pipeline_converter_refuses_a_truncated_pipeline(run, tmp_path):
+    code, _, err = convert(run, "--out", tmp_path / "p")
+    assert code == 0, err
+    file = next((tmp_path / "p").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    code, _, err = convert(tmp_path / "p", "--to", "weights", "--out", tmp_path / "w.safetensors")
+    assert code == 2 and "source: got" in err and "cannot be loaded" in err, err
+
+
+@pytest.mark.parametrize("name", ["B/4", "M/2", "XL/2"])
+def test_converter_tells_the_official_sizes(name):
+    with torch.device("meta"):
+        state = build_net(ModelConfig.official(name)).state_dict()
+    assert converters.infer_model(state) == ModelConfig.official(name)
+
+
+def test_converter_names_imagenets_classes():
+    names = converters.read_names("imagenet", 1000)
+    assert len(names) == 1000 and names[0] == "tench, Tinca tinca" and names[999].startswith("toilet tissue")
+    assert names[207] == "golden retriever" and names[281].startswith("tabby")
+    with pytest.raises(UserError, match="names: got '1000 names', wanted names of the classes 0 to 9"):
+        converters.read_names("imagenet", 10)
+
+
 BAD = {
     "{run}": "out: got None",
     "{tmp}/nothing --out {tmp}/a": "source: got",

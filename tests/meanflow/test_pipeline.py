@@ -16,7 +16,7 @@ from meanflow.scheduler import MeanFlowScheduler  # noqa: E402
 from meanflow.transformer import MeanFlowTransformer2DModel  # noqa: E402
 
 SHAPE = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "input_size": 8, "num_classes": 10}
-NAMES = {0: "tench", 1: "goldfish, Carassius auratus"} | {i: f"name {i}" for i in range(2, 10)}
+NAMES = {0: "tench", 1: "goldfish, Carassius auratus"} | {i: f"name {i}, crane" for i in range(2, 10)}
 
 
 def model(channels: int, seed: int = 0) -> MeanFlowTransformer2DModel:
@@ -265,6 +265,7 @@ REFUSED = {
     "class_labels: got -1": {"labels": [-1]},
     "class_labels: got 1.5": {"labels": [1.5]},
     "class_labels: got 'dragon'": {"labels": ["dragon"]},
+    "class_labels: got 'crane'": {"labels": ["crane"]},
     "class_labels: got []": {"labels": []},
     "num_images_per_label: got 0": {"num_images_per_label": 0},
     "output_type: got 'jpeg'": {"output_type": "jpeg"},
