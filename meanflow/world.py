@@ -1,6 +1,8 @@
 """The processes of a run, as torchrun starts them; one alone without it."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -34,6 +36,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local) if "LOCAL_RANK" in os.environ else torch.device("cuda")
 
 
+def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that none but the processes of now have written to; all of them call it.
+
+    torchrun keeps its store when it starts processes again, and in it the addresses of those that died.
+    """
+    if rank:
+        me = uuid.uuid4().hex
+        store.set(f"hello/{rank}", me)
+        # a key that nobody had before
+        store.wait([f"welcome/{me}"], TIMEOUT)
+        name = store.get(f"welcome/{me}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    name, missing, greeted = uuid.uuid4().hex, set(range(1, size)), {}
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise TimeoutError(f"processes {sorted(missing)} of {size} did not come")
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]) and greeted.get(other) != (it := store.get(f"hello/{other}").decode()):
+                greeted[other] = it
+                store.set(f"welcome/{it}", name)
+            if store.check([f"{name}/{other}"]):
+                missing.discard(other)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 class World:
     """This process among the others. A context manager: leaving it ends the connection.
 
@@ -59,7 +89,10 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self._own:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = fresh_store(store, rank, size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         # of their own: what the host agrees on must not wait for the GPU, nor meet a checkpoint's background thread
         self.host_group, self.checkpoint_group = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
 

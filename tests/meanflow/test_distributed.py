@@ -192,15 +192,20 @@ FAULTS = {
     "one of two processes": (
         """
 step = training.Trainer.train_step
-first = not os.path.exists(OUT / "checkpoints" / "step_00000004")
-training.Trainer.train_step = lambda self, *args: die() if RANK and first and self.step == 6 else step(self, *args)
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+def train_step(self, *args):
+    if RANK and first and self.step == 6:
+        self.checkpointer.wait()  # the one of step 4
+        die()
+    step(self, *args)
+training.Trainer.train_step = train_step
 """,
         {},
     ),
     "one of two processes, before its shard is written": (
         """
 write = checkpoint.dcp.HuggingFaceStorageWriter.write_data
-first = not os.path.exists(OUT / "checkpoints" / "step_00000004")
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 checkpoint.dcp.HuggingFaceStorageWriter.write_data = (
     lambda self, *args: die() if RANK and first and "00000008" in str(self.path) else write(self, *args))
 """,
@@ -213,7 +218,7 @@ def half(path):
         os.truncate(path, path.stat().st_size // 2)
         die()
     return flush(path)
-first = not os.path.exists(OUT / "checkpoints" / "step_00000004")
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 flush, checkpoint._flush = checkpoint._flush, half
 """,
         {"parallel": "fsdp"},
@@ -221,7 +226,7 @@ flush, checkpoint._flush = checkpoint._flush, half
     "the first of two, the checkpoint not yet named": (
         """
 rename = os.rename
-first = not os.path.exists(OUT / "checkpoints" / "step_00000004")
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 os.rename = lambda a, b: die() if first and "00000008" in str(b) else rename(a, b)
 """,
         {"parallel": "ddp"},
