@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -94,6 +95,10 @@ ENGINES = {
 def test_twenty_steps_are_those_of_one_process(ranks, engine, twenty, tmp_path):
     assert ranks(train_guided, str(tmp_path), TWENTY | engine) == [0, 0]
     assert_same_curve(tmp_path, twenty)
+    # what the guard watches is of all processes
+    for name in ("guard.means", "guard.good"):
+        watched, wanted = (np.frombuffer(runs.final_state(out)[name]) for out in (tmp_path, twenty))
+        np.testing.assert_allclose(watched, wanted, rtol=1e-4)
 
 
 # --- the batch, dealt ---
