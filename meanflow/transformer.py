@@ -23,6 +23,7 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
 
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
+    _supports_gradient_checkpointing = True
     # hooks that cast or load a layer's weights while it runs miss those that others read: patches, and biases of fc1
     _skip_layerwise_casting_patterns = ["embedder", "fc1", "final_layer"]
 
@@ -51,6 +52,21 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.pos_embed = model._position_table()
         return loaded
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether backward computes each block again instead of keeping what it saves."""
+        return any(block.checkpointed for block in self.blocks)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute each block again in backward, by DiT's own way, which knows about tangents."""
+        for block in self.blocks:
+            block.checkpointed = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep what each block saves."""
+        for block in self.blocks:
+            block.checkpointed = False
 
     def forward(
         self,

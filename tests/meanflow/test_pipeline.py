@@ -342,6 +342,33 @@ def test_pipeline_model_trains():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_pipeline_model_checkpoints_its_blocks():
+    inputs = (torch.randn(2, 4, 8, 8), torch.ones(2), torch.zeros(2), torch.tensor([1, 2]))
+    grads, saved = [], []
+    for enable in (False, True):
+        net = model(4).train()
+        if enable:
+            net.enable_gradient_checkpointing()
+        assert net.is_gradient_checkpointing == enable
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            loss = net(*inputs).sample.square().mean()
+        loss.backward()
+        grads.append([p.grad for p in net.parameters()])
+        saved.append(sum(kept))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and saved[1] < saved[0] / 2
+    net.disable_gradient_checkpointing()
+    assert not net.is_gradient_checkpointing
+
+
+def test_pipeline_model_in_shards(tmp_path):
+    net = model(4)
+    net.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = MeanFlowTransformer2DModel.from_pretrained(tmp_path)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in net.state_dict().items())
+
+
 def test_pipeline_model_refuses_a_shape():
     with pytest.raises(ValueError, match="model.num_heads: got 3"):
         MeanFlowTransformer2DModel(**SHAPE | {"num_heads": 3})
