@@ -7,11 +7,13 @@ sit, dit, zhuyu    .pt files: see :mod:`meanflow.sit`
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import save_weights
@@ -208,6 +210,21 @@ def make_pipeline(
         net.eval().requires_grad_(False), MeanFlowScheduler(), autoencoder, names, data.get("pixels", "symmetric"),
         recipe, scores,
     )  # fmt: skip
+
+
+def save_pipeline(pipeline, out: Path) -> None:
+    """A pipeline's folder, whole or absent.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    try:
+        pipeline.save_pretrained(out)
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise UserError(f"out: got {out}, which cannot be written ({error}), wanted room; name another") from None
 
 
 def read_names(source: str, classes: int) -> dict[int, str]:

@@ -47,7 +47,7 @@ def main(args: list[str]) -> None:
         names = converters.read_names(options.names, weights.model.num_classes) if options.names else None
         scores = converters.read_scores(options.scores) if options.scores else None
         pipeline = converters.make_pipeline(weights, options.vae, names, scores)
-        pipeline.save_pretrained(options.out)
+        converters.save_pipeline(pipeline, options.out)
         if pipeline.vae is None and weights.model.in_channels not in (1, 3):
             print("Without an autoencoder the pipeline gives latents; --vae FOLDER adds one.")
     else:

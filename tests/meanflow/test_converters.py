@@ -223,13 +223,26 @@ def test_converter_to_a_pipeline_with_vae_names_and_scores(tmp_path):
     assert code == 2 and "vae: got" in err and err.count("\n") == 1
 
 
+def test_converter_leaves_no_half_a_pipeline(run, tmp_path, monkeypatch):
+    from meanflow.scheduler import MeanFlowScheduler
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MeanFlowScheduler, "save_pretrained", full)
+    code, _, err = convert(run, "--out", tmp_path / "p")
+    assert code == 2 and "which cannot be written" in err and "No space left" in err
+    assert not (tmp_path / "p").exists()
+
+
 def test_pipeline_converter_refuses_a_truncated_pipeline(run, tmp_path):
     code, _, err = convert(run, "--out", tmp_path / "p")
     assert code == 0, err
     file = next((tmp_path / "p").rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     code, _, err = convert(tmp_path / "p", "--to", "weights", "--out", tmp_path / "w.safetensors")
-    assert code == 2 and "source: got" in err and "cannot be loaded" in err, err
+    assert code == 2 and err.splitlines()[-1].startswith("convert.py: error: source: got"), err
+    assert "cannot be loaded" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", ["B/4", "M/2", "XL/2"])
