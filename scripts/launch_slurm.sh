@@ -9,9 +9,13 @@
 # SIGTERM two minutes before the time limit, or at preemption: each torchrun passes it on, and the run is saved.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+# the environment of the other commands, unless another one is active
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-srun --kill-on-bad-exit 1 torchrun \
+# a wrong option is not worth a restart
+python scripts/train.py "$@" --dry-run > /dev/null
+srun --kill-on-bad-exit 1 python -m torch.distributed.run \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts "${RESTARTS:-10}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:${PORT:-29500}" \
     scripts/train.py "$@" &

@@ -44,9 +44,11 @@ def main(args: list[str]) -> int:
     if options.dry_run:
         print(json.dumps(to_dict(options.config), indent=2))
         return 0
+    from torch.distributed.elastic.multiprocessing.errors import record  # torchrun then shows why a process failed
+
     from meanflow.training import train  # seconds to import
 
-    return train(options.config, options.out)
+    return record(train)(options.config, options.out)
 
 
 if __name__ == "__main__":
