@@ -34,6 +34,8 @@ RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
 """The paper's Table 4: the batch on one GPU, a part of 256."""
 TINY = "--precision fp32 --kappa 0.5 --seconds 15"
 """On a CPU; a slow one takes fewer steps."""
+SAMPLED = "--input-size 8 --network eager --decode plain channels-last bf16 fp16 --seconds 5"
+"""Images of 64x64 on a CPU, where the decoder of larger ones takes seconds."""
 ABLATED = {"b4": ("B/4", 256), "xl2": ("XL/2", 32)}
 EAGER = "not compiled and not reference and not N1024 and not hd64"
 """Benches that need no compiler but Triton's, at one size of attention."""
@@ -67,6 +69,10 @@ def breakdown(name: str, model: str, batch: int, options: str) -> str:
 
 def twice(model: str, batch: int, options: str) -> str:
     return f"-m benchmarks.regression --self-check --model {model} --batch {batch} {options} {{stamp}}"
+
+
+def inference(model: str, batch: int, options: str = "") -> str:
+    return f"-m benchmarks.inference --model {model} --batch {batch} {options} {{stamp}}"
 
 
 GATE = (
@@ -133,6 +139,12 @@ PARTS = [
         for axis, options in SCALING.items()
         for variant in ("ours", "naive")
     ),
+    *(
+        # a batch a part, because each is compiled
+        Part(f"inference-{name}-{batch}", "cuda", inference(model, batch), ("full",))
+        for name, (model, _) in ABLATED.items()
+        for batch in (1, 64)
+    ),
     *(Part(f"accounting-{name}", "cuda", accounts(name), ("full",)) for name in RECIPES if name != "xl2"),
     # on a CPU
     Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90),
@@ -143,6 +155,7 @@ PARTS = [
     Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60),
     Part("breakdown-s8", "cpu", breakdown("s8", "S/8", 4, f"{TINY} --eager --repeats 3"), limit=60),
     Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60),
+    Part("inference-s2", "cpu", inference("S/2", 1, SAMPLED), limit=60),
     Part("accounting-b4", "cpu", accounts("b4"), limit=60),
     Part("step-s4", "cpu", step("S/4", 16, TINY, "naive,naive-compiled,ours"), ("full",)),
 ]

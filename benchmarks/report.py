@@ -88,6 +88,12 @@ SECTIONS = {
         step_sections.agreement,
     ),  # fmt: skip
     "optimizer": Section("Optimizer", "optimizer", "python -m benchmarks.optimizer", sections.optimizer),
+    "inference": Section(
+        "Sampling: the network, the decoder, and both",
+        "inference",
+        "python -m benchmarks.inference",
+        sections.inference,
+    ),  # fmt: skip
     "accounting": Section(
         "What a step has to do (counted)",
         "accounting",

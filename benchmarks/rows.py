@@ -14,11 +14,13 @@ REQUIRED = {
     "scaling": ("axis", "model", "batch", "variant"),
     "regression": ("variant", "base", "model", "batch", "precision", "ms", "base_ms", "ratio", "turns"),
     "optimizer": ("implementation", "model", "parameters", "ms", "ms_20", "ms_80", "bytes", "copy_gbps"),
+    "inference": ("part", "variant", "model", "batch", "precision", "ms", "ms_20", "ms_80", "images_per_second"),
     "accounting": ("preset", "batch", "precision", "parts", "forward_flops", "step_in_forwards"),
     "projection": ("preset", "gpu", "hours"),
     "part": ("part", "outcome", "seconds"),
 }
-"""The kinds of rows, and the columns without which one is not shown; a step without a time may say why instead."""
+"""The kinds of rows, and the columns without which one is not shown; a step or a way of sampling without a time may
+say why instead."""
 TIMED = ("ms", "ms_20", "ms_80", "images_per_second")
 
 THROTTLE = {
@@ -53,8 +55,8 @@ class Rows:
 
 
 def explained(row: dict, kind: str, name: str) -> bool:
-    """Whether a row says why it lacks a column: a step that was not timed."""
-    return kind == "step" and name in TIMED and why_untimed(row) is not None
+    """Whether a row says why it lacks a column: a step or a way of sampling that was not timed."""
+    return kind in ("step", "inference") and name in TIMED and why_untimed(row) is not None
 
 
 def why_untimed(row: dict) -> str | None:
@@ -67,6 +69,7 @@ def kind_of(row: dict) -> str:
     tells = {
         "scaling": ("axis",),
         "regression": ("base", "ratio"),
+        "inference": ("part", "steps", "model"),
         "kernel": ("op", "shape", "variant"),
         "optimizer": ("implementation",),
         "step": ("variant", "model", "images_per_second"),

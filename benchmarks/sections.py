@@ -216,6 +216,64 @@ def optimizer(page: Page, rows: list[dict]) -> str:
     return "".join(parts)
 
 
+def inference(page: Page, rows: list[dict]) -> str:
+    parts = []
+    for group in by_machine(rows):
+        group, left_over = newest(
+            group,
+            lambda r: (
+                r["model"],
+                r["batch"],
+                r.get("input_size"),
+                r["part"],
+                r["variant"],
+                r["precision"],
+                r["steps"],
+            ),
+        )
+        parts.append(where(group))
+        figures, batches = [], {}
+        for row in group:
+            title = f"{row['model']}, batch {row['batch']}, latents of {row.get('input_size')}"
+            batches.setdefault(title, []).append(row)
+        for title, found in batches.items():
+            parts.append(f"<h3>{html.escape(title)}</h3>")
+            for part in ("network", "decode", "sample"):
+                if of_part := [row for row in found if row["part"] == part]:
+                    parts.append(inference_table(part, of_part))
+            cut = {}
+            for row in found:
+                if row["part"] == "sample" and row["steps"] == 1 and row.get("ms"):
+                    decode = row["share_of_decode"]["50"] * row["ms"]
+                    name = f"{row['variant']} {row['precision']}"
+                    cut[name] = {"network": row["ms"] - decode, "decode": decode}
+            if cut:
+                figure = plots.stacked(f"A one-step sample: {title}", hardware(found), "ms a batch", cut)
+                figures.append(page.figure(f"inference {title} {device_name(found[0])}", figure))
+        vaes = dict.fromkeys(row["vae"] for row in group if row.get("vae"))
+        lines = [f"Decoder: {vae}." for vae in vaes] + ["From asking for a batch to its end; ratios are of pairs."]
+        reasons = (f"{r['part']} {r['variant']} was not timed: {why}." for r in group if (why := why_untimed(r)))
+        parts.append(figures_of(figures) + notes(lines + list(dict.fromkeys(reasons)) + older(left_over)))
+    return "".join(parts)
+
+
+def inference_table(part: str, rows: list[dict]) -> str:
+    lines = []
+    for row in (row for row in rows if row.get("ms")):
+        times, share = row.get("times"), row.get("share_of_decode")
+        mib = row["call_bytes"] / 2**20 if row.get("call_bytes") else None
+        line = [row["variant"], row["precision"], str(row["steps"] or NONE), number(row["ms"]), spread(row)]
+        line += [number(row["images_per_second"]), speed_words(times and (times["50"], times["20"], times["80"]))]
+        line += [number(row.get("tflops"), 3), percent(row.get("mfu")), number(mib)]
+        line += [f"{row['difference']:.1e}" if "difference" in row else NONE]
+        if part == "sample":
+            line += [row["decode"], percent(share["50"])]
+        lines.append(line)
+    header = [f"={part}", "=precision", "steps", "ms", "20 to 80 %, ms", "images/s", "times as fast as the first"]
+    header += ["TFLOP/s", "MFU", "a call's memory, MiB", "off the first's output"]
+    return grid(header + (["=decode", "decode's share"] if part == "sample" else []), lines, hardware(rows))
+
+
 def accounting(page: Page, rows: list[dict]) -> str:
     rows, left_over = newest(rows, lambda row: (row["preset"], row["batch"], row["precision"], row.get("commit")))
     lines, bounds = [], []

@@ -115,6 +115,15 @@ def made_up() -> list[dict]:
     ratio = {"times_torch": {"20": 1.4, "50": 1.5, "80": 1.6}}
     found += [moved | quantiles(8.0) | {"implementation": "native"} | ratio]
     found += [moved | quantiles(12.0) | {"implementation": "torch", "times_torch": {"20": 1.0, "50": 1.0, "80": 1.0}}]
+    sampled = GPU | {"kind": "inference", "model": "XL/2", "batch": 64, "input_size": 32, "tokens": 256}
+    for part, variant, steps, ms in (("network", "eager", 1, 40.0), ("network", "compiled", 2, 50.0),
+                                     ("decode", "plain", None, 200.0), ("sample", "compiled", 1, 160.0)):  # fmt: skip
+        row = sampled | quantiles(ms) | {"part": part, "variant": variant, "precision": "bf16", "steps": steps}
+        row |= {"images_per_second": 64e3 / ms, "times": {"20": 1.0, "50": 1.5, "80": 2.0}, "decode": "plain"}
+        row |= {"share_of_decode": {"20": 0.7, "50": 0.75, "80": 0.8}, "vae": "random", "difference": 1.25e-3}
+        found.append(row)
+    found.append(sampled | {"part": "decode", "variant": "tiling", "precision": "fp32", "steps": None, "ms": None,
+                            "missing": {"ms": "no larger than a tile"}})  # fmt: skip
     projected = {"preset": "imagenet-xl2", "gpu": "NVIDIA H200", "gpus": 8, "hours": 1234.0, "measured_ms": 125.0}
     found += [accounts(), projected | {"note": "240 epochs of 5,004 steps"} | GPU]
     failed = {"kind": "part", "part": "step-xl2", "outcome": "failed", "seconds": 3.0, "rows": 0, "log": "logs/x.log"}
@@ -282,6 +291,17 @@ def test_other_numbers(page):
     assert reader.cell("projection", "GPU-hours (projection)", recipe="imagenet-xl2") == "9,872"  # 8 GPUs
     assert "Trace with named ranges, beside this report: step-xl2.json" in text
     assert "RuntimeError: &lt;out of luck&gt;" in text and "Missing: joules_per_image (no permission)." in text
+
+
+def test_inference(page):
+    reader, text, _ = page
+    assert reader.cell("inference", "images/s", network="compiled") == "1,280"  # 64 in 50 ms
+    assert reader.cell("inference", "times as fast as the first", decode="plain", steps="–") == "1.50 (1.00 to 2.00)"
+    assert reader.cell("inference", "decode's share", sample="compiled") == "75%"
+    assert reader.cell("inference", "off the first's output", network="eager") == "1.3e-03"
+    assert "decode tiling was not timed: no larger than a tile." in text
+    # a bar of 40 ms of network and 120 ms of decoding
+    assert re.search(r">120</text>", text) and "A one-step sample: XL/2, batch 64, latents of 32" in text
 
 
 def test_no_number_without_hardware(page):
