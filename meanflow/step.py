@@ -17,6 +17,7 @@ from .config import RunConfig
 from .data import Batch, draw_latents
 from .draws import Draws
 from .errors import UserError
+from .graph import Graph
 from .guard import Guard
 from .objective import Terms, draw_noise
 from .optim import step_unless
@@ -93,7 +94,7 @@ class Step:
         self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0
         """Spent on compiling and capturing so far."""
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple, Graph] = {}
         if config.train.compile:
             self._draw = torch.compile(self._draw, fullgraph=True, dynamic=False)
 
@@ -188,24 +189,7 @@ class Step:
             for plan in self._declared_plans():
                 example = inputs._replace(plan=plan).to(inputs.samples.device)
                 self.optimizer.zero_grad()
-                self._graphs[_shapes(example)] = _Graph(lambda inputs: self._run((inputs,)), example, pool)
-
-
-class _Graph:
-    """A function of tensors, captured with its inputs' shapes."""
-
-    def __init__(self, run: Callable[[Inputs], Done], inputs: Inputs, pool):
-        self._inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._outputs = run(self._inputs)
-
-    def __call__(self, inputs: Inputs) -> Done:
-        for held, new in zip(pytree.tree_leaves(self._inputs), pytree.tree_leaves(inputs), strict=True):
-            if isinstance(held, Tensor):
-                held.copy_(new, non_blocking=True)
-        self._graph.replay()
-        return self._outputs
+                self._graphs[_shapes(example)] = Graph(lambda inputs: self._run((inputs,)), example, pool)
 
 
 def _shapes(inputs: Inputs) -> tuple:
