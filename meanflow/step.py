@@ -4,7 +4,6 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
