@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 from meanflow.config import RunConfig
 from meanflow.draws import Draws, Stream
+from meanflow.engine import build_net
 from meanflow.errors import UserError, require
 from meanflow.objective import drop_mask, meanflow_terms
 from meanflow.peaks import PEAKS
 from meanflow.plan import Plan, Planner
 from meanflow.presets import preset
 from meanflow.times import draw_times
-from meanflow.engine import build_net
 
 from .environment import environment
 from .table import table

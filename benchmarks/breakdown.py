@@ -21,12 +21,12 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.objective import MeanFlowLoss
 from meanflow.optim import make_optimizer
 from meanflow.plan import Planner
 from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
-from meanflow.engine import build_net
 
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table

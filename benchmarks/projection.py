@@ -13,9 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
+from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.presets import BATCH, preset
-from meanflow.engine import build_net
 
 from .accounting import META
 from .table import table

@@ -7,19 +7,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from meanflow_kernels.routing import Route, force_route
 from torch import Tensor, nn
 
 from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.data import Batch
 from meanflow.draws import Draws, Stream
+from meanflow.engine import build_net
 from meanflow.objective import MeanFlowLoss, drop_mask
 from meanflow.optim import make_optimizer
 from meanflow.plan import Plan, Planner, whole_batch
 from meanflow.presets import preset
 from meanflow.step import Inputs, Step, compile_loss, draw_batch
 from meanflow.times import draw_times
-from meanflow.engine import build_net
-from meanflow_kernels.routing import Route, force_route
 
 from .naive import NaiveDiT, naive_terms
 

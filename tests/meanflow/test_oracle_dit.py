@@ -4,12 +4,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from meanflow_kernels import timestep_embedding, timestep_embedding_jvp
 
 from meanflow.config import DIT_PATCHES, DIT_SIZES, ModelConfig
 from meanflow.dit import Dual, position_table
-from meanflow.objective import func_jvp, pair_jvp
 from meanflow.engine import build_net
-from meanflow_kernels import timestep_embedding, timestep_embedding_jvp
+from meanflow.objective import func_jvp, pair_jvp
 
 NETWORKS = ["dit_small", "dit_hd72", "dit_hd64", "dit_p4"]
 JVPS = {"pairs": pair_jvp, "torch.func": func_jvp}

@@ -6,8 +6,8 @@ from torch import nn
 
 from benchmarks.naive import NaiveDiT
 from meanflow.config import ModelConfig
-from meanflow.objective import pair_jvp
 from meanflow.engine import build_net
+from meanflow.objective import pair_jvp
 
 WIDTHS = {"S": (384, 6), "XL": (1152, 16)}
 DEPTH, BATCH = 4, 4
