@@ -97,7 +97,10 @@ setup(
     extras_require={
         "test": ["hypothesis", "kernels", "pytest", "pytest-xdist"],
         "orbax": ["tensorstore"],
+        "datasets": ["datasets"],
+        "fdd": ["transformers"],
         "flash-attn": ["flash-attn"],
+        "wandb": ["wandb"],
         "xformers": ["xformers"],
     },
 )
