@@ -62,7 +62,8 @@ class RunLog:
     def __init__(self, out: Path, world: World, wandb: str = ""):
         self.out, self.world, self._project = out, world, wandb
         self.config_path = out / "config.json"
-        self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64))
+        # on the device, where they are summed over the processes
+        self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64, device=world.device))
         self._tensorboard = self._wandb = None
         self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
 
@@ -165,7 +166,7 @@ class RunLog:
         # what was not done may be not finite, and does not count
         row = torch.where(done.skipped > 0, 0.0, row)
         row[-1] = done.skipped * main
-        self._sums = self._sums.to(device) + row
+        self._sums = self._sums + row
         self._flops += flops
         self._images += sum(len(terms.raw) for terms in done.terms)
 

@@ -165,14 +165,15 @@ def refused(rank: int, out: str, options: dict) -> str:
 # --- processes that come and go ---
 
 
-@pytest.mark.parametrize("engine", ("ddp", "fsdp"))
-def test_resume_on_fewer_and_on_more_processes(ranks, engine, whole, tmp_path):
+@pytest.mark.parametrize("name", ("ddp", "fsdp", "hybrid"))
+def test_resume_on_fewer_and_on_more_processes(ranks, name, whole, tmp_path):
     """Two processes, one, two again: the steps, the data and the curve of one process all along."""
-    assert ranks(train_tiny, str(tmp_path), {"parallel": engine, "groups": 2, "steps": 3}) == [0, 0]
+    engine = ENGINES[name]
+    assert ranks(train_tiny, str(tmp_path), engine | {"groups": 2, "steps": 3}) == [0, 0]
     header = json.loads((tmp_path / "checkpoints" / "step_00000003" / "checkpoint.json").read_text())
     assert header["processes"] == 2
     assert train(runs.tiny(steps=6), tmp_path) == 0
-    assert ranks(train_tiny, str(tmp_path), {"parallel": engine}) == [0, 0]
+    assert ranks(train_tiny, str(tmp_path), engine) == [0, 0]
     assert_same_curve(tmp_path, whole)
     # the average is whole again in one process, and that of one process
     (net, *_), (wanted, *_) = load_ema(tmp_path, torch.device("cpu")), load_ema(whole, torch.device("cpu"))
