@@ -109,8 +109,9 @@ def test_official_converter_writes_what_flax_would(tmp_path, monkeypatch):
     ours, theirs = read_msgpack(tmp_path / "checkpoint_7"), read_msgpack(FLAX / "checkpoint_7")
 
     def fields(tree, path=""):
-        return {k: v for key, x in tree.items() for k, v in fields(x, f"{path}/{key}").items()} if isinstance(
-            tree, dict) and tree else {path: getattr(tree, "shape", ())}  # fmt: skip
+        if not isinstance(tree, dict) or not tree:
+            return {path: (getattr(tree, "shape", ()), getattr(tree, "dtype", int))}
+        return {k: x for key, value in tree.items() for k, x in fields(value, f"{path}/{key}").items()}
 
     assert fields(ours) == fields(theirs)
 
@@ -136,10 +137,12 @@ def test_official_converter_refuses_what_is_damaged(tmp_path):
         "flipped": whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:-9],
         "empty": b"",
         "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
-        "extension": b"\xc7\x01\x63\x00",
+        # an array of another kind than flax has
+        "extension": whole.replace(b"\xa4bias\xc7-\x01", b"\xa4bias\xc7-\x05"),
         "no state": b"\x81\xa1a\x01",
         "half a state": b"\x81\xa4step\x01",
     }
+    assert cases["extension"] != whole
     for name, content in cases.items():
         path = tmp_path / "checkpoint_1"
         path.write_bytes(content)
