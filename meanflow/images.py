@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,9 +49,9 @@ def grid(images: Tensor, columns: int) -> Tensor:
     return picture
 
 
-def save_png(path: Path, picture: Tensor, zoom: int = 1) -> None:
-    """A uint8 picture (height, width, 1 or 3) as a PNG, each pixel repeated zoom times."""
+def save_png(path: Path | BinaryIO, picture: Tensor, zoom: int = 1) -> None:
+    """A uint8 picture (height, width, 1 or 3) as a PNG file, each pixel repeated zoom times."""
     from PIL import Image
 
     picture = picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-    Image.fromarray(picture.squeeze(-1).numpy()).save(path)
+    Image.fromarray(picture.squeeze(-1).numpy()).save(path, format="PNG")
