@@ -29,6 +29,8 @@ from .weights import load_checkpoint
 SCALES = {"zhuyu": 0.18125}
 """Factors on the latents that are not Stable Diffusion's 0.18215."""
 NET = "net/"
+PLACES = ("checkpoint", "reference_source")
+"""What reports say of the machine's files, which a model card does not."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ def make_pipeline(
             channels == net.in_channels, "vae", f"{channels} channels", wanted, "name the autoencoder it learnt from"
         )
         autoencoder.register_to_config(scaling_factor=data.get("scale", 0.18215))
-    recipe = {key: getattr(weights, key) for key in ("origin", "step", "config")} | {"weights": weights.part}
+    config = weights.config | {"data": data | {"path": ""}}  # where the data lay is nobody else's business
+    recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.part, "config": config}
     if names is None and data.get("name") == "digits":
         names = {i: str(i) for i in range(weights.model.num_classes)}
     return MeanFlowPipeline(
@@ -256,7 +259,7 @@ def read_scores(path: Path) -> list[dict]:
     try:
         report = json.loads(path.read_text())
         rows = report if isinstance(report, list) else report.get("results", [report])
-        return [{key: _plain(value) for key, value in row.items()} for row in rows]
+        return [{key: _plain(value) for key, value in row.items() if key not in PLACES} for row in rows]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"scores: got {path}, which cannot be read ({error}), wanted a report.json") from None
 

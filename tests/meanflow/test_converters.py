@@ -202,7 +202,9 @@ def test_converter_to_a_pipeline_with_vae_names_and_scores(tmp_path):
         )
     (tmp_path / "names.txt").write_text("tench\ngoldfish\ngreat white shark\ntiger shark\nhammerhead\n")
     score = {"value": 12.25, "interval": [12, 12.5]}
-    report = {"results": [{"protocol": "official", "times": [1, 0], "count": 50000, "fid": score}]}
+    report = {
+        "results": [{"protocol": "official", "times": [1, 0], "count": 50000, "fid": score, "checkpoint": "/home"}]
+    }
     (tmp_path / "report.json").write_text(json.dumps(report))
     options = [
         "--format",
@@ -220,6 +222,7 @@ def test_converter_to_a_pipeline_with_vae_names_and_scores(tmp_path):
     assert pipeline.vae.config.scaling_factor == 0.18215
     assert pipeline("goldfish", generator=torch.Generator().manual_seed(0)).images[0].mode == "RGB"
     assert "| official | 1 0 | 50000 | 12.25 |" in (tmp_path / "p" / "README.md").read_text()
+    assert "/home" not in (tmp_path / "p" / "README.md").read_text()
     code, _, err = convert(tmp_path / "sit.pt", "--out", tmp_path / "q", "--vae", tmp_path / "vae3", *options)
     assert code == 2 and "vae: got '3 channels', wanted 4 channels" in err
     code, _, err = convert(tmp_path / "sit.pt", "--out", tmp_path / "q", "--vae", tmp_path / "nowhere", *options)
