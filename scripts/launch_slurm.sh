@@ -4,9 +4,10 @@
 #SBATCH --job-name meanflow
 #SBATCH --ntasks-per-node 1
 #SBATCH --requeue
-#SBATCH --signal TERM@120
+#SBATCH --signal B:TERM@120
 #SBATCH --output slurm-%j.log
-# SIGTERM two minutes before the time limit, or at preemption: each torchrun passes it on, and the run is saved.
+# SIGTERM comes two minutes before the time limit, and at preemption. It is passed on to the processes, which save and
+# stop (torchrun gives them 30 s), and the job is queued again.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 # the environment of the other commands, unless another one is active
@@ -20,6 +21,10 @@ srun --kill-on-bad-exit 1 python -m torch.distributed.run \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:${PORT:-29500}" \
     scripts/train.py "$@" &
 job=$!
-trap 'kill -TERM $job' TERM
+stopped=
+trap 'stopped=1; kill -TERM $job' TERM
+code=0
 # a trapped signal ends the first wait, not the job
-wait $job || wait $job
+wait $job || { wait $job || code=$?; }
+if [ -n "$stopped" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
