@@ -108,14 +108,18 @@ class Workload:
         self.net = build_net(model).eval().requires_grad_(False)
         self.net.load_state_dict(initial_weights(model))
         self.net.to(device)
-        self.vae = load_vae(vae, torch.device(device), "vae") if vae else random_vae(device)
+        self.vae, self.no_vae = None, None
+        try:
+            self.vae = load_vae(vae, torch.device(device), "vae") if vae else random_vae(device)
+        except ImportError as error:
+            # the network is timed without
+            self.no_vae = Reason(f"the decoder needs diffusers ({error})", failed=False)
         self.vae_name = vae or "sd-vae-ft-mse's configuration, random weights"
-        # sampling needs the decoder alone
-        self.vae.encoder = self.vae.quant_conv = None
-        require(
-            self.vae.config.latent_channels == model.in_channels,
-            "vae", f"{self.vae.config.latent_channels} channels", f"the model's {model.in_channels}", "name another",
-        )  # fmt: skip
+        if self.vae is not None:
+            # sampling needs the decoder alone
+            self.vae.encoder = self.vae.quant_conv = None
+            channels, wanted = self.vae.config.latent_channels, f"the model's {model.in_channels}"
+            require(channels == model.in_channels, "vae", f"{channels} channels", wanted, "name another")
         generator = torch.Generator().manual_seed(0)
         shape = (batch, model.in_channels, model.input_size, model.input_size)
         self.noise = torch.randn(shape, generator=generator).to(device)
@@ -151,6 +155,8 @@ class Workload:
 
     def _decoder(self, name: str) -> Callable[[Tensor], Tensor] | Reason:
         option = DECODES[name]
+        if self.no_vae:
+            return self.no_vae
         if why := option.does_nothing(self.vae, self.noise):
             return Reason(why, failed=False)
         vae, scale = option.apply(self.vae), self.vae.config.scaling_factor
@@ -168,6 +174,8 @@ class Workload:
 
     def count_decode(self) -> None:
         """Count what decoding the batch takes, on tensors without memory."""
+        if self.vae is None:
+            return
         vae = copy.deepcopy(self.vae).to("meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             vae.decode(torch.empty_like(self.noise[:1], device="meta"))

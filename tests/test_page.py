@@ -15,12 +15,14 @@ import runs
 import torch
 from PIL import Image
 
-from meanflow import page
-from meanflow.checkpoint import save_weights
-from meanflow.errors import UserError
-from meanflow.pipeline import MeanFlowPipeline
-from meanflow.training import train
-from meanflow.weights import load_checkpoint
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+from meanflow import page  # noqa: E402
+from meanflow.checkpoint import save_weights  # noqa: E402
+from meanflow.errors import UserError  # noqa: E402
+from meanflow.pipeline import MeanFlowPipeline  # noqa: E402
+from meanflow.training import train  # noqa: E402
+from meanflow.weights import load_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 
