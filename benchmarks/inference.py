@@ -169,11 +169,12 @@ class Workload:
 
     def flops(self, way: Way) -> float:
         """Floating-point operations of a batch's matrix products and convolutions."""
-        network = self.batch * sample_flops(self.model).forward * (way.steps or 0)
+        network = self.batch * self.forward_flops * (way.steps or 0)
         return network + (self.decode_flops if way.part != "network" else 0)
 
-    def count_decode(self) -> None:
-        """Count what decoding the batch takes, on tensors without memory."""
+    def count(self) -> None:
+        """Count what a sample's evaluation and the batch's decoding take, on tensors without memory."""
+        self.forward_flops = sample_flops(self.model).forward
         if self.vae is None:
             return
         vae = copy.deepcopy(self.vae).to("meta")
@@ -244,7 +245,7 @@ def measure(work: Workload, ways: list[Way], repeats: int, seconds: float) -> li
         for way in samples if turn % 2 else reversed(samples):
             samples[way].append(timed(work, way))
     found = clocks() if work.device == "cuda" else {}
-    work.count_decode()
+    work.count()
     rows = []
     for way in ways:
         if why := reasons[way]:
