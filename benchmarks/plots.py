@@ -108,7 +108,8 @@ def stacked(title: str, hardware: str, unit: str, rows: dict[str, dict[str, floa
             for y, (start, value) in enumerate(zip(left, width, strict=True)):
                 if value > 0.07 * most:
                     shade = "white" if colour[part] in DARK else INK
-                    ax.text(start + value / 2, y, f"{value:.3g}", ha="center", va="center", fontsize=7, color=shade)
+                    words = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+                    ax.text(start + value / 2, y, words, ha="center", va="center", fontsize=7, color=shade)
             left += width
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set_ylim(len(rows) - 0.5, -0.5)
