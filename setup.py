@@ -75,7 +75,7 @@ setup(
     # the folder kernels/ is not a package: Hugging Face's PyPI package `kernels` keeps that import name
     packages=["meanflow", *find_packages("kernels")],
     package_dir={"meanflow": "meanflow", "meanflow_kernels": "kernels/meanflow_kernels"},
-    package_data={"meanflow": ["imagenet_classes.txt"]},
+    package_data={"meanflow": ["imagenet_classes.txt", "page.html"]},
     ext_modules=[Extension(name, files, optional=True) for name, files in LIBRARIES.items()],
     cmdclass={"build_ext": BuildNative},
     install_requires=[

@@ -125,16 +125,25 @@ def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, p
     return Weights(tensors, model, config, step, origin, part, note)
 
 
-def _from_pipeline(path: Path) -> Weights:
+def load_pipeline(path: Path, **options):
+    """A saved MeanFlowPipeline; options are from_pretrained's.
+
+    Raises:
+        UserError: for a folder that holds none, or a damaged one.
+    """
     from .pipeline import MeanFlowPipeline
 
     try:
-        pipeline = MeanFlowPipeline.from_pretrained(path, vae=None, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError) as error:
+        return MeanFlowPipeline.from_pretrained(path, low_cpu_mem_usage=False, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"source: got {path}, which cannot be loaded ({str(error).splitlines()[0]}), wanted a folder of "
             "MeanFlowPipeline.save_pretrained; name another"
         ) from None
+
+
+def _from_pipeline(path: Path) -> Weights:
+    pipeline = load_pipeline(path, vae=None)
     net, recipe = pipeline.transformer, pipeline.config.recipe or {}
     model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
     config = recipe.get("config", {"model": asdict(model)})

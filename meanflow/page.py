@@ -175,7 +175,7 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, names: str = "", 
     require(kind != "", "checkpoint", str(path), "a run, weights or a pipeline", "convert it by scripts/convert.py")
     if kind == "pipeline":
         require(not (names or vae), "names or vae", names or vae, "none: a pipeline has its own", "leave it out")
-        pipeline = _load_pipeline(path)
+        pipeline = converters.load_pipeline(path)
     else:
         weights = converters.load(path, kind)
         data = weights.config.get("data", {})
@@ -190,18 +190,6 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, names: str = "", 
     )  # fmt: skip
     # diffusers warns of every cast
     return Studio(pipeline.to(device) if dtype == torch.float32 else pipeline.to(device, dtype))
-
-
-def _load_pipeline(path: Path):
-    from .pipeline import MeanFlowPipeline
-
-    try:
-        return MeanFlowPipeline.from_pretrained(path, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"checkpoint: got {path}, which cannot be loaded ({str(error).splitlines()[0]}), wanted a folder of "
-            "MeanFlowPipeline.save_pretrained; name another"
-        ) from None
 
 
 # --- the server ---

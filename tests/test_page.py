@@ -164,7 +164,7 @@ def test_sources_that_do_not_fit(sources, tmp_path):
     with pytest.raises(UserError, match="^names or vae: got 'imagenet', wanted none: a pipeline has its own"):
         page.load(sources / "pipeline", CPU, torch.float32, "imagenet")
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match=f"^checkpoint: got {tmp_path}, which cannot be loaded"):
+    with pytest.raises(UserError, match=f"^source: got {tmp_path}, which cannot be loaded"):
         page.load(tmp_path, CPU, torch.float32)
 
 
