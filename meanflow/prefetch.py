@@ -74,6 +74,8 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def _run(self, step: int, ready: queue.Queue, stop: threading.Event) -> None:
+        # torch's threads of this thread would fight for the cores with those of the step
+        torch.set_num_threads(1)
         if self._device is not None:
             torch.cuda.set_device(self._device)
         while not stop.is_set():
