@@ -24,7 +24,7 @@ constexpr Kernel kKernels[kMaxEmas + 1] = {adamw_ema_kernel<0>, adamw_ema_kernel
 cudaStream_t current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "adamw_ema: this build of torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
