@@ -1,7 +1,8 @@
 """The step as public PyTorch trainers write it: what the planned step on pairs is held against.
 
-A plain DiT (Peebles & Xie, arXiv 2212.09748) of torch's own layers under autocast, whose attention is restricted to
-SDPA's math backend, the only one with forward-mode AD; torch.func.jvp and each guidance forward on the whole batch.
+A plain DiT (Peebles & Xie, arXiv 2212.09748) of torch's own layers under autocast, whose attention is written out,
+because no fused one has forward-mode AD; torch.func.jvp and each guidance forward on the whole batch. (SDPA's math
+backend computes 16-bit attention in fp32, and its backward under autocast and func.jvp fails on a GPU.)
 torch's forward-mode AD multiplies the zero tangent of a linear layer's weight too: its derivative costs two products
 where one is needed, eager and compiled, so that the step with kappa is 7 forwards and not 6.
 Parameters are named as in meanflow.dit: one's state_dict is the other's.
@@ -12,8 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow.config import ModelConfig, ObjectiveConfig
 
@@ -63,8 +62,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D)
-        with sdpa_kernel(SDPBackend.MATH):
-            o = F.scaled_dot_product_attention(q, k, v)
+        o = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
         return self.proj(o.transpose(1, 2).flatten(2))
 
 
