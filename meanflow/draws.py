@@ -59,7 +59,8 @@ class Draws:
     def _words(self, stream: Stream, count: int) -> Tensor:
         blocks = -(-count // 4)
         sample = self.samples[:, None].expand(-1, blocks)
-        block = torch.arange(blocks, device=self.samples.device).expand_as(sample)
+        # the mask changes nothing, but keeps Inductor from multiplying an index in 32 bits
+        block = (torch.arange(blocks, device=self.samples.device) & _MASK).expand_as(sample)
         constant = torch.zeros_like(sample)
         counter = (block, sample, constant + self.step, constant + int(stream))
         words = philox(counter, (self.seed & _MASK, self.seed >> 32))
