@@ -23,7 +23,8 @@ class Graph(Generic[Inputs, Outputs]):
     def __init__(self, run: Callable[[Inputs], Outputs], inputs: Inputs, pool=None):
         self._inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # other threads may go on allocating: one pins the next batches
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = run(self._inputs)
 
     def __call__(self, inputs: Inputs) -> Outputs:
