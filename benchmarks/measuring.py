@@ -116,9 +116,10 @@ def in_turn(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
 
 def alone(work: Workload, name: str, reference: Reference | None, batches: list) -> tuple[list[float], dict, Reference]:
     """A variant's milliseconds, its columns, and the reference of the next."""
+    # from the start: what a captured step holds was allocated while it was captured
+    torch.cuda.reset_peak_memory_stats()
     variant, columns, reference = start(work, name, reference)
     timed(variant, batches[0], work.device)
-    torch.cuda.reset_peak_memory_stats()
     before = energy()
     samples = [timed(variant, inputs, work.device) for inputs in batches]
     used = joules(before, energy(), len(batches) * work.run.train.batch)
