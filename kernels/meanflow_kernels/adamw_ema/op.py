@@ -144,7 +144,11 @@ def adamw_ema(
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         adamw_ema_ref(*lists[:5], emas=dict(zip(emas, lists[5:], strict=True)), copies=copies, skip=skip, **settings)
         return
-    torch._foreach_add_(lists[4], 1 if skip is None else 1 - skip.float().reshape(()))
+    if skip is None:
+        torch._foreach_add_(lists[4], 1)
+    else:
+        # without alpha torch takes a tensor for a number, and waits for it
+        torch._foreach_add_(lists[4], 1 - skip.float().reshape(()), alpha=1)
     flat_emas = [x for ema in lists[5:] for x in ema]
     rate = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     word = torch.zeros(()) if skip is None else skip.float()
