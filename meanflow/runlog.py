@@ -157,12 +157,16 @@ class RunLog:
         """Add a step to the interval's sums; nothing waits for the device. flops: what it needed, of this process."""
         share = 1 / (self.world.size * len(done.terms))
         main = float(self.world.is_main)
-        values = dict.fromkeys(SUMS, 0.0) | {"steps": main, "grad_norm": done.grad_norm.detach() * main}
+
+        def number(value: float) -> Tensor:
+            # filled there: a copy to a GPU would wait for it
+            return torch.full((), value, dtype=torch.float64, device=done.grad_norm.device)
+
+        values = dict.fromkeys(SUMS, number(0.0)) | {"steps": number(main), "grad_norm": done.grad_norm.detach() * main}
         for terms in done.terms:
             for name, value in _sums(terms).items():
                 values[name] = values[name] + value * (share if name == "loss" else 1)
-        device = done.grad_norm.device
-        row = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in SUMS])
+        row = torch.stack([values[name].double() for name in SUMS])
         # what was not done may be not finite, and does not count
         row = torch.where(done.skipped > 0, 0.0, row)
         row[-1] = done.skipped * main

@@ -19,7 +19,7 @@ def tiny(**train):
     config = preset("digits")
     return replace(
         config,
-        model=replace(config.model, depth=1, hidden_size=16, num_heads=2),
+        model=replace(config.model, depth=1, hidden_size=16, num_heads=1),
         train=replace(
             config.train,
             **{"steps": STEPS, "batch": 8, "log_every": 3, "save_every": SAVE_EVERY, "sample_every": 5, "keep_last": 2}

@@ -123,6 +123,19 @@ def test_resumed_on_a_gpu(tmp_path):
     assert runs.final_state(part) == runs.final_state(whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_a_step_does_not_wait_for_the_gpu(captured, tmp_path):
+    trainer = Trainer(runs.tiny(device="cuda", cuda_graph=captured), tmp_path)
+    trainer.train_step(trainer.inputs(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            trainer.train_step(trainer.inputs(step))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_longer_run_continues_a_shorter_one(whole, tmp_path):
     train(runs.tiny(steps=6, log_every=3), tmp_path)
     train(runs.tiny(), tmp_path)
