@@ -9,7 +9,7 @@ HAS_GPU = torch.cuda.is_available()
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels run here."""
     return "cuda" if HAS_GPU else "cpu"

@@ -116,10 +116,10 @@ def test_a_large_mean_costs_no_digits(kernel_route, device):
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_shape_and_stride(data):
+def test_any_shape_and_stride(device, data):
     batch, length, width = (data.draw(st.integers(1, most)) for most in (3, 3, 40))
-    x, x_dot = strided(data.draw(st.sampled_from(LAYOUTS)), *torch.randn(2, batch, length, width))
-    vectors = torch.randn(4, batch, 2 * width)[..., 1 : width + 1]
+    x, x_dot = strided(data.draw(st.sampled_from(LAYOUTS)), *torch.randn(2, batch, length, width, device=device))
+    vectors = torch.randn(4, batch, 2 * width, device=device)[..., 1 : width + 1]
     n = data.draw(st.integers(1, batch))
     start = data.draw(st.integers(0, batch - n))
     tangents = tuple(a[start : start + n] for a in (x_dot, vectors[2], vectors[3]))

@@ -103,12 +103,12 @@ def test_the_bias_carries_its_tangent_in_forward_mode(each_route, device):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_shape_and_stride(data):
+def test_any_shape_and_stride(device, data):
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)) + [data.draw(st.integers(1, 40))]
-    x, x_dot = torch.randn(2, *shape)
+    x, x_dot = torch.randn(2, *shape, device=device)
     if data.draw(st.booleans()):
         x, x_dot = x.mT.contiguous().mT, x_dot.mT.contiguous().mT
-    bias = torch.randn(2 * shape[-1])[::2]
+    bias = torch.randn(2 * shape[-1], device=device)[::2]
     n = data.draw(st.integers(1, shape[0]))
     start = data.draw(st.integers(0, shape[0] - n))
     reference, kernel = by_routes(lambda: bias_gelu_jvp((x,), (x_dot[start : start + n],), bias, tangent_start=start))

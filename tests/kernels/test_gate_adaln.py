@@ -131,10 +131,11 @@ def test_it_is_the_sum_and_then_adaln(each_route, device):
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_shape_and_stride(data):
+def test_any_shape_and_stride(device, data):
     batch, length, width = (data.draw(st.integers(1, most)) for most in (3, 3, 40))
-    x, y, x_dot, y_dot = strided(data.draw(st.sampled_from(LAYOUTS)), *torch.randn(4, batch, length, width))
-    vectors = torch.randn(6, batch, 2 * width)[..., 1 : width + 1]
+    four = torch.randn(4, batch, length, width, device=device)
+    x, y, x_dot, y_dot = strided(data.draw(st.sampled_from(LAYOUTS)), *four)
+    vectors = torch.randn(6, batch, 2 * width, device=device)[..., 1 : width + 1]
     n = data.draw(st.integers(1, batch))
     start = data.draw(st.integers(0, batch - n))
     present = data.draw(st.lists(st.booleans(), min_size=5, max_size=5).filter(any))

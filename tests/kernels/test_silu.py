@@ -54,9 +54,9 @@ def test_kernel_on_the_gpu(kernel_route, device, shape):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_shape_and_stride(data):
+def test_any_shape_and_stride(device, data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    x, x_dot = torch.randn(2, *shape)
+    x, x_dot = torch.randn(2, *shape, device=device)
     if data.draw(st.booleans()):
         x, x_dot = (a.movedim(0, -1).contiguous().movedim(-1, 0) for a in (x, x_dot))
     n = data.draw(st.integers(1, shape[0]))

@@ -76,9 +76,9 @@ def test_kernel_on_the_gpu(kernel_route, device, dtype):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_shape_and_stride(data):
+def test_any_shape_and_stride(device, data):
     batch, dim, step = (data.draw(st.integers(least, 6)) for least in (1, 2, 1))
-    t, t_dot = torch.rand(2, batch * step)[:, ::step]
+    t, t_dot = torch.rand(2, batch * step, device=device)[:, ::step]
     n = data.draw(st.integers(1, batch))
     start = data.draw(st.integers(0, batch - n))
     tangents = (t_dot[start : start + n],)
