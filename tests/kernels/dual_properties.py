@@ -82,7 +82,7 @@ def assert_as_exact(case: Case, primals, tangents, *, extra=(), start: int | Non
         rows = slice(start or 0, (start or 0) + n)
         some, rest = tuple(x[rows] for x in cast(primals)), cast(extra)
         y_dot = torch.func.jvp(lambda *xs: case.plain(*xs, *rest), some, cast(tangents))[1]
-        # on a GPU layer_norm's tangent is fp32 where its result is not: it is rounded as an ordinary user's next op would
+        # on a GPU the tangent of layer_norm is fp32 where its result is not: round it as the next op of a user would
         y_dot = (x_dot.to(x.dtype) for x, x_dot in zip(y, tensors(y_dot), strict=True))
         return [x.detach() for x in (*y, *y_dot, *gradients)]
 
