@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from meanflow.engine import build_net
 from meanflow.errors import UserError
@@ -28,23 +28,27 @@ from meanflow.optim import make_optimizer
 from meanflow.plan import Planner
 from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
 
+from .rows import why_untimed
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table
 from .timing import quantiles, stamp
 from .variants import Ours, Workload
 
 PROFILED_STEPS = 3
+OTHER = "pointwise"
 KINDS = {  # a kernel's or operator's name tells its kind; the first that matches
     # in plain torch only attention has batched products and softmax; its scaling and row sums stay pointwise
-    "attention": r"attention|flash|fmha|aten::bmm|softmax|logsumexp",
-    "GEMM": r"gemm|cutlass|cublas|nvjet|xmma|aten::(add)?mm|mkl_linear|mkldnn|packed_linear",
+    "attention": r"attention|flash|fmha|sdpa|aten::bmm|softmax|logsumexp",
+    # Inductor's are named for all operators in them, casts ("_to_copy") and the products beside them too
+    OTHER: r"^triton_(poi|red|per)_",
+    "GEMM": r"gemm|gemv|cutlass|cublas|nvjet|xmma|triton_tem|aten::(add)?mm|mkl_linear|mkldnn|packed_linear",
     "optimizer": r"adam|lerp|multi_tensor|_foreach",
     "memory": r"memcpy|memset|copy",
     "compiled, not told apart": r"compiled",
 }
-OTHER = "pointwise"
 PYTHON = "Python"
 IDLE = "idle"
+NO_KERNELS = "the profiler saw no kernel on the GPU: torch without CUPTI, or another profiler holds it"
 
 
 class Parts:
@@ -139,26 +143,31 @@ def name_passes(net: nn.Module) -> None:
 
 
 def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, float]:
-    """Milliseconds a step of each kind of kernel; on a GPU also those in which it waited."""
+    """Milliseconds a step of each kind of kernel, none where the profiler saw none; on a GPU also those of waiting."""
     variant = Ours(work, compile=compiled)
     if not compiled:
         name_passes(variant.net)
-    batches = [work.inputs(k) for k in range(PROFILED_STEPS + 2)]
-    for inputs in batches[:2]:
-        variant.prepare(inputs)
-        variant.step()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (work.device == "cuda")
-    begin = stamp(work.device)
-    with profile(activities=activities) as profiler:
-        for inputs in batches[2:]:
-            variant.prepare(inputs)
+    batches = [work.inputs(k) for k in range(PROFILED_STEPS + 3)]
+
+    def steps(inputs: list[Inputs]) -> float:
+        begin = stamp(work.device)
+        for each in inputs:
+            variant.prepare(each)
             variant.step()
-        wall = stamp(work.device) - begin
+        return stamp(work.device) - begin
+
+    steps(batches[:2])
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (work.device == "cuda")
+    # the profiler's own start takes longer than a step, and would be counted as waiting
+    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as profiler:
+        steps(batches[2:3])
+        profiler.step()
+        wall = steps(batches[3:])
     if trace:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
     ms = kinds_of(profiler.key_averages(), work.device)
-    if work.device == "cuda":
+    if work.device == "cuda" and ms:
         ms[IDLE] = max(0.0, wall - sum(ms.values()))
     return {kind: total / PROFILED_STEPS for kind, total in ms.items()}
 
@@ -174,21 +183,26 @@ def main(args: list[str] | None = None) -> None:
         work = make_workload(options)
     except UserError as error:
         raise SystemExit(f"benchmarks.breakdown: error: {error}") from None
-    repeats = options.repeats or (20 if options.device == "cuda" else 5)
+    repeats = options.repeats or (20 if work.device == "cuda" else 5)
     found = {
         "part": by_part(work, repeats, compiled=not options.eager),
         "kind": by_kind(work, options.trace, compiled=not options.eager),
     }
-    variant = "ours-eager" if options.eager else "ours"
+    columns = identity(work, options.preset) | {
+        "kind": "breakdown",
+        "variant": "ours-eager" if options.eager else "ours",
+    }
     rows = [
-        identity(work, options.preset) | {"kind": "breakdown", "variant": variant, "by": by, "ms": ms}
-        for by, ms in found.items()
+        columns | {"by": by, "ms": ms} | ({} if ms else {"missing": {"ms": NO_KERNELS}}) for by, ms in found.items()
     ]
     if options.trace:
         rows[-1]["trace"] = options.trace.name
     rows = append(rows, options)
     print(title(rows[0]), "\n")
     for row in rows:
+        if why := why_untimed(row):
+            print(f"by {row['by']}: not told apart: {why}\n")
+            continue
         total = sum(row["ms"].values())
         lines = [[name, f"{ms:.2f}", f"{ms / total:.0%}"] for name, ms in row["ms"].items()]
         print(table([f"by {row['by']}", "ms", "share"], [*lines, ["sum", f"{total:.2f}", ""]]), "\n")

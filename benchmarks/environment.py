@@ -58,7 +58,7 @@ def clocks() -> dict:
         return {
             "sm_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
             "memory_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-            "throttle_bits": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu),
+            "throttle_bits": pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
         }
 
     if not torch.cuda.is_available():

@@ -65,7 +65,8 @@ def main(args: list[str] | None = None) -> None:
         found = [json.loads(line) for line in options.measured.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"measured: got {options.measured}, wanted a file of JSON lines ({error})") from None
-    steps = [r for r in found if r.get("kind") == "step" and r.get("preset") and r.get("gpu")]
+    # a variant that did not fit is a row without a time
+    steps = [r for r in found if r.get("kind") == "step" and r.get("preset") and r.get("gpu") and r.get("ms")]
     usable = [r for r in steps if r["variant"].startswith("ours") and BATCH % r["batch"] == 0]
     if not usable:
         raise SystemExit(

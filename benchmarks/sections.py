@@ -22,11 +22,18 @@ def breakdown(page: Page, rows: list[dict]) -> str:
     for group in by_machine(rows):
         parts.append(where(group))
         group, left_over = newest(group, lambda row: (workload(row), row["variant"], row["by"]))
-        figures = []
+        figures, lacking = [], []
         for title, found in by_workload(group).items():
             parts.append(f"<h3>{html.escape(title)}</h3>")
             for by in dict.fromkeys(row["by"] for row in found):
-                cut = {row["variant"]: row["ms"] for row in found if row["by"] == by}
+                cut = {row["variant"]: row["ms"] for row in found if row["by"] == by and row["ms"]}
+                lacking += [
+                    f"{title}: {row['variant']} by {by} was not told apart: {why}."
+                    for row in found
+                    if row["by"] == by and (why := why_untimed(row))
+                ]
+                if not cut:
+                    continue
                 names = list(dict.fromkeys(name for ms in cut.values() for name in ms))
                 totals = {variant: sum(ms.values()) for variant, ms in cut.items()}
                 lines = [
@@ -45,7 +52,7 @@ def breakdown(page: Page, rows: list[dict]) -> str:
         lines += [
             f"Trace with named ranges, beside this report: {name}; opens at https://ui.perfetto.dev." for name in traces
         ]
-        parts.append(notes(lines + older(left_over) + missing(group)) + figures_of(figures))
+        parts.append(notes(lines + lacking + older(left_over) + missing(group)) + figures_of(figures))
     return "".join(parts)
 
 

@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import fresh
@@ -12,11 +14,13 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import breakdown, projection, regression, scaling, step, variants
+from benchmarks import breakdown, projection, regression, report, scaling, step, variants
 from benchmarks.accounting import account
 from benchmarks.environment import merge
+from meanflow_kernels.adamw_ema import native
 from meanflow_kernels.adamw_ema.native import MISSING
 
+KERNELS = Path(native.__file__).parents[1]
 SMALL = "--device cpu --model S/8 --batch 4 --precision fp32 --repeats 2".split()
 
 
@@ -68,16 +72,58 @@ def test_bad_input():
         breakdown.main(["--kappa", "2", "--device", "cpu"])
 
 
+def ours(op: str) -> list[str]:
+    """The kernels of an operator, by the names that Triton gives them."""
+    text = "".join(path.read_text() for path in (KERNELS / op).glob("*kernel.py"))
+    found = re.findall(r"^def (\w+_kernel)\(\n", text, re.MULTILINE)
+    assert found
+    return found
+
+
 def test_kernels_have_kinds():
     names = {
-        "attention": ["_attention_jvp_kernel", "flash_bwd_dq_dk_dv_loop"],
-        "GEMM": ["nvjet_hsh_128x256", "sm90_xmma_gemm_bf16bf16", "aten::addmm", "cutlass_80_tensorop"],
-        "optimizer": ["adamw_ema_kernel<2>", "multi_tensor_apply_kernel"],
-        "memory": ["Memcpy HtoD (Pinned -> Device)", "aten::copy_"],
-        "pointwise": ["_gate_adaln_jvp_kernel", "triton_poi_fused_add_3", "aten::mul"],
+        "attention": [
+            *ours("attention"),
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::bfloat16_t>>",
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>)",
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128_4x1x1_kernel0_0",
+            "void (anonymous namespace)::softmax_warp_forward<float, float, float, 8, false, false>",
+            "triton_red_fused__softmax__to_copy_mul_4",
+        ],
+        "GEMM": [
+            "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT",
+            "nvjet_hsh_128x256",
+            "sm90_xmma_gemm_bf16bf16",
+            "aten::addmm",
+            "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_tn_align8>",
+            "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>",
+            "ampere_sgemm_128x64_tn",
+            "void gemv2T_kernel_val<int, int, __nv_bfloat16, float>",
+        ],
+        "optimizer": [
+            "adamw_ema_kernel(Table, Settings, double const*, double, float const*)",
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>",
+        ],
+        "memory": [
+            "Memcpy HtoD (Pinned -> Device)",
+            "Memcpy DtoD (Device -> Device)",
+            "Memset (Device)",
+            "aten::copy_",
+            "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, unsigned int, 2, 128, 1>",
+        ],
+        # a cast or a product in the name of Inductor's is what was fused, not what it does
+        "pointwise": [
+            *(name for op in ("adaln", "gate_adaln", "bias_gelu", "silu", "timestep_embedding") for name in ours(op)),
+            "triton_poi_fused_add_3",
+            "triton_red_fused__to_copy_native_layer_norm_view_7",
+            "aten::mul",
+            "triton_per_fused__to_copy_addmm_sum_12",
+            "triton_poi_fused_copy_mm_0",
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+        ],
     }
     for kind, found in names.items():
-        assert [breakdown.kind_of(name) for name in found] == [kind] * len(found)
+        assert {name: breakdown.kind_of(name) for name in found} == dict.fromkeys(found, kind)
 
 
 def event(key, ms, device_type=DeviceType.CUDA, annotation=False):
@@ -92,6 +138,64 @@ def test_a_gpus_kernels_count_once():
     events = [event("aten::mm", 5.0, DeviceType.CPU), event("loss", 7.0, annotation=True)]
     events += [event("nvjet_hsh_128x256", 5.0), event("_attention_jvp_kernel", 2.0)]
     assert breakdown.kinds_of(events, "cuda") == {"GEMM": 5.0, "attention": 2.0}
+
+
+@pytest.fixture
+def profiled(monkeypatch):
+    """A GPU's profile made of given events; the list of what was asked of it, in order."""
+    asked, clock = [], iter(range(0, 1000, 10))
+
+    class Profile:
+        def __init__(self, **_):
+            pass
+
+        def __enter__(self):
+            asked.append("start")
+            return self
+
+        def __exit__(self, *_):
+            asked.append("stop")
+
+        def step(self):
+            asked.append("record")
+
+        def key_averages(self):
+            return profiled.events
+
+    def profiled(events):
+        profiled.events = events
+        return breakdown.by_kind(SimpleNamespace(device="cuda", inputs=lambda k: k), None, compiled=True)
+
+    variant = SimpleNamespace(prepare=lambda inputs: None, step=lambda: asked.append("step"))
+    monkeypatch.setattr(breakdown, "Ours", lambda work, compile: variant)
+    monkeypatch.setattr(breakdown, "profile", Profile)
+    monkeypatch.setattr(breakdown, "stamp", lambda device: asked.append("stamp") or next(clock))
+    profiled.asked = asked
+    return profiled
+
+
+def test_waiting_is_what_no_kernel_fills(profiled):
+    found = profiled([event("nvjet_hsh_128x256", 3.0), event("aten::mm", 3.0, DeviceType.CPU)])
+    # three steps in ten milliseconds
+    assert found == {"GEMM": pytest.approx(1.0), "idle": pytest.approx(7 / 3)}
+    # the profiler starts and makes its first record outside of what is timed
+    steps = ["stamp", *["step"] * breakdown.PROFILED_STEPS, "stamp"]
+    assert profiled.asked[-len(steps) - 2 :] == ["record", *steps, "stop"]
+    assert profiled.asked.index("start") < profiled.asked.index("record")
+
+
+def test_a_profile_without_kernels_is_no_waiting(profiled, monkeypatch, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    nothing = profiled([event("aten::mm", 3.0, DeviceType.CPU)])
+    assert nothing == {}
+    monkeypatch.setattr(breakdown, "by_kind", lambda *_, **__: nothing)
+    breakdown.main([*SMALL, "--eager", "--rows", str(rows)])
+    part, kind = rows_of(rows)
+    assert part["ms"]["backward"] > 0 and kind["ms"] == {} and "no kernel" in kind["missing"]["ms"]
+    assert "by kind: not told apart: the profiler saw no kernel" in capsys.readouterr().out
+    report.main([str(rows), "--out", str(tmp_path)])
+    text = (tmp_path / "report.html").read_text()
+    assert "ours-eager by kind was not told apart: the profiler saw no kernel" in text and "by kind</th>" not in text
 
 
 def test_a_cpus_operators_have_kinds():
@@ -144,7 +248,9 @@ def test_scaling(tmp_path, monkeypatch, capsys):
 def test_projection(tmp_path, capsys):
     measured, out = tmp_path / "measured.jsonl", tmp_path / "projected.jsonl"
     row = {"kind": "step", "preset": "imagenet-xl2", "variant": "ours", "batch": 32, "ms": 90.0, "gpu": "a GPU"}
-    measured.write_text(json.dumps(row) + "\n" + json.dumps(row | {"gpu": None}) + "\n")
+    # one on a CPU, and one of a variant that did not fit
+    others = [row | {"gpu": None}, row | {"variant": "ours-captured", "ms": None, "missing": {"ms": "out of memory"}}]
+    measured.write_text("".join(json.dumps(each) + "\n" for each in [row, *others]))
     projection.main([str(measured), "--link-gbps", "450", "--rows", str(out)])
     (found,) = rows_of(out)
     # 240 epochs of 5,004 steps; 676 M parameters, 7/4 of whose bytes go through each link

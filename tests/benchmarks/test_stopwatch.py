@@ -150,7 +150,7 @@ def nvml(monkeypatch):
     stub = SimpleNamespace(
         NVMLError=NvmlError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlSystemGetDriverVersion=lambda: "580.1", nvmlDeviceGetClockInfo=lambda gpu, clock: clock,
-        NVML_CLOCK_SM=1980, NVML_CLOCK_MEM=2619, nvmlDeviceGetCurrentClocksThrottleReasons=lambda gpu: 4,
+        NVML_CLOCK_SM=1980, NVML_CLOCK_MEM=2619, nvmlDeviceGetCurrentClocksEventReasons=lambda gpu: 4,
         nvmlDeviceGetTotalEnergyConsumption=lambda gpu: 5000,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", stub)
