@@ -8,23 +8,48 @@ usage: bash scripts/gpu_check.sh [--list] [--help] [--commit HASH] [PART...]
 
 Runs the parts in this order (default: all), each within 9 minutes, from the source tree as it is:
 
+  build      the native libraries, in place (c++ and nvcc; the captured step needs them)
   static     registers, spills, shared memory and load widths of every launch config, on this machine's Triton
   tests      the tests of the operators with their kernels on the GPU, and every other test that needs one
+  suite      the benchmark suite's quick run: its tests, B/4 and XL/2, the operators, a report
   attention  attention timed against SDPA, math attention under torch.func.jvp, and the peers that are installed
   pointwise  the other operators and the optimizer timed against plain torch, eager and compiled
   step-b4    B/4's training step at batch 256: naive, compiled, captured; with and without guidance
   step-xl2   XL/2's at batch 32: ours, and the derivative's overhead
   naive-xl2  XL/2's as public trainers make it, eager and compiled, beside ours
 
-Logs, the result rows (rows.jsonl, appended) and summary.txt go to the folder $OUT (default: gpu_check).
+To the folder $OUT (default: gpu_check) go the result rows (rows.jsonl, appended), summary.txt, of the suite its rows
+(suite.jsonl) and report.html, and details.tar.gz, a copy of the folder $DETAILS (default: build/gpu_check): the logs,
+and the suite's folder, from which it resumes.
 --commit says what the rows are of, where the tree is no git checkout.
 Needs python3 with torch, triton, numpy, pytest, pytest-benchmark, hypothesis and nvidia-ml-py.
 Exit code: 0 all parts passed, 1 a part failed, 2 no GPU or a wrong argument.
 TEXT
 }
 
-PARTS=(static tests attention pointwise step-b4 step-xl2 naive-xl2)
+PARTS=(build static tests suite attention pointwise step-b4 step-xl2 naive-xl2)
 LIMIT=540
+
+build() {
+    local begin
+    begin=$(date +%s)
+    run python3 setup.py -q build_ext --inplace || return 1
+    # to setup.py a library that is not built is a warning, and one of an older tree may lie there
+    run python3 -c "$BUILT" "$begin"
+}
+
+BUILT='
+import sys
+from pathlib import Path
+
+import meanflow_kernels
+from meanflow_kernels.adamw_ema.native import MISSING
+
+libraries = [Path(meanflow_kernels.__file__).with_name(f"native_{name}.so") for name in ("cpu", "cuda")]
+old = [p.name for p in libraries if p.exists() and p.stat().st_mtime < float(sys.argv[1])]
+wrong = [*dict.fromkeys(MISSING.values()), *(f"{name} was not built, it is older than this run" for name in old)]
+sys.exit("\n".join(wrong and [*wrong, "what the compilers said is above; nvcc has to be in CUDA_HOME or the PATH"]) or 0)
+'
 
 static() {
     run python3 -m benchmarks.static_report
@@ -40,6 +65,15 @@ tests() {
     local others
     mapfile -t others < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/')
     ((${#others[@]} == 0)) || run python3 -m pytest -q -m gpu "${others[@]}"
+}
+
+suite() {
+    local failed=0
+    # it ends itself after 8 minutes
+    run python3 -m benchmarks.suite --out "$DETAILS/suite" "${COMMIT[@]}" || failed=1
+    [[ ! -e $DETAILS/suite/rows.jsonl ]] || cp "$DETAILS/suite/rows.jsonl" "$OUT/suite.jsonl"
+    [[ ! -e $DETAILS/suite/report.html ]] || cp "$DETAILS/suite/report.html" "$OUT"
+    return $failed
 }
 
 attention() {
@@ -121,14 +155,14 @@ done
 ((${#chosen[@]})) || chosen=("${PARTS[@]}")
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT=$(realpath -m "${OUT:-gpu_check}")
+OUT=$(realpath -m "${OUT:-gpu_check}") DETAILS=$(realpath -m "${DETAILS:-build/gpu_check}")
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 python3 -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)' || {
     echo "gpu_check: python3's torch sees no NVIDIA GPU here; run it on a machine that has one" >&2
     exit 2
 }
 
-mkdir -p "$OUT"
+mkdir -p "$OUT" "$DETAILS/logs"
 {
     date -u +%FT%TZ
     nvidia-smi --format=csv --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks_throttle_reasons.active
@@ -139,14 +173,16 @@ failed=0
 table=$(printf '%-10s %-8s %8s  %s' part result seconds log)
 for part in "${chosen[@]}"; do
     echo "gpu_check: $part ..."
-    begin=$SECONDS DEADLINE=$((SECONDS + LIMIT))
-    if "$part" >"$OUT/$part.log" 2>&1; then
+    begin=$SECONDS DEADLINE=$((SECONDS + LIMIT)) log=$DETAILS/logs/$part.log
+    if "$part" >"$log" 2>&1; then
         result=passed
     else
         result=FAILED failed=1
-        tail -n 25 "$OUT/$part.log" | cut -c1-200
+        tail -n 25 "$log" | cut -c1-200
     fi
-    table+=$'\n'$(printf '%-10s %-8s %8d  %s' "$part" "$result" $((SECONDS - begin)) "$OUT/$part.log")
+    table+=$'\n'$(printf '%-10s %-8s %8d  %s' "$part" "$result" $((SECONDS - begin)) "logs/$part.log")
+    # whatever happens to the next
+    tar -C "$DETAILS" -czf "$OUT/details.tar.gz" .
 done
 echo "$table" | tee -a "$OUT/summary.txt"
 exit $failed
