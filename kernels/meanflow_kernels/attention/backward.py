@@ -117,7 +117,8 @@ def _sdpa(library, do, q, k, v, o, lse, scale):
         gradients = backward(do, q, k, v, o, lse, *lengths, seed, seed, scale=scale)
     else:
         backward = aten._scaled_dot_product_cudnn_attention_backward
-        gradients = backward(do, q, k, v, o, lse, seed, seed, None, *lengths, scale=scale)
+        # cuDNN describes the statistics to its graph by their own sizes: (B, H, M, 1)
+        gradients = backward(do, q, k, v, o, lse[..., None], seed, seed, None, *lengths, scale=scale)
     return tuple(x.transpose(1, 2) for x in gradients)
 
 
