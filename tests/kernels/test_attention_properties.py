@@ -66,7 +66,9 @@ def test_a_slice_of_the_batch_carries_the_tangent(each_route, device, start, n):
     o_full, o_dot_full = attention_jvp(primals, tangents)
     assert relative_error(o, o_full) < 1e-6
     assert o.shape == o_full.shape and torch.equal(o[rows], o_full[rows])
-    assert o_dot.shape[0] == n and torch.equal(o_dot, o_dot_full[rows])
+    assert o_dot.shape[0] == n and relative_error(o_dot, o_dot_full[rows]) < 1e-6
+    # the reference's products are a library's, which may round otherwise for another number of samples
+    assert each_route is Route.REFERENCE or torch.equal(o_dot, o_dot_full[rows])
 
 
 @pytest.mark.parametrize("head_dim", (64, 72))
