@@ -28,6 +28,7 @@ from meanflow.optim import make_optimizer
 from meanflow.plan import Planner
 from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
 
+from .environment import clocks, merge
 from .rows import why_untimed
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table
@@ -184,17 +185,20 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         raise SystemExit(f"benchmarks.breakdown: error: {error}") from None
     repeats = options.repeats or (20 if work.device == "cuda" else 5)
-    found = {
-        "part": by_part(work, repeats, compiled=not options.eager),
-        "kind": by_kind(work, options.trace, compiled=not options.eager),
-    }
     columns = identity(work, options.preset) | {
         "kind": "breakdown",
         "variant": "ours-eager" if options.eager else "ours",
     }
-    rows = [
-        columns | {"by": by, "ms": ms} | ({} if ms else {"missing": {"ms": NO_KERNELS}}) for by, ms in found.items()
-    ]
+    measures = {
+        "part": lambda: by_part(work, repeats, compiled=not options.eager),
+        "kind": lambda: by_kind(work, options.trace, compiled=not options.eager),
+    }
+    rows = []
+    for by, measure in measures.items():
+        ms = measure()
+        rows.append(
+            merge(columns, {"by": by, "ms": ms}, {} if ms else {"missing": {"ms": NO_KERNELS}}, clocks(work.device))
+        )
     if options.trace:
         rows[-1]["trace"] = options.trace.name
     rows = append(rows, options)

@@ -51,8 +51,8 @@ def merge(*columns: dict) -> dict:
     return row | ({"missing": missing} if missing else {})
 
 
-def clocks() -> dict:
-    """SM and memory clocks in MHz and NVML's throttle bits at this moment, or why they cannot be read."""
+def clocks(device: str) -> dict:
+    """A GPU's SM and memory clocks in MHz and NVML's throttle bits at this moment, or why they cannot be read."""
 
     def read(pynvml, gpu) -> dict:
         return {
@@ -61,7 +61,7 @@ def clocks() -> dict:
             "throttle_bits": pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
         }
 
-    if not torch.cuda.is_available():
+    if device != "cuda":
         return {}
     found, missing = _nvml(read)
     return found | ({"missing": missing} if missing else {})

@@ -244,7 +244,7 @@ def measure(work: Workload, ways: list[Way], repeats: int, seconds: float) -> li
         # every other turn backwards, so that nobody always follows the same neighbour
         for way in samples if turn % 2 else reversed(samples):
             samples[way].append(timed(work, way))
-    found = clocks() if work.device == "cuda" else {}
+    found = clocks(work.device)
     work.count()
     rows = []
     for way in ways:

@@ -111,7 +111,7 @@ def in_turn(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
             yield untimed(name, why)
         else:
             samples[name], columns, reference = found
-            yield merge(row(name, samples[name], work), columns, against(samples, name), clocks())
+            yield merge(row(name, samples[name], work), columns, against(samples, name), clocks(work.device))
 
 
 def alone(work: Workload, name: str, reference: Reference | None, batches: list) -> tuple[list[float], dict, Reference]:
@@ -198,7 +198,7 @@ def joules(before: dict, after: dict, images: int) -> dict:
     """The GPU's energy for an image, waiting between steps included, or why it is not known."""
     if "joules" in before and "joules" in after:
         return {"joules_per_image": (after["joules"] - before["joules"]) / images}
-    return {"missing": {"joules_per_image": before["missing"]["joules"]}}
+    return {"missing": {"joules_per_image": (before | after)["missing"]["joules"]}}
 
 
 def against(samples: dict[str, list[float]], name: str) -> dict:

@@ -22,7 +22,7 @@ from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.optim import make_optimizer
 
-from .environment import environment
+from .environment import clocks, environment
 from .table import table
 from .timing import ColdCache, device_ms, host_ms, measure_ceilings, quantiles, wall_ms
 
@@ -91,6 +91,7 @@ def main(args: list[str] | None = None) -> None:
     for turn in range(options.repeats):
         for name in optimizers if turn % 2 else reversed(optimizers):
             samples[name].append(one_ms(optimizers[name].step, options.device))
+    found = clocks(options.device)
     numel = sum(p.numel() for p in optimizers["native"].net.parameters())
     moved = adamw_ema_bytes(numel, emas=1, copies=False)
     copy_gbps = measure_ceilings(options.device).copy_gbps
@@ -101,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
         rows.append({"op": "adamw_ema", "model": model, "parameters": numel, "implementation": name, "ms": ms,
                      "ms_20": low, "ms_80": high, "samples": len(times), "bytes": moved, "gbps": moved / ms / 1e6,
                      "copy_gbps": copy_gbps, "times_torch": dict(zip(("20", "50", "80"), ratios, strict=True))}
-                    | environment(options.device, options.commit))  # fmt: skip
+                    | found | environment(options.device, options.commit))  # fmt: skip
     if options.rows:
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         with options.rows.open("a") as file:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
+from .environment import clocks
 from .measuring import timed, turns
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .timing import quantiles
@@ -153,7 +154,7 @@ def main(args: list[str] | None = None) -> int:
         sides = []
         try:
             sides += [Side(ROOT, args), Side(tree, args)]
-            row = compare(*sides, options.repeats or TURNS[options.device], options.seconds)
+            row = compare(*sides, options.repeats or TURNS[options.device], options.seconds) | clocks(options.device)
         finally:
             for side in sides:
                 side.process.kill()

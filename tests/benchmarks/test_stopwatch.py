@@ -176,7 +176,8 @@ def test_the_processor_has_its_name(monkeypatch, tmp_path, text, name):
 
 def test_what_nvml_says_is_in_the_row(nvml):
     assert energy() == {"joules": 5.0}
-    assert clocks() == {"sm_mhz": 1980, "memory_mhz": 2619, "throttle_bits": 4}
+    assert clocks("cuda") == {"sm_mhz": 1980, "memory_mhz": 2619, "throttle_bits": 4}
+    assert clocks("cpu") == {}
     row = environment("cuda", "abc")
     assert row["gpu"] == "NVIDIA GeForce RTX 9090" and row["driver"] == "580.1" and "missing" not in row
     assert joules({"joules": 5.0}, {"joules": 29.0}, images=8) == {"joules_per_image": 3.0}
@@ -186,14 +187,15 @@ def test_no_permission_to_read_power_costs_that_column_alone(nvml):
     nvml.nvmlDeviceGetTotalEnergyConsumption = refuse("Insufficient Permissions")
     found = energy()
     assert found == {"missing": {"joules": "Insufficient Permissions"}}
+    assert joules({"joules": 5.0}, found, images=8) == joules(found, {"joules": 5.0}, images=8)
     assert joules(found, found, images=8) == {"missing": {"joules_per_image": "Insufficient Permissions"}}
-    assert clocks()["sm_mhz"] == 1980 and environment("cuda", "abc")["driver"] == "580.1"
+    assert clocks("cuda")["sm_mhz"] == 1980 and environment("cuda", "abc")["driver"] == "580.1"
 
 
 def test_an_nvml_that_does_not_start_costs_its_columns_alone(nvml):
     nvml.nvmlInit = refuse("Driver Not Loaded")
     assert energy() == {"missing": {"joules": "Driver Not Loaded"}}
-    assert clocks() == {"missing": {"nvml": "Driver Not Loaded"}}
+    assert clocks("cuda") == {"missing": {"nvml": "Driver Not Loaded"}}
     row = environment("cuda", "abc")
     assert row["gpu"] == "NVIDIA GeForce RTX 9090" and row["missing"] == {"nvml": "Driver Not Loaded"}
 
