@@ -32,7 +32,8 @@ def steps_of(run, out, count):
     """(terms of interest, gradient norm, sizes) of some steps of a run, and the trainer after them."""
     trainer, rows = Trainer(run, out), []
     for p in trainer.net.parameters():  # adaLN-Zero starts as the identity
-        nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+        generator = torch.Generator().manual_seed(p.numel())
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
     for step in range(count):
         (inputs,) = trainer.inputs(step)
         done = trainer.make_step(inputs.to(trainer.device))
