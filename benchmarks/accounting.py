@@ -40,7 +40,7 @@ from meanflow.plan import Plan, Planner
 from meanflow.presets import preset
 from meanflow.times import draw_times
 
-from .environment import environment
+from .environment import environment, known_gpu
 from .table import table
 
 BATCHES = 1000
@@ -356,7 +356,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         "--ranks", type=int, default=1, help="processes that train together, for the mean of the slowest"
     )
     parser.add_argument("--batches", type=int, default=BATCHES, help=f"drawn batches of a mean (default {BATCHES})")
-    parser.add_argument("--gpu", default="NVIDIA H200", help="the GPU of the floor, as its driver names it")
+    parser.add_argument("--gpu", default=known_gpu(), help="the GPU of the floor, as its driver names it")
     parser.add_argument("--gemm-tflops", type=float, help="its rate of matrix products, where you have measured it")
     parser.add_argument("--copy-gbps", type=float, help="its rate of copies, read plus written, where measured")
     parser.add_argument("--json", type=Path, help="write the accounts to this file too")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from meanflow.peaks import PEAKS
 from meanflow.runlog import commit as source_commit
 
 
@@ -49,6 +50,12 @@ def merge(*columns: dict) -> dict:
     row = {key: value for part in columns for key, value in part.items()}
     missing = {key: why for part in columns for key, why in part.get("missing", {}).items()}
     return row | ({"missing": missing} if missing else {})
+
+
+def known_gpu() -> str:
+    """The GPU of this machine where its datasheet is known, else an H200."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return name if name in PEAKS else "NVIDIA H200"
 
 
 def clocks(device: str) -> dict:

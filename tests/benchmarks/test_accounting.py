@@ -207,6 +207,16 @@ def test_rates_are_given_measured_or_the_datasheets(tmp_path):
         found("mine", gemm_tflops=1.0)
 
 
+@pytest.mark.parametrize(
+    ("here", "of"),
+    {None: "NVIDIA H200", "NVIDIA H100 80GB HBM3": "NVIDIA H100 80GB HBM3", "a GPU": "NVIDIA H200"}.items(),
+)
+def test_the_floor_is_of_the_gpu_that_is_here(monkeypatch, here, of):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: here)
+    assert accounting.arguments("--preset digits --batch 8".split()).gpu == of
+
+
 def test_floor_is_products_and_bytes(tmp_path):
     gemm, copy = find_rates("mine", gemm_tflops=200.0, copy_gbps=1000.0, results=tmp_path)
     accounts = floor({"step_flops": 4e12, "optimizer_bytes": 3e9}, "mine", gemm, copy)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,23 @@ def test_nothing_is_timed_that_is_another(tmp_path, monkeypatch, part):
     with pytest.raises(SystemExit, match=f"^{part} (eager|bf16), bf16: its output is .* off that of .* was timed$"):
         run(tmp_path / "rows.jsonl", "--network", "eager", "--decode", "plain", "bf16", "--steps", "1")
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(("device", "precision", "off", "judged"), [
+    ("cpu", "fp32", 5e-3, True), ("cuda", "fp32", 5e-3, False), ("cuda", "fp32", 2e-2, True),
+    ("cuda", "bf16", 2e-2, False),
+])  # fmt: skip
+def test_fp32_on_a_gpu_may_differ_by_the_rounding_of_tf32(monkeypatch, device, precision, off, judged):
+    monkeypatch.setattr(inference, "stamp", lambda device: 0.0)
+    monkeypatch.setattr(inference, "working_memory", lambda call: 0)
+    work = SimpleNamespace(device=device, noise=torch.zeros(4))
+    way = inference.Way("network", "compiled", precision, 1, (lambda noise: torch.full((4,), 1 + off),))
+    wanted = {way.group: ("eager, fp32", torch.ones(4))}
+    if judged:
+        with pytest.raises(SystemExit, match="nothing was timed"):
+            inference.first_call(work, way, wanted)
+    else:
+        assert inference.first_call(work, way, wanted)["difference"] == pytest.approx(off, rel=1e-3)
 
 
 def test_a_way_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):
