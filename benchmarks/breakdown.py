@@ -93,6 +93,8 @@ def by_part(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]
     found = {}
     for name, each in objectives.items():
         variant = replace(work, run=replace(work.run, objective=each))
+        # a function is compiled so many times at most, whichever objective it is for
+        torch.compiler.reset()
         parts, batches = Parts(variant, compiled=compiled), [variant.inputs(k) for k in range(repeats + 2)]
         samples = [parts.times(inputs, work.device) for inputs in batches][2:]
         found[name] = {phase: quantiles([s[phase] for s in samples])[1] for phase in samples[0]}
@@ -145,6 +147,7 @@ def name_passes(net: nn.Module) -> None:
 
 def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, float]:
     """Milliseconds a step of each kind of kernel, none where the profiler saw none; on a GPU also those of waiting."""
+    torch.compiler.reset()
     variant = Ours(work, compile=compiled)
     if not compiled:
         name_passes(variant.net)
