@@ -13,6 +13,7 @@ import pytest
 import runs
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meanflow.checkpoint import save_weights
 from meanflow.errors import UserError
@@ -121,6 +122,23 @@ def test_resumed_on_a_gpu(tmp_path):
         done = runs.train_in_process(out, **settings, steps=steps)
         assert done.returncode == 0, done.stderr
     assert runs.final_state(part) == runs.final_state(whole)
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where a tensor's value is asked for: on a GPU the host waits for it, and nothing can be captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor's value was read"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_reads_no_values(precision, tmp_path):
+    trainer = Trainer(runs.tiny(precision=precision), tmp_path)
+    for step in range(2):
+        inputs = trainer.inputs(step)
+        with NoReads():
+            trainer.train_step(inputs)
 
 
 @pytest.mark.gpu
