@@ -47,7 +47,7 @@ def _nvml(read) -> tuple[dict, dict]:
 
 def merge(*columns: dict) -> dict:
     """A row of these columns; what is missing in any of them stays said."""
-    row = {key: value for part in columns for key, value in part.items()}
+    row = {key: value for part in columns for key, value in part.items() if key != "missing"}
     missing = {key: why for part in columns for key, why in part.get("missing", {}).items()}
     return row | ({"missing": missing} if missing else {})
 
@@ -62,16 +62,23 @@ def clocks(device: str) -> dict:
     """A GPU's SM and memory clocks in MHz and NVML's throttle bits at this moment, or why they cannot be read."""
 
     def read(pynvml, gpu) -> dict:
-        return {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-            "throttle_bits": pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
+        columns = {
+            "sm_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+            "throttle_bits": lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
         }
+        found, missing = {}, {}
+        for name, column in columns.items():
+            try:
+                found[name] = column()
+            except pynvml.NVMLError as error:
+                missing[name] = str(error)
+        return merge(found, {"missing": missing})
 
     if device != "cuda":
         return {}
     found, missing = _nvml(read)
-    return found | ({"missing": missing} if missing else {})
+    return merge(found, {"missing": missing})
 
 
 def energy() -> dict:

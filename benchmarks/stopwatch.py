@@ -11,7 +11,7 @@ from meanflow.peaks import PEAKS
 from meanflow_kernels.counts import Work
 
 from . import timing
-from .environment import clocks
+from .environment import clocks, merge
 from .table import table
 
 
@@ -46,7 +46,7 @@ class Stopwatch:
         device = timing.device_ms(fn, self._cold, host_ms) if self.device == "cuda" else host
         row = self._row(name, work, device) | {"host_ms": host_ms if self.device == "cuda" else None} | errors
         benchmark.extra_info.update({key: row[key] for key in ("ms", "tflops", "gbps")})
-        self.rows.append(row | clocks(self.device) | self.environment)
+        self.rows.append(merge(row, clocks(self.device), self.environment))
         if self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")

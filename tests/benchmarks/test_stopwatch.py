@@ -192,6 +192,12 @@ def test_no_permission_to_read_power_costs_that_column_alone(nvml):
     assert clocks("cuda")["sm_mhz"] == 1980 and environment("cuda", "abc")["driver"] == "580.1"
 
 
+def test_a_driver_without_a_column_costs_that_column_alone(nvml):
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = refuse("Function Not Found")
+    wanted = {"sm_mhz": 1980, "memory_mhz": 2619, "missing": {"throttle_bits": "Function Not Found"}}
+    assert clocks("cuda") == wanted
+
+
 def test_an_nvml_that_does_not_start_costs_its_columns_alone(nvml):
     nvml.nvmlInit = refuse("Driver Not Loaded")
     assert energy() == {"missing": {"joules": "Driver Not Loaded"}}
