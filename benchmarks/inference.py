@@ -108,7 +108,7 @@ class Workload:
     def __init__(self, model: ModelConfig, batch: int, device: str, vae: str = ""):
         self.model, self.batch, self.device = model, batch, device
         self.net = build_net(model).eval().requires_grad_(False)
-        self.net.load_state_dict(initial_weights(model))
+        self.net.load_state_dict(initial_weights(model, device))
         self.net.to(device)
         self.vae, self.no_vae = None, None
         try:

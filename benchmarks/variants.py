@@ -46,7 +46,7 @@ class Workload:
 
     def weights(self) -> dict[str, Tensor]:
         """Initial weights without zeros, on the CPU."""
-        return initial_weights(self.run.model)
+        return initial_weights(self.run.model, self.device)
 
     def inputs(self, step: int) -> Inputs:
         """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
@@ -63,15 +63,17 @@ class Workload:
 
 
 @functools.lru_cache(maxsize=1)
-def initial_weights(model: ModelConfig) -> dict[str, Tensor]:
-    """Those of every variant: drawing the largest model's takes longer than a step of it on a GPU."""
-    generator = torch.Generator().manual_seed(0)
-    net = build_net(model)
+def initial_weights(model: ModelConfig, device: str) -> dict[str, Tensor]:
+    """Those of every variant, on the CPU; drawn once and on the device, for a CPU takes long over the largest model's."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device("meta"):
+        net = build_net(model)
+    net.to_empty(device=device)
     net.init_weights(generator)
     for p in net.parameters():
         if p.ndim > 1 and not p.any():
             nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
-    return net.state_dict()
+    return {name: x.cpu() for name, x in net.state_dict().items()}
 
 
 class Variant:
