@@ -57,14 +57,14 @@ static() {
 
 tests() {
     # several processes, because compiling the kernels takes longer than running them
-    local workers=()
+    local workers=() failed=0 others
     python3 -c 'import xdist' 2>/dev/null && workers=(-n 6)
     # the part static compiles every config already
-    run python3 -m pytest -q "${workers[@]}" --ignore=tests/kernels/test_static_report.py tests/kernels || return 1
+    run python3 -m pytest -q "${workers[@]}" --ignore=tests/kernels/test_static_report.py tests/kernels || failed=1
     # files without such tests may import what this machine lacks
-    local others
     mapfile -t others < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/')
-    ((${#others[@]} == 0)) || run python3 -m pytest -q -m gpu "${others[@]}"
+    ((${#others[@]} == 0)) || run python3 -m pytest -q "${workers[@]}" -m gpu "${others[@]}" || failed=1
+    return $failed
 }
 
 suite() {
