@@ -1,0 +1,542 @@
+// A GPU's stand-in: a CUDA runtime, driver and NVML without a GPU, preloaded before torch's own.
+//
+// Device memory is the host's and copies between the two are made, but kernels, and whatever else writes on the device,
+// do nothing: results are what the memory held. What the host does is real: devices, dtypes and arguments, kernels that
+// Triton and Inductor compile for sm_90, and captures into CUDA graphs, where a call that CUDA forbids fails here too.
+// Functions that torch needs and this file does not define return 0 (run.py).
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <execinfo.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <utility>
+
+// names of older versions of the interface, which the headers redirect
+#undef cudaStreamGetCaptureInfo
+#undef cuMemAlloc
+#undef cuMemFree
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr const char* kName = "stand-in for an H100";  // no datasheet has it: no row can pass for a measurement
+constexpr size_t kMemory = size_t{80} << 30;
+constexpr int kL2 = 50 << 20, kProcessors = 132, kSharedMemory = 232448;
+
+struct Event {
+  Clock::time_point time;
+  bool captured = false;
+};
+
+struct Capture {
+  bool on = false, broken = false;
+  cudaStreamCaptureMode mode;
+  std::thread::id thread;
+  std::set<cudaStream_t> streams;
+  unsigned long long id = 0;
+  long launches = 0;
+};
+
+struct Block {
+  size_t bytes;
+  int device;  // -1: pinned memory of the host
+};
+
+std::recursive_mutex mutex;
+std::map<char*, Block> blocks;
+size_t held = 0;
+Capture capture;
+std::atomic<long> launches{0}, waits{0}, violations{0};
+thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local int current = 0;
+
+cudaError_t fail(cudaError_t error) { return last_error = error; }
+
+cudaError_t violation(const char* what) {
+  ++violations;
+  capture.broken = true;
+  fprintf(stderr, "stand-in: %s during a capture\n", what);
+  void* frames[48];
+  backtrace_symbols_fd(frames, backtrace(frames, 48), 2);
+  return fail(cudaErrorStreamCaptureUnsupported);
+}
+
+bool capturing(cudaStream_t stream) { return capture.on && capture.streams.count(stream) > 0; }
+
+// calls that no thread may make while another captures in mode global, nor a thread that captures itself
+cudaError_t unsafe(const char* what) {
+  const std::lock_guard guard(mutex);
+  if (!capture.on || thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+  const bool own = capture.thread == std::this_thread::get_id();
+  const bool global = capture.mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
+  return own || global ? violation(what) : cudaSuccess;
+}
+
+cudaError_t wait_for(bool captured, const char* what) {
+  ++waits;
+  return captured ? violation(what) : cudaSuccess;
+}
+
+const Block* block_of(const void* pointer) {
+  auto next = blocks.upper_bound(static_cast<char*>(const_cast<void*>(pointer)));
+  if (next == blocks.begin()) return nullptr;
+  const auto& [start, block] = *std::prev(next);
+  return pointer < start + block.bytes ? &block : nullptr;
+}
+
+void* allocate(size_t bytes, int device) {
+  const std::lock_guard guard(mutex);
+  bytes = bytes ? bytes : 1;
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+  blocks[static_cast<char*>(p)] = {bytes, device};
+  held += device < 0 ? 0 : bytes;
+  return p;
+}
+
+void release(void* pointer) {
+  const std::lock_guard guard(mutex);
+  const auto found = blocks.find(static_cast<char*>(pointer));
+  if (found == blocks.end()) return;
+  held -= found->second.device < 0 ? 0 : found->second.bytes;
+  munmap(pointer, found->second.bytes);
+  blocks.erase(found);
+}
+
+int devices() {
+  static const int count = getenv("STANDIN_DEVICES") ? atoi(getenv("STANDIN_DEVICES")) : 1;
+  return count;
+}
+
+int attribute(int which) {
+  switch (which) {
+    case cudaDevAttrMaxThreadsPerBlock: return 1024;
+    case cudaDevAttrMaxSharedMemoryPerBlock: return 49152;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return kSharedMemory;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return 233472;
+    case cudaDevAttrMaxRegistersPerBlock:
+    case cudaDevAttrMaxRegistersPerMultiprocessor: return 65536;
+    case cudaDevAttrWarpSize: return 32;
+    case cudaDevAttrMultiProcessorCount: return kProcessors;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
+    case cudaDevAttrL2CacheSize: return kL2;
+    case cudaDevAttrComputeCapabilityMajor: return 9;
+    case cudaDevAttrCooperativeLaunch: return 1;
+    case cudaDevAttrClockRate: return 1980000;
+    case cudaDevAttrMemoryClockRate: return 2619000;
+    case cudaDevAttrGlobalMemoryBusWidth: return 5120;
+    default: return 0;
+  }
+}
+
+CUresult module(CUmodule* out) {
+  *out = static_cast<CUmodule>(malloc(1));
+  return CUDA_SUCCESS;
+}
+
+__attribute__((destructor)) void report() {
+  if (launches == 0) return;
+  fprintf(stderr, "stand-in: %ld launches, the host waited %ld times, %ld calls that a capture forbids\n",
+          launches.load(), waits.load(), violations.load());
+}
+
+}  // namespace
+
+extern "C" {
+
+// what run.py's stubs of matrix products call
+int standin_launch() {
+  ++launches;
+  return 0;
+}
+
+// --- the runtime: device and memory ---
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = devices();
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = current;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= devices()) return fail(cudaErrorInvalidDevice);
+  current = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+  memset(p, 0, sizeof *p);
+  strcpy(p->name, kName);
+  p->uuid.bytes[0] = static_cast<char>(device + 1);
+  p->totalGlobalMem = kMemory;
+  p->major = 9;
+  p->warpSize = 32;
+  p->maxThreadsPerBlock = 1024;
+  p->maxThreadsPerMultiProcessor = 2048;
+  p->multiProcessorCount = kProcessors;
+  p->l2CacheSize = kL2;
+  p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+  p->sharedMemPerBlock = 49152;
+  p->sharedMemPerBlockOptin = kSharedMemory;
+  p->sharedMemPerMultiprocessor = 233472;
+  p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
+  p->maxThreadsDim[2] = 64;
+  p->maxGridSize[0] = 2147483647;
+  p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+  p->textureAlignment = 512;
+  p->unifiedAddressing = p->concurrentKernels = p->cooperativeLaunch = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = attribute(which);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  *can = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  if (const auto error = unsafe("cudaMalloc")) return error;
+  *pointer = held + bytes > kMemory ? nullptr : allocate(bytes, current);
+  return *pointer ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+
+cudaError_t cudaFree(void* pointer) {
+  if (const auto error = pointer ? unsafe("cudaFree") : cudaSuccess) return error;
+  release(pointer);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
+  if (const auto error = unsafe("cudaHostAlloc")) return error;
+  *pointer = allocate(bytes, -1);
+  return *pointer ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+
+cudaError_t cudaFreeHost(void* pointer) {
+  if (const auto error = unsafe("cudaFreeHost")) return error;
+  release(pointer);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *total = kMemory;
+  *free = kMemory - held;
+  return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
+  const std::lock_guard guard(mutex);
+  const Block* block = block_of(pointer);
+  memset(out, 0, sizeof *out);
+  out->type = !block ? cudaMemoryTypeUnregistered : block->device < 0 ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+  out->device = block && block->device >= 0 ? block->device : 0;
+  out->devicePointer = const_cast<void*>(pointer);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  const std::lock_guard guard(mutex);
+  const Block *target = block_of(to), *source = block_of(from);
+  const bool within = target && source && target->device >= 0 && source->device >= 0;
+  if (capturing(stream)) return target && source ? cudaSuccess : violation("cudaMemcpyAsync of pageable memory");
+  if (!within) memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (const auto error = unsafe("cudaMemcpy")) return error;
+  ++waits;
+  return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorName(cudaError_t) { return "an error of the stand-in"; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation           ? "out of memory"
+         : error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+                                                      : "an error of the stand-in";
+}
+
+// --- the runtime: streams, events and captures ---
+
+cudaError_t cudaDeviceSynchronize() {
+  ++waits;
+  return unsafe("cudaDeviceSynchronize");
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+  *stream = static_cast<cudaStream_t>(malloc(1));
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return wait_for(capturing(stream), "cudaStreamSynchronize");
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return capturing(stream) ? violation("cudaStreamQuery") : cudaSuccess;
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t call, void* data) {
+  call(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = reinterpret_cast<cudaEvent_t>(new Event);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete reinterpret_cast<Event*>(event);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const std::lock_guard guard(mutex);
+  *reinterpret_cast<Event*>(event) = {Clock::now(), capturing(stream)};
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+  return cudaEventRecord(event, stream);
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const bool captured = capture.on && reinterpret_cast<Event*>(event)->captured;
+  return captured ? violation("cudaEventQuery of a captured event") : unsafe("cudaEventQuery");
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return wait_for(capture.on && reinterpret_cast<Event*>(event)->captured, "cudaEventSynchronize");
+}
+
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+  const auto time = reinterpret_cast<Event*>(end)->time - reinterpret_cast<Event*>(start)->time;
+  *ms = std::max(1e-4f, std::chrono::duration<float, std::milli>(time).count());
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  const std::lock_guard guard(mutex);
+  const bool captured = capture.on && reinterpret_cast<Event*>(event)->captured;
+  if (captured) capture.streams.insert(stream);
+  return !captured && capturing(stream) ? violation("waiting for an event from outside") : cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, thread_mode);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+  const std::lock_guard guard(mutex);
+  capture = {true, false, mode, std::this_thread::get_id(), {stream}, capture.id + 1, launches};
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  const std::lock_guard guard(mutex);
+  capture.on = false;
+  *graph = static_cast<cudaGraph_t>(malloc(1));
+  fprintf(stderr, "stand-in: captured %ld launches\n", launches - capture.launches);
+  return capture.broken ? fail(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
+}
+
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t*, const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+  const std::lock_guard guard(mutex);
+  *status = capturing(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  if (id) *id = capture.id;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nullptr, nullptr, nullptr);
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* graph, cudaGraph_t, unsigned long long) {
+  *graph = static_cast<cudaGraphExec_t>(malloc(1));
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+// --- kernels ---
+
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
+  return static_cast<cudaError_t>(standin_launch());
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
+  return static_cast<cudaError_t>(standin_launch());
+}
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+  return static_cast<cudaError_t>(standin_launch());
+}
+
+CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
+                        void**, void**) {
+  return static_cast<CUresult>(standin_launch());
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**) {
+  return static_cast<CUresult>(standin_launch());
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
+  memset(out, 0, sizeof *out);
+  out->maxThreadsPerBlock = 1024;
+  out->numRegs = 32;
+  out->binaryVersion = out->ptxVersion = 90;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {
+  *count = 2;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void*, int, size_t, unsigned) {
+  *count = 2;
+  return cudaSuccess;
+}
+
+void** __cudaRegisterFatBinary(void*) { return static_cast<void**>(malloc(1)); }
+
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = static_cast<cudaKernel_t>(const_cast<void*>(function));
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(+[] { return CUDA_SUCCESS; });
+  if (found) *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+// --- the driver, for Triton's and Inductor's launchers ---
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
+  *value = attribute(which);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned*, int* active) {
+  *active = 1;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext* context) {
+  *context = reinterpret_cast<CUcontext>(&blocks);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) { return cuCtxGetCurrent(context); }
+CUresult cuModuleLoad(CUmodule* out, const char*) { return module(out); }
+CUresult cuModuleLoadData(CUmodule* out, const void*) { return module(out); }
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char*) {
+  *function = static_cast<CUfunction>(malloc(1));
+  return CUDA_SUCCESS;
+}
+
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
+  *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : which == CU_FUNC_ATTRIBUTE_NUM_REGS ? 32 : 0;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr pointer) {
+  const std::lock_guard guard(mutex);
+  if (which != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
+  *static_cast<CUdeviceptr*>(value) = pointer;
+  return block_of(reinterpret_cast<void*>(pointer)) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuGetErrorString(CUresult, const char** words) {
+  *words = "an error of the stand-in";
+  return CUDA_SUCCESS;
+}
+
+// --- cuBLAS and NCCL: what hands something out ---
+
+int cublasCreate_v2(void** handle) { return *handle = malloc(1), 0; }
+int cublasLtMatmulDescCreate(void** descriptor) { return *descriptor = malloc(1), 0; }
+int cublasLtMatmulPreferenceCreate(void** preference) { return *preference = malloc(1), 0; }
+int cublasLtMatrixLayoutCreate(void** layout) { return *layout = malloc(1), 0; }
+int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0; }
+int cublasGetMathMode(void*, int* mode) { return *mode = 0; }
+
+int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* result, int* found) {
+  constexpr size_t kResult = 96;  // bytes of a cublasLtMatmulHeuristicResult_t
+  memset(result, 0, kResult);
+  *found = 1;
+  return 0;
+}
+
+struct UniqueId {
+  char bytes[128];
+};
+
+struct Communicator {
+  int ranks;
+};
+
+int ncclGetVersion(int* version) { return *version = 22809, 0; }
+int ncclCommGetAsyncError(void*, int* error) { return *error = 0; }
+
+int ncclCommInitRank(Communicator** out, int ranks, UniqueId, int) { return *out = new Communicator{ranks}, 0; }
+int ncclCommInitRankConfig(Communicator** out, int ranks, UniqueId id, int rank, void*) {
+  return ncclCommInitRank(out, ranks, id, rank);
+}
+
+}  // extern "C"
