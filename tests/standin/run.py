@@ -28,7 +28,7 @@ PRODUCT = re.compile(r"gemm|gemv|^cublasLtMatmul$", re.IGNORECASE)
 def symbols(*arguments: str) -> set[str]:
     """Names that nm finds."""
     found = subprocess.run(["nm", *arguments], capture_output=True, text=True, check=True).stdout
-    return {line.split()[-1].partition("@")[0] for line in found.splitlines()}
+    return {line.split()[-1].partition("@")[0] for line in found.splitlines() if line}
 
 
 def needed() -> set[str]:
@@ -42,23 +42,25 @@ def needed() -> set[str]:
 
 
 def build() -> None:
-    """The library: what standin.cpp defines, and a stub for every other function."""
-    library, source = BUILT / "libcuda.so.1", HERE / "standin.cpp"
-    sources = [HERE / "standin.cpp", HERE / "run.py", *(ROOT / "csrc").iterdir()]
+    """The library: what the two halves define, and a stub that returns 0 for every other function."""
+    library, halves = BUILT / "libcuda.so.1", [HERE / "runtime.cpp", HERE / "driver.cpp"]
+    sources = [*halves, HERE / "standin.h", HERE / "run.py", *(ROOT / "csrc").iterdir()]
     stamp = f"{torch.__version__} {max(p.stat().st_mtime for p in sources)}"
     if library.exists() and (BUILT / "stamp").read_text() == stamp:
         return
     BUILT.mkdir(parents=True, exist_ok=True)
     flags = ["-O1", "-std=c++17", "-Xcompiler=-fPIC", "--cudart=none", "-w"]
-    subprocess.run(["nvcc", *flags, "-x", "c++", "-c", str(source), "-o", str(BUILT / "standin.o")], check=True)
-    defined = symbols("--defined-only", "--extern-only", str(BUILT / "standin.o"))
+    objects = [str(BUILT / half.with_suffix(".o").name) for half in halves]
+    for half, target in zip(halves, objects, strict=True):
+        subprocess.run(["nvcc", *flags, "-x", "c++", "-c", str(half), "-o", target], check=True)
+    defined = symbols("--defined-only", "--extern-only", *objects)
     stubs = [
         f"int {name}(void) {{ return {'standin_launch()' if PRODUCT.search(name) else '0'}; }}"
         for name in sorted(needed() - defined)
     ]
     (BUILT / "stubs.c").write_text("int standin_launch(void);\n" + "\n".join(stubs) + "\n")
-    objects = [str(BUILT / "standin.o"), str(BUILT / "stubs.c")]
-    subprocess.run(["nvcc", *flags, "-shared", *objects, "-o", f"{library}.new", "-lpthread"], check=True)
+    objects += [str(BUILT / "stubs.c"), "-lpthread"]
+    subprocess.run(["nvcc", *flags, "-shared", *objects, "-o", f"{library}.new"], check=True)
     # the package's own library brings a CUDA runtime of its own, which would look for a real driver
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILT)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"NVCC_APPEND_FLAGS": "--cudart=none"}, check=True)

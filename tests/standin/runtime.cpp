@@ -1,10 +1,9 @@
-// A GPU's stand-in: a CUDA runtime, driver and NVML without a GPU, preloaded before torch's own.
+// A GPU's stand-in, preloaded before the CUDA runtime and driver; this half is device, memory, streams and captures.
 //
 // Device memory is the host's and copies between the two are made, but kernels, and whatever else writes on the device,
 // do nothing: results are what the memory held. What the host does is real: devices, dtypes and arguments, kernels that
 // Triton and Inductor compile for sm_90, and captures into CUDA graphs, where a call that CUDA forbids fails here too.
-// Functions that torch needs and this file does not define return 0 (run.py).
-#include <cuda.h>
+// Functions that torch needs and neither half defines return 0 (run.py).
 #include <cuda_runtime_api.h>
 #include <execinfo.h>
 #include <sys/mman.h>
@@ -21,10 +20,10 @@
 #include <thread>
 #include <utility>
 
-// names of older versions of the interface, which the headers redirect
+#include "standin.h"
+
+// the header redirects this name to another version's
 #undef cudaStreamGetCaptureInfo
-#undef cuMemAlloc
-#undef cuMemFree
 
 namespace {
 
@@ -119,6 +118,16 @@ int devices() {
   return count;
 }
 
+__attribute__((destructor)) void report() {
+  if (launches == 0) return;
+  fprintf(stderr, "stand-in: %ld launches, the host waited %ld times, %ld calls that a capture forbids\n",
+          launches.load(), waits.load(), violations.load());
+}
+
+}  // namespace
+
+namespace standin {
+
 int attribute(int which) {
   switch (which) {
     case cudaDevAttrMaxThreadsPerBlock: return 1024;
@@ -140,22 +149,15 @@ int attribute(int which) {
   }
 }
 
-CUresult module(CUmodule* out) {
-  *out = static_cast<CUmodule>(malloc(1));
-  return CUDA_SUCCESS;
+bool is_block(const void* pointer) {
+  const std::lock_guard guard(mutex);
+  return block_of(pointer) != nullptr;
 }
 
-__attribute__((destructor)) void report() {
-  if (launches == 0) return;
-  fprintf(stderr, "stand-in: %ld launches, the host waited %ld times, %ld calls that a capture forbids\n",
-          launches.load(), waits.load(), violations.load());
-}
-
-}  // namespace
+}  // namespace standin
 
 extern "C" {
 
-// what run.py's stubs of matrix products call
 int standin_launch() {
   ++launches;
   return 0;
@@ -204,7 +206,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = attribute(which);
+  *value = standin::attribute(which);
   return cudaSuccess;
 }
 
@@ -403,140 +405,6 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* graph, cudaGraph_t, u
 cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* count) {
   *count = 1;
   return cudaSuccess;
-}
-
-// --- kernels ---
-
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
-  return static_cast<cudaError_t>(standin_launch());
-}
-
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
-  return static_cast<cudaError_t>(standin_launch());
-}
-
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
-  return static_cast<cudaError_t>(standin_launch());
-}
-
-CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
-                        void**, void**) {
-  return static_cast<CUresult>(standin_launch());
-}
-
-CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**) {
-  return static_cast<CUresult>(standin_launch());
-}
-
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
-  memset(out, 0, sizeof *out);
-  out->maxThreadsPerBlock = 1024;
-  out->numRegs = 32;
-  out->binaryVersion = out->ptxVersion = 90;
-  return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {
-  *count = 2;
-  return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void*, int, size_t, unsigned) {
-  *count = 2;
-  return cudaSuccess;
-}
-
-void** __cudaRegisterFatBinary(void*) { return static_cast<void**>(malloc(1)); }
-
-cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-  *kernel = static_cast<cudaKernel_t>(const_cast<void*>(function));
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
-                                             cudaDriverEntryPointQueryResult* found) {
-  *function = reinterpret_cast<void*>(+[] { return CUDA_SUCCESS; });
-  if (found) *found = cudaDriverEntryPointSuccess;
-  return cudaSuccess;
-}
-
-// --- the driver, for Triton's and Inductor's launchers ---
-
-CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  *device = ordinal;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
-  *value = attribute(which);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned*, int* active) {
-  *active = 1;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuCtxGetCurrent(CUcontext* context) {
-  *context = reinterpret_cast<CUcontext>(&blocks);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) { return cuCtxGetCurrent(context); }
-CUresult cuModuleLoad(CUmodule* out, const char*) { return module(out); }
-CUresult cuModuleLoadData(CUmodule* out, const void*) { return module(out); }
-CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char*) {
-  *function = static_cast<CUfunction>(malloc(1));
-  return CUDA_SUCCESS;
-}
-
-CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
-  *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : which == CU_FUNC_ATTRIBUTE_NUM_REGS ? 32 : 0;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr pointer) {
-  const std::lock_guard guard(mutex);
-  if (which != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
-  *static_cast<CUdeviceptr*>(value) = pointer;
-  return block_of(reinterpret_cast<void*>(pointer)) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
-}
-
-CUresult cuGetErrorString(CUresult, const char** words) {
-  *words = "an error of the stand-in";
-  return CUDA_SUCCESS;
-}
-
-// --- cuBLAS and NCCL: what hands something out ---
-
-int cublasCreate_v2(void** handle) { return *handle = malloc(1), 0; }
-int cublasLtMatmulDescCreate(void** descriptor) { return *descriptor = malloc(1), 0; }
-int cublasLtMatmulPreferenceCreate(void** preference) { return *preference = malloc(1), 0; }
-int cublasLtMatrixLayoutCreate(void** layout) { return *layout = malloc(1), 0; }
-int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0; }
-int cublasGetMathMode(void*, int* mode) { return *mode = 0; }
-
-int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* result, int* found) {
-  constexpr size_t kResult = 96;  // bytes of a cublasLtMatmulHeuristicResult_t
-  memset(result, 0, kResult);
-  *found = 1;
-  return 0;
-}
-
-struct UniqueId {
-  char bytes[128];
-};
-
-struct Communicator {
-  int ranks;
-};
-
-int ncclGetVersion(int* version) { return *version = 22809, 0; }
-int ncclCommGetAsyncError(void*, int* error) { return *error = 0; }
-
-int ncclCommInitRank(Communicator** out, int ranks, UniqueId, int) { return *out = new Communicator{ranks}, 0; }
-int ncclCommInitRankConfig(Communicator** out, int ranks, UniqueId id, int rank, void*) {
-  return ncclCommInitRank(out, ranks, id, rank);
 }
 
 }  // extern "C"
