@@ -85,7 +85,7 @@ setup(
         "matplotlib",
         "msgpack",
         "numpy",
-        "nvidia-ml-py",
+        "nvidia-ml-py>=12.535",
         "pillow",
         "pytest-benchmark",
         "safetensors",
