@@ -114,7 +114,6 @@ PARTS = [
     Part("pointwise", "cuda", bench(*OPS, choice=EAGER), ("quick",), 30, **KERNELS),
     # eager, because two processes would compile
     Part("same-twice-b4", "cuda", twice("B/4", 256, "--kappa 0.5 --variant ours-eager"), limit=30),
-    # XL/2's weights are drawn on the CPU
     Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", limit=28),
     Part("accounting-xl2", "cuda", accounts("xl2"), limit=22),
     # what --full adds
