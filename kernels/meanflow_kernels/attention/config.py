@@ -61,7 +61,7 @@ _DUAL_100: Rows = (*_DUAL[:2], (128, AttentionConfig(32, 32, 4, 2)))
 _BWD_DKDV_100: Rows = (_BWD_DKDV[0], _BWD_DKDV[2])
 
 # IEEE products run on the FMA pipes with their operands in registers: many warps, and small tiles for wide heads
-# (the rows for one head dim alone: its neighbours' tiles spill 8 to 48 bytes there)
+# (the rows for one head dim alone: its neighbours' tiles spill 4 to 48 bytes there, with Triton 3.6 or 3.7)
 _DUAL_FP32: Rows = (
     (64, AttentionConfig(32, 32, 8, 2)),
     (72, AttentionConfig(16, 16, 8, 2)),
@@ -70,12 +70,19 @@ _DUAL_FP32: Rows = (
 )
 _PLAIN_FP32: Rows = (
     (40, AttentionConfig(32, 32, 8, 2)),
-    (48, AttentionConfig(16, 16, 4, 2)),
+    (48, AttentionConfig(16, 16, 8, 2)),
     (64, AttentionConfig(32, 32, 8, 2)),
+    (80, AttentionConfig(16, 16, 8, 2)),
+    (88, AttentionConfig(16, 16, 4, 2)),
+    (128, AttentionConfig(16, 16, 8, 2)),
+)
+_BWD_DQ_FP32: Rows = ((128, AttentionConfig(16, 16, 8, 2)),)
+_BWD_DKDV_FP32: Rows = (
+    (64, AttentionConfig(16, 32, 8, 2)),
+    (88, AttentionConfig(16, 16, 4, 2)),
+    (96, AttentionConfig(16, 16, 8, 2)),
     (128, AttentionConfig(16, 16, 4, 2)),
 )
-_BWD_DQ_FP32: Rows = ((128, AttentionConfig(16, 16, 4, 2)),)
-_BWD_DKDV_FP32: Rows = ((64, AttentionConfig(16, 32, 8, 2)), (128, AttentionConfig(16, 32, 4, 2)))
 
 
 def _pick(rows: Rows, head_dim: int) -> AttentionConfig:
