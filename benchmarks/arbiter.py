@@ -11,8 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-import torch
-
 ASK, GRANT, RELEASE, STOPPED = b"alone\n", b"go\n", b"done\n", b"stopped\n"
 """The words of a process and of the suite; STOPPED is answered by seconds."""
 QUIET = 20
@@ -24,7 +22,7 @@ SHORT = 5e-4
 class _Channel:
     """This process's way to the suite."""
 
-    socket: socket.socket | None = None
+    end: socket.socket | None = None
     held: int = 0
     """How many nested ``alone`` are open."""
 
@@ -34,10 +32,10 @@ class _Channel:
         Raises:
             RuntimeError: the suite has ended.
         """
-        self.socket.sendall(word)
+        self.end.sendall(word)
         answer = b""
         while not answer.endswith(b"\n"):
-            part = self.socket.recv(64)
+            part = self.end.recv(64)
             if not part:
                 raise RuntimeError("--turns: the suite that gives the turns has ended; nothing more is timed")
             answer += part
@@ -55,7 +53,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 def join(fd: int | None) -> None:
     """Take turns with the other processes of the suite; without ``fd`` this process is alone anyway."""
     if fd is not None:
-        _channel.socket = socket.socket(fileno=fd)
+        _channel.end = socket.socket(fileno=fd)
 
 
 @contextlib.contextmanager
@@ -64,7 +62,7 @@ def alone(device: str) -> Iterator[None]:
 
     Compile before it and time in it: while it is open all others wait. Sections may be nested.
     """
-    if _channel.socket is None or _channel.held:
+    if _channel.end is None or _channel.held:
         yield
         return
     _channel.ask(ASK)
@@ -75,16 +73,18 @@ def alone(device: str) -> Iterator[None]:
         yield
     finally:
         _channel.held -= 1
-        _channel.socket.sendall(RELEASE)
+        _channel.end.sendall(RELEASE)
 
 
 def running_seconds() -> float:
     """A clock that stands still while this process is stopped."""
     now = time.monotonic()
-    return now if _channel.socket is None else now - float(_channel.ask(STOPPED))
+    return now if _channel.end is None else now - float(_channel.ask(STOPPED))
 
 
 def _round_trip() -> float:
+    import torch
+
     begin = time.perf_counter()
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()

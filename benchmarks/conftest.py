@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .arbiter import alone, join
 from .environment import environment
 from .stopwatch import Stopwatch
 from .timing import measure_ceilings
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
     group.addoption("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     group.addoption("--rows", type=Path, metavar="FILE", help="append the rows to FILE as JSON lines")
     group.addoption("--commit", help="what the rows say of the source, where it is no git checkout")
+    group.addoption("--turns", type=int, metavar="FD", help="where the suite that started the benches gives turns")
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +31,11 @@ def device(pytestconfig) -> str:
 @pytest.fixture(scope="session")
 def stopwatch(pytestconfig, device):
     """The rows of this session, the ceilings of its device measured first."""
+    join(pytestconfig.getoption("--turns"))
     found = environment(device, pytestconfig.getoption("--commit"))
-    pytestconfig.stopwatch = Stopwatch(device, found, measure_ceilings(device), pytestconfig.getoption("--rows"))
+    with alone(device):
+        ceilings = measure_ceilings(device)
+    pytestconfig.stopwatch = Stopwatch(device, found, ceilings, pytestconfig.getoption("--rows"))
     return pytestconfig.stopwatch
 
 

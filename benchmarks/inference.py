@@ -36,6 +36,7 @@ from meanflow.peaks import PEAKS
 from meanflow.sampling import Sampler, even_times
 from meanflow.vae import load_vae
 
+from . import arbiter
 from .decoders import DECODES, DTYPES, random_vae
 from .environment import clocks, merge
 from .measuring import Reason, attempt, turns
@@ -204,10 +205,10 @@ def first_call(work: Workload, way: Way, references: dict[tuple, tuple[str, Tens
     """
     if isinstance(way.stages, Reason):
         return way.stages
-    device, begin = work.device, time.perf_counter()
+    device, begin = work.device, arbiter.running_seconds()
     output = way.run(work.noise)
     stamp(device)
-    columns = {"first_call_seconds": time.perf_counter() - begin, "against": None}
+    columns = {"first_call_seconds": arbiter.running_seconds() - begin, "against": None}
     if way.part == "network":
         # what the network adds: the noise would hide its mistakes
         output = output - work.noise
@@ -243,11 +244,12 @@ def measure(work: Workload, ways: list[Way], repeats: int, seconds: float) -> li
     for way in ways:
         columns[way], reasons[way] = attempt(lambda way=way: first_call(work, way, references))
     samples = {way: [] for way in ways if not reasons[way]}
-    for turn in turns(repeats, seconds):
-        # every other turn backwards, so that nobody always follows the same neighbour
-        for way in samples if turn % 2 else reversed(samples):
-            samples[way].append(timed(work, way))
-    found = clocks(work.device)
+    with arbiter.alone(work.device):
+        for turn in turns(repeats, seconds):
+            # every other turn backwards, so that nobody always follows the same neighbour
+            for way in samples if turn % 2 else reversed(samples):
+                samples[way].append(timed(work, way))
+        found = clocks(work.device)
     work.count()
     rows = []
     for way in ways:
@@ -330,11 +332,13 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
+    arbiter.add_argument(parser)
     return parser.parse_args(args)
 
 
 def main(args: list[str] | None = None) -> int:
     options = parse(args)
+    arbiter.join(options.turns)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")

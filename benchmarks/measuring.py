@@ -22,6 +22,7 @@ from meanflow.peaks import PEAKS
 from meanflow_kernels.adamw_ema.native import MISSING
 
 from .accounting import account
+from .arbiter import alone, running_seconds
 from .environment import clocks, energy, merge
 from .timing import quantiles, stamp
 from .variants import VARIANTS, Variant, Workload, same_as
@@ -49,20 +50,44 @@ class Started(NamedTuple):
     reference: Reference
 
 
-def measure(work: Workload, names: list[str], repeats: int, seconds: float = math.inf) -> Iterator[dict]:
+def measure(
+    work: Workload, names: list[str], repeats: int, seconds: float = math.inf, against: str | None = None
+) -> Iterator[dict]:
     """The rows of the variants, each as soon as it is known: those that cannot be timed first where they take turns.
 
     Args:
         repeats: steps of each at most. seconds: on a CPU no further turn is begun after these, but
-            three are taken.
+            three are taken. against: the variant whose gradient they are compared with, None for the first of them.
 
     Raises:
-        SystemExit: where a gradient is another than the first's.
+        SystemExit: where a gradient is another than the first's, or that of ``against`` is not to be had.
     """
+    reference = reference_of(work, against) if against else None
     if work.device == "cuda":
         # as many steps of each, or they would be no pairs
-        return in_turn(work, names, repeats)
-    return interleaved(work, names, repeats, seconds)
+        return in_turn(work, names, repeats, reference)
+    return interleaved(work, names, repeats, seconds, reference)
+
+
+def reference_of(work: Workload, name: str) -> Reference:
+    """The gradient of a variant that is not timed.
+
+    Raises:
+        SystemExit: where it has none.
+    """
+    found, why = attempt(lambda: start(work, name, None).reference)
+    clear()
+    if why:
+        raise SystemExit(f"--against: got {name}, which cannot be a reference here ({why.words}); name another")
+    return found
+
+
+def clear() -> None:
+    """Forget what the last variant compiled, and free its memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def turns(repeats: int, seconds: float) -> Iterator[int]:
@@ -74,55 +99,60 @@ def turns(repeats: int, seconds: float) -> Iterator[int]:
         yield turn
 
 
-def interleaved(work: Workload, names: list[str], repeats: int, seconds: float) -> Iterator[dict]:
+def interleaved(
+    work: Workload, names: list[str], repeats: int, seconds: float, reference: Reference | None = None
+) -> Iterator[dict]:
     """All variants side by side, a step each in turn; ratios are of the pairs of a turn."""
-    started, samples, reference = {}, {}, None
+    started, samples = {}, {}
     for name in names:
         found, why = attempt(lambda name=name: start(work, name, reference))
         if why:
             yield untimed(name, why)
         else:
             started[name], samples[name], reference = found, [], found.reference
-    for step in tqdm(turns(repeats, seconds), total=repeats, desc="timing", unit="turn"):
-        inputs = work.inputs(step)
-        # every other turn backwards, so that nobody always follows the same neighbour
-        for name in list(started) if step % 2 else reversed(list(started)):
-            ms, why = attempt(lambda name=name: timed(started[name].variant, inputs, work.device))
-            if why:
-                # another plan's size: the rest keep their pairs
-                del started[name], samples[name]
-                yield untimed(name, why)
-            else:
-                samples[name].append(ms)
+    lost = {}
+    with alone(work.device):
+        for step in tqdm(turns(repeats, seconds), total=repeats, desc="timing", unit="turn"):
+            inputs = work.inputs(step)
+            # every other turn backwards, so that nobody always follows the same neighbour
+            for name in list(started) if step % 2 else reversed(list(started)):
+                ms, why = attempt(lambda name=name: timed(started[name].variant, inputs, work.device))
+                if why:
+                    # another plan's size: the rest keep their pairs
+                    del started[name], samples[name]
+                    lost[name] = why
+                else:
+                    samples[name].append(ms)
+    for name, why in lost.items():
+        yield untimed(name, why)
     for name, found in started.items():
         yield merge(row(name, samples[name], work), found.columns, against(samples, name))
 
 
-def in_turn(work: Workload, names: list[str], repeats: int) -> Iterator[dict]:
+def in_turn(work: Workload, names: list[str], repeats: int, reference: Reference | None = None) -> Iterator[dict]:
     """Each variant alone on the GPU; ratios are of pairs of the same inputs."""
-    samples, reference = {}, None
+    samples = {}
     batches = [work.inputs(step) for step in range(repeats)]
     for name in tqdm(names, desc="timing", unit="variant"):
-        found, why = attempt(lambda name=name: alone(work, name, reference, batches))
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        found, why = attempt(lambda name=name: apart(work, name, reference, batches))
+        clear()
         if why:
             yield untimed(name, why)
         else:
             samples[name], columns, reference = found
-            yield merge(row(name, samples[name], work), columns, against(samples, name), clocks(work.device))
+            yield merge(row(name, samples[name], work), columns, against(samples, name))
 
 
-def alone(work: Workload, name: str, reference: Reference | None, batches: list) -> tuple[list[float], dict, Reference]:
+def apart(work: Workload, name: str, reference: Reference | None, batches: list) -> tuple[list[float], dict, Reference]:
     """A variant's milliseconds, its columns, and the reference of the next."""
     # from the start: what a captured step holds was allocated while it was captured
     torch.cuda.reset_peak_memory_stats()
     variant, columns, reference = start(work, name, reference)
-    timed(variant, batches[0], work.device)
-    before = energy()
-    samples = [timed(variant, inputs, work.device) for inputs in batches]
-    used = joules(before, energy(), len(batches) * work.run.train.batch)
+    with alone(work.device):
+        timed(variant, batches[0], work.device)
+        before = energy()
+        samples = [timed(variant, inputs, work.device) for inputs in batches]
+        used = merge(joules(before, energy(), len(batches) * work.run.train.batch), clocks(work.device))
     memory = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     return samples, merge(columns, memory, used), reference
 
@@ -169,9 +199,9 @@ def start(work: Workload, name: str, reference: Reference | None) -> Started | R
     if same := same_as(name, work):
         return Reason(same, failed=False)
     variant, inputs = VARIANTS[name](work), work.inputs(0)
-    begin = time.perf_counter()
+    begin = running_seconds()
     timed(variant, inputs, work.device)
-    columns = {"first_step_seconds": time.perf_counter() - begin, "gradient_against": None}
+    columns = {"first_step_seconds": running_seconds() - begin, "gradient_against": None}
     gradient = variant.gradient()
     if reference is None:
         reference = Reference(name, gradient)
@@ -222,6 +252,7 @@ def row(name: str, samples: list[float], work: Workload) -> dict:
         "ms_20": low,
         "ms_80": high,
         "samples": len(samples),
+        "step_ms": [round(x, 4) for x in samples],
         "images_per_second": 1e3 * work.run.train.batch / ms,
         "needed_flops": needed,
         "tflops": needed / ms / 1e9,

@@ -22,6 +22,7 @@ from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.optim import make_optimizer
 
+from . import arbiter
 from .environment import clocks, environment
 from .table import table
 from .timing import ColdCache, device_ms, host_ms, measure_ceilings, quantiles, wall_ms
@@ -79,7 +80,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
+    arbiter.add_argument(parser)
     options = parser.parse_args(args)
+    arbiter.join(options.turns)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = options.model or ("XL/2" if options.device == "cuda" else "S/4")
@@ -88,13 +91,14 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         raise SystemExit(f"benchmarks.optimizer: error: {error}") from None
     samples = {name: [] for name in optimizers}
-    for turn in range(options.repeats):
-        for name in optimizers if turn % 2 else reversed(optimizers):
-            samples[name].append(one_ms(optimizers[name].step, options.device))
-    found = clocks(options.device)
+    with arbiter.alone(options.device):
+        for turn in range(options.repeats):
+            for name in optimizers if turn % 2 else reversed(optimizers):
+                samples[name].append(one_ms(optimizers[name].step, options.device))
+        found = clocks(options.device)
+        copy_gbps = measure_ceilings(options.device).copy_gbps
     numel = sum(p.numel() for p in optimizers["native"].net.parameters())
     moved = adamw_ema_bytes(numel, emas=1, copies=False)
-    copy_gbps = measure_ceilings(options.device).copy_gbps
     rows = []
     for name, times in samples.items():
         low, ms, high = quantiles(times)

@@ -1,7 +1,7 @@
 """The parts of the suite: what is measured, with which arguments, in which run, and for how long at most."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .variants import VARIANTS
 
@@ -11,21 +11,29 @@ LIMIT = 540
 
 @dataclass(frozen=True)
 class Part:
-    """A command that makes rows."""
+    """A command that makes rows, or tests."""
 
     name: str
     device: str
     command: str
     """Arguments of Python; {rows} is the file to write, {merged} all rows so far, {out} the suite's folder, {stamp}
-    the options --rows, --device and --commit, {workers} pytest's processes."""
+    the options --rows, --device, --turns and --commit, {workers} pytest's processes."""
     runs: tuple[str, ...] = ("quick", "full")
     """The runs that it is a part of."""
     limit: int = LIMIT
-    """Seconds; a quick run adds what the parts before it left of theirs."""
+    """Seconds that it may run; those in which it is stopped do not count."""
+    seconds: int = 60
+    """That it is expected to run, on an H200 with 16 cores or on two cores of a CPU."""
+    gib: float = 12
+    """Of a GPU's memory that it takes at most: parts run side by side only where all of theirs fits."""
+    after: tuple[str, ...] = ()
+    """Parts that must have passed before it begins."""
+    tests: tuple[str, ...] = ()
+    """Parts that must have passed before anything of it is timed; it compiles meanwhile."""
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
     again: bool = False
-    """Made from other parts' rows, and made again in each run."""
+    """Made from other parts' rows: last, and again in each run."""
 
 
 PYTEST = "-m pytest -q -rs -p no:cacheprovider"
@@ -36,9 +44,6 @@ TINY = "--precision fp32 --kappa 0.5 --seconds 15"
 """On a CPU; a slow one takes fewer steps."""
 SAMPLED = "--input-size 8 --steps 1 --network eager --decode plain channels-last bf16 --seconds 5"
 """Images of 64x64 on a CPU, where the decoder of larger ones takes seconds."""
-ABLATED = {"b4": ("B/4", 256), "xl2": ("XL/2", 32)}
-EAGER = "not compiled and not reference and not N1024 and not hd64"
-"""Benches that need no compiler but Triton's, at one size of attention."""
 
 
 def step(model: str, batch: int, options: str, compare: str) -> str:
@@ -55,7 +60,8 @@ def accounts(recipe: str) -> str:
 
 
 def recipe(name: str) -> str:
-    return f"-m benchmarks.step --preset imagenet-{name} --batch {RECIPES[name]} --compare {COMPARED} {{stamp}}"
+    compared = "--compare ours-captured --against ours-eager"
+    return f"-m benchmarks.step --preset imagenet-{name} --batch {RECIPES[name]} {compared} {{stamp}}"
 
 
 def scaling(axis: str, variant: str, options: str) -> str:
@@ -63,8 +69,8 @@ def scaling(axis: str, variant: str, options: str) -> str:
 
 
 def breakdown(name: str, model: str, batch: int, options: str) -> str:
-    trace = f"{{out}}/step-{name}.trace.json"
-    return f"-m benchmarks.breakdown --model {model} --batch {batch} {options} --trace {trace} {{stamp}}"
+    files = f"--trace {{out}}/step-{name}.trace.json --kernels {{out}}/kernels-{name}.jsonl"
+    return f"-m benchmarks.breakdown --model {model} --batch {batch} {options} {files} {{stamp}}"
 
 
 def twice(model: str, batch: int, options: str) -> str:
@@ -75,93 +81,118 @@ def inference(model: str, batch: int, options: str = "") -> str:
     return f"-m benchmarks.inference --model {model} --batch {batch} {options} {{stamp}}"
 
 
-GATE = (
-    "test_kernel_on_the_gpu and (768 or 1152 or 3072 or 4608 or timestep) and not bfloat16"
-    " or test_error_in_bf16 and imagenet and not ieee or test_tangent_error_in_bf16"
-    " or FLASH-64-bf16 or FLASH-72-bf16 or as_exact or official or same_bits"
-)
-"""Of the kernels' tests on a GPU, those at the sizes and dtypes that a quick run times: about 30, of two to five
-kernels a test and a second or two a kernel to compile, in one process."""
+def tune(*ops: str) -> str:
+    return f"-m benchmarks.tune {' '.join(ops)} --seconds 150 {{stamp}}"
 
 
-def gate(device: str, *, full: bool) -> Part:
-    """What has to pass before anything is timed."""
-    if device == "cpu":
-        files = "tests/kernels/test_attention.py tests/kernels/test_counts.py tests/meanflow/test_plan.py"
-        return Part("tests", device, f"{PYTEST} {files}", limit=90)
-    only = "" if full else f" -m gpu -k {shlex.quote(GATE)}"
-    # several processes, because compiling the kernels takes longer than running them
-    command = f"{PYTEST} {{workers}} --ignore=tests/kernels/test_static_report.py tests/kernels{only}"
-    return Part("tests", device, command, limit=LIMIT if full else 110)
+def tests(name: str, *arguments: str, seconds: int) -> Part:
+    """Tests of what is timed, as a part like others: a failure stops only the timing of what they test."""
+    return Part(f"tests-{name}", "cuda", f"{PYTEST} {{workers}} {' '.join(arguments)}", seconds=seconds, gib=20)
 
 
+ATTENTION = {"tests": ("tests-attention",), "needs": ("pytest_benchmark",)}
+OTHERS = {"tests": ("tests-operators",), "needs": ("pytest_benchmark",)}
+ATTENTION_TESTS = [f"tests/kernels/test_attention{what}.py" for what in ("", "_backward", "_properties")]
+ELSEWHERE = "tests/meanflow tests/benchmarks"
+"""Where tests of the step, the trainer and the stopwatch lie; those that need a GPU are marked."""
 SCALING = {"batch": "--model XL/2", "tokens": "--model B/2 --batch 8", "model": "--batch 32"}
-KERNELS = {"needs": ("pytest_benchmark",)}
-COMPARED = "naive,naive-compiled,ours,ours-captured"
-ABLATION = [
-    # a few a part, because each is compiled
-    ("ours-no-kernels", "ours-eager"),
-    ("ours-whole-tangent", "ours-no-primal-reuse"),
-    ("ours-whole-batch", "ours-torch-optimizer"),
-]
+GUIDED = "--kappa 0.5 --against ours-eager"
+"""Every variant is timed in a process of its own, so that they compile side by side: their gradients are compared with
+the eager step's, which is quickly built."""
+MODELS = {"xl2": ("XL/2", 32), "b4": ("B/4", 256)}
+CPU = {"tests": ("tests",)}
 ABLATION_CPU = ",".join(name for name in VARIANTS if name.startswith("ours-eager"))
 
-PARTS = [
-    # the quick run on a GPU, whose limits and those of its tests are the 8 minutes; --full measures the same and more
-    Part("step-b4", "cuda", step("B/4", 256, "--kappa 0.5", "naive,ours"), ("quick",), 75),
-    Part("step-xl2", "cuda", step("XL/2", 32, "--kappa 0.5", "naive,ours"), ("quick",), 150),
-    Part("attention", "cuda", bench("attention", choice=EAGER), ("quick",), 35, **KERNELS),
-    Part("pointwise", "cuda", bench(*OPS, choice=EAGER), ("quick",), 30, **KERNELS),
-    # eager, because two processes would compile
-    Part("same-twice-b4", "cuda", twice("B/4", 256, "--kappa 0.5 --variant ours-eager"), limit=30),
-    Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", limit=28),
-    Part("accounting-xl2", "cuda", accounts("xl2"), limit=22),
+
+def variant(name: str, compared: str, seconds: int, gib: float, options: str = GUIDED, **more) -> Part:
+    """A variant of XL/2's or B/4's step."""
+    size = MODELS[name.partition("-")[0]]
+    return Part(name, "cuda", step(*size, options, compared), seconds=seconds, gib=gib, **more)
+
+
+CUDA_PARTS = [
+    # the order is that of worth; what compiles longest must begin early
+    Part("build", "cuda", "-m benchmarks.build", limit=180, seconds=15, gib=0),
+    variant("xl2-captured", "ours-captured,ours", 120, 34),
+    variant("xl2-naive-compiled", "naive-compiled", 280, 34),
+    tests("attention", *ATTENTION_TESTS, seconds=80),
+    variant("b4-captured", "ours-captured,ours", 90, 16),
+    tests("operators", "tests/kernels", "--ignore=tests/kernels/test_static_report.py",
+          *(f"--ignore={path}" for path in ATTENTION_TESTS), seconds=80),  # fmt: skip
+    variant("b4-naive-compiled", "naive-compiled", 150, 16),
+    Part("tune", "cuda", tune(), seconds=170, tests=("tests-attention", "tests-operators")),
+    variant("b4-naive", "naive", 25, 26),
+    variant("xl2-naive", "naive", 40, 66),
+    Part("kernels-xl2", "cuda", breakdown("xl2", "XL/2", 32, "--kappa 0.5"), seconds=90, gib=34),
+    Part("attention", "cuda", bench("attention"), seconds=60, gib=24, **ATTENTION),
+    Part("pointwise", "cuda", bench(*OPS), seconds=90, gib=16, **OTHERS),
+    Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", seconds=28, gib=60,
+         tests=("tests-operators",)),  # fmt: skip
+    *(
+        Part(f"recipe-{name}", "cuda", recipe(name), seconds=60, gib=34)
+        for name in ("m2", "l2", "b2", "xl2", "b4", "xl2-plus")
+    ),
+    # what the derivative adds: a quarter of the samples with r < t over none
+    variant("xl2-unguided", "ours-captured", 60, 34, "--kappa 0 --against ours-eager"),
+    variant("xl2-primal", "ours-captured", 60, 34, "--kappa 0 --share 0 --against ours-eager"),
+    tests("gpu", "-m gpu", ELSEWHERE, seconds=90),
+    Part("kernels-b4", "cuda", breakdown("b4", "B/4", 256, "--kappa 0.5"), seconds=90, gib=16),
+    *(
+        variant(f"xl2-{name}", f"ours-{name}", 100, 40)
+        for name in ("no-kernels", "whole-tangent", "no-primal-reuse", "whole-batch", "torch-optimizer")
+    ),
+    variant("xl2-eager", "ours-eager", 30, 40),
+    Part("same-twice-b4", "cuda", twice("B/4", 256, "--kappa 0.5 --variant ours-eager"), seconds=40, gib=30),  # fmt: skip
+    Part("accounting-xl2", "cuda", accounts("xl2"), seconds=30, gib=0),
+    Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", seconds=10, again=True),
     # what --full adds
-    *(Part(f"{op}-all", "cuda", bench(op), ("full",), **KERNELS) for op in ("attention", *OPS)),
-    *(Part(f"recipe-{name}", "cuda", recipe(name), ("full",)) for name in RECIPES),
-    Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", ("full",), 60, again=True),
     *(
-        Part(f"variants-{name}-kappa{kappa}", "cuda", step(*size, f"--kappa {kappa}", COMPARED), ("full",))
-        for name, size in ABLATED.items()
-        for kappa in (0.5, 0)
+        variant(f"b4-{name}", f"ours-{name}", 80, 30, runs=("full",))
+        for name in ("no-kernels", "whole-tangent", "no-primal-reuse", "whole-batch", "torch-optimizer", "eager")
     ),
+    Part("same-twice-xl2", "cuda", twice("XL/2", 16, "--kappa 0.5"), ("full",), gib=60),
     *(
-        Part(f"ablation-{name}-{k}", "cuda", step(*size, "--kappa 0.5", ",".join(["ours", *names])), ("full",))
-        for name, size in ABLATED.items()
-        for k, names in enumerate(ABLATION, 1)
-    ),
-    *(
-        Part(f"breakdown-{name}", "cuda", breakdown(name, *size, "--kappa 0.5"), ("full",))
-        for name, size in ABLATED.items()
-    ),
-    Part("same-twice-xl2", "cuda", twice("XL/2", 16, "--kappa 0.5"), ("full",)),
-    *(
-        Part(f"scaling-{axis}-{variant}", "cuda", scaling(axis, variant, options), ("full",))
+        Part(f"scaling-{axis}-{which}", "cuda", scaling(axis, which, options), ("full",), gib=130)
         for axis, options in SCALING.items()
-        for variant in ("ours", "naive")
+        for which in ("ours", "naive")
     ),
     *(
         # a batch a part, because each is compiled
-        Part(f"inference-{name}-{batch}", "cuda", inference(model, batch), ("full",))
-        for name, (model, _) in ABLATED.items()
+        Part(f"inference-{name}-{batch}", "cuda", inference(model, batch), ("full",), gib=30)
+        for name, (model, _) in MODELS.items()
         for batch in (1, 64)
     ),
-    *(Part(f"accounting-{name}", "cuda", accounts(name), ("full",)) for name in RECIPES if name != "xl2"),
-    # on a CPU
-    Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90),
-    Part("ablation-s8", "cpu", step("S/8", 4, TINY, ABLATION_CPU), limit=90),
-    Part("same-twice-s8", "cpu", twice("S/8", 4, f"{TINY} --variant ours-eager --repeats 21"), limit=90),
-    Part("attention", "cpu", bench("attention", choice="not compiled and hd72 and not N1024"), limit=60, **KERNELS),
-    Part("pointwise", "cpu", bench("adaln", "linear", choice="not compiled"), limit=60, **KERNELS),
-    Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60),
-    Part("breakdown-s8", "cpu", breakdown("s8", "S/8", 4, f"{TINY} --eager --repeats 3"), limit=60),
-    Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60),
-    Part("inference-s2", "cpu", inference("S/2", 1, SAMPLED), limit=90),
-    Part("accounting-b4", "cpu", accounts("b4"), limit=60),
-    Part("step-s4", "cpu", step("S/4", 16, TINY, "naive,naive-compiled,ours"), ("full",)),
+    *(Part(f"accounting-{name}", "cuda", accounts(name), ("full",), gib=0) for name in RECIPES if name != "xl2"),
 ]
-"""What is measured, in this order."""
+
+CPU_PARTS = [
+    Part("tests", "cpu", f"{PYTEST} tests/kernels/test_attention.py tests/kernels/test_counts.py "
+         "tests/meanflow/test_plan.py", limit=90),  # fmt: skip
+    Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90, **CPU),
+    Part("ablation-s8", "cpu", step("S/8", 4, TINY, ABLATION_CPU), limit=90, **CPU),
+    Part("same-twice-s8", "cpu", twice("S/8", 4, f"{TINY} --variant ours-eager --repeats 21"), limit=90, **CPU),
+    Part("attention", "cpu", bench("attention", choice="not compiled and hd72 and not N1024"), limit=60,
+         needs=("pytest_benchmark",), **CPU),  # fmt: skip
+    Part("pointwise", "cpu", bench("adaln", "linear", choice="not compiled"), limit=60, needs=("pytest_benchmark",),
+         **CPU),  # fmt: skip
+    Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60, **CPU),
+    Part("breakdown-s8", "cpu", breakdown("s8", "S/8", 4, f"{TINY} --eager --repeats 3"), limit=60, **CPU),
+    Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60, **CPU),
+    Part("inference-s2", "cpu", inference("S/2", 1, SAMPLED), limit=90, **CPU),
+    Part("accounting-b4", "cpu", accounts("b4"), limit=60),
+    Part("step-s4", "cpu", step("S/4", 16, TINY, "naive,naive-compiled,ours"), ("full",), **CPU),
+]
+
+PARTS = [*CUDA_PARTS, *CPU_PARTS]
+"""What is measured, in the order of its worth."""
 
 
-def chosen(parts: list[Part], device: str, *, full: bool) -> list[Part]:
-    return [part for part in parts if part.device == device and ("full" if full else "quick") in part.runs]
+def chosen(device: str, *, full: bool, tests: bool = True) -> list[Part]:
+    """The parts of a run; without ``tests`` nothing waits for them."""
+    found = [part for part in PARTS if part.device == device and ("full" if full else "quick") in part.runs]
+    if device == "cuda":
+        # a library that is being written cannot be loaded
+        found = [found[0], *(replace(part, after=("build",)) for part in found[1:])]
+    if tests:
+        return found
+    return [replace(part, tests=()) for part in found if not part.name.startswith("tests")]

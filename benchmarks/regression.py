@@ -26,6 +26,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
+from .arbiter import alone
 from .environment import clocks
 from .measuring import timed, turns
 from .step import add_workload_arguments, append, identity, make_workload, title
@@ -95,14 +96,16 @@ def _git(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def compare(here: Side, there: Side, repeats: int, seconds: float = math.inf) -> dict:
+def compare(here: Side, there: Side, repeats: int, seconds: float = math.inf, device: str = "cpu") -> dict:
     """Times of both, and the quantiles of here over there by the pairs of a turn."""
     for side in (here, there):
         assert side.answer() == READY
     samples = {here: [], there: []}
-    for turn in turns(repeats, seconds):
-        for side in (here, there) if turn % 2 else (there, here):
-            samples[side].append(side.step(turn))
+    with alone(device):
+        for turn in turns(repeats, seconds):
+            for side in (here, there) if turn % 2 else (there, here):
+                samples[side].append(side.step(turn))
+        found = clocks(device)
     ratios = quantiles([a / b for a, b in zip(samples[here], samples[there], strict=True)])
     return {
         "kind": "regression",
@@ -110,7 +113,7 @@ def compare(here: Side, there: Side, repeats: int, seconds: float = math.inf) ->
         "base_ms": quantiles(samples[there])[1],
         "ratio": dict(zip(("20", "50", "80"), ratios, strict=True)),
         "turns": len(samples[here]),
-    }
+    } | found
 
 
 def agrees(ratio: dict) -> bool:
@@ -141,8 +144,12 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=0.03, help="how much slower is slower (default 0.03)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     add_workload_arguments(parser)
-    args = sys.argv[1:] if args is None else args
+    args = list(sys.argv[1:] if args is None else args)
     options = parser.parse_args(args)
+    if options.turns is not None:
+        # the turn is this process's, for both sides
+        at = args.index("--turns")
+        del args[at : at + 2]
     if options.serve:
         serve(options)
         return 0
@@ -154,7 +161,7 @@ def main(args: list[str] | None = None) -> int:
         sides = []
         try:
             sides += [Side(ROOT, args), Side(tree, args)]
-            row = compare(*sides, options.repeats or TURNS[options.device], options.seconds) | clocks(options.device)
+            row = compare(*sides, options.repeats or TURNS[options.device], options.seconds, options.device)
         finally:
             for side in sides:
                 side.process.kill()

@@ -5,7 +5,7 @@ python -m benchmarks.step --device cpu --model S/4 --batch 32 --precision fp32 -
 
 All variants make the same steps: same weights, draws, dtype and recipe, guidance, backward, optimizer and moving
 average included; what the host does before (reading data, drawing times, planning) is not. No variant is timed before
-its gradient has been compared with the first's (`measuring` says how they take turns). A variant that does not fit in
+its gradient has been compared with the first's, or with that of --against (`measuring` says how they take turns). A variant that does not fit in
 memory, or would be another's step, is a row with its reason. Exit code 1: a gradient is another, or a variant failed.
 """
 
@@ -21,6 +21,7 @@ from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.errors import UserError
 from meanflow.presets import preset
 
+from . import arbiter
 from .environment import environment, merge
 from .measuring import measure
 from .table import table
@@ -50,6 +51,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
+    arbiter.add_argument(parser)
 
 
 def make_workload(options: argparse.Namespace) -> Workload:
@@ -58,6 +60,7 @@ def make_workload(options: argparse.Namespace) -> Workload:
     Raises:
         UserError: for a value out of range.
     """
+    arbiter.join(options.turns)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
@@ -103,6 +106,8 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--compare", default="naive,naive-compiled,ours", help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--against", choices=VARIANTS, metavar="VARIANT",
+                        help="whose gradient all are compared with; it is not timed (default the first's)")  # fmt: skip
     add_workload_arguments(parser)
     options = parser.parse_args(args)
     names = options.compare.split(",")
@@ -113,7 +118,7 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         raise SystemExit(f"benchmarks.step: error: {error}") from None
     rows = []
-    for row in measure(work, names, options.repeats or REPEATS[options.device], options.seconds):
+    for row in measure(work, names, options.repeats or REPEATS[options.device], options.seconds, options.against):
         # what is known stays, whatever happens to the next
         rows += append([identity(work, options.preset) | {"compared": names} | row], options)
     print(report(rows))

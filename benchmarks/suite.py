@@ -1,30 +1,29 @@
 """Everything that is measured, in parts, and one report: ``python -m benchmarks.suite --out DIR``.
 
-python -m benchmarks.suite --out DIR                  the quick parts, on a GPU within 8 minutes
-python -m benchmarks.suite --out DIR --full           all of them, each part within 9 minutes
+python -m benchmarks.suite --out DIR                  the quick parts, as far as 9 minutes of a GPU go
+python -m benchmarks.suite --out DIR --full           all of them, however long they take
 python -m benchmarks.suite --out DIR --device cpu     small sizes, marked as CPU, within 5 minutes on 2 cores
-python -m benchmarks.suite --list                     the parts and their commands
+python -m benchmarks.suite --list                     the parts: order, expected seconds, memory, commands
 
-Tests run first, and nothing is timed where one fails or they take too long; a quick run on a GPU takes those of the
-kernels at the sizes that it times. What a part leaves of its time is the next ones'. The rows of a part are merged into
-DIR/rows.jsonl when it has ended, so the same command again resumes: parts that passed at this commit, on this device
-and with these arguments are not repeated. DIR/parts.jsonl says how each ended, DIR/logs/PART.log what it printed,
-DIR/report.html shows it all, DIR/*.trace.json are traces for https://ui.perfetto.dev.
+On a GPU the parts compile side by side, as far as cores and the GPU's memory go, and one at a time is timed, while all
+others are stopped. Tests are parts too: where one fails, what it tests is not timed. Rows are on the disk the moment
+they are known, and the same command again goes on: parts that passed at this commit, on this device and with these
+arguments are not repeated, and those of which nothing is known come first. DIR/rows.jsonl holds the rows,
+DIR/parts.jsonl how each part ended, DIR/logs/PART.log what it printed, DIR/report.html shows it all, DIR/*.trace.json
+are traces for https://ui.perfetto.dev.
 Exit code: 0 all parts passed, 1 a part failed or no time was left for it, 2 a wrong argument.
 """
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,13 +34,19 @@ from meanflow.runlog import write_atomically
 
 from . import report
 from .environment import environment
-from .parts import PARTS, Part, chosen, gate
+from .parts import PARTS, Part, chosen
+from .processes import Process
 from .rows import kind_of, parse, read
+from .schedule import PASSED, SKIPPED, Ended, Schedule
 from .table import table
 
 ROOT = Path(__file__).parents[1]
-BUDGET = {"cuda": 480, "cpu": 300}
-"""Seconds of all parts of a quick run; what is left then waits for the same command again."""
+BUDGET = {"cuda": 540, "cpu": 300}
+"""Seconds of a quick run; what is left then waits for the same command again."""
+REPORTING = 10
+"""Seconds of them that are kept for the report."""
+WORKERS = 6
+"""Processes of pytest on a machine with a GPU: compiling kernels takes longer than running them."""
 TAIL = 15
 """Lines of a failed part's log that the report shows."""
 
@@ -55,12 +60,16 @@ class Suite:
     """
 
     def __init__(self, out: Path, device: str, commit: str | None = None, budget: float | None = None):
-        self.out, self.device, self.commit, self.budget = out, device, commit, budget
-        self.rows_path, self.parts_path, self.logs = out / "rows.jsonl", out / "parts.jsonl", out / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.out, self.device, self.commit = out, device, commit
+        self.deadline = math.inf if budget is None else time.monotonic() + budget - REPORTING
+        self.rows_path, self.parts_path = out / "rows.jsonl", out / "parts.jsonl"
+        self.logs, self.coming = out / "logs", out / "coming"
+        for folder in (self.logs, self.coming):
+            folder.mkdir(parents=True, exist_ok=True)
         self.environment = environment(device, commit)
         self.source = source(self.environment["commit"])
-        self.begin = time.monotonic()
+        # a run that was killed may have left some
+        self._merge_left()
 
     def identity(self, part: Part) -> str:
         """Of a part at this commit, on this device, with these arguments."""
@@ -68,111 +77,95 @@ class Suite:
         told = [part.name, part.command, env["device"], env["gpu"], env["torch"], env["commit"], self.source]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
-    def run(self, parts: list[Part], tests: Part | None) -> int:
+    def run(self, parts: list[Part]) -> int:
         """Run the parts that are not there yet, write the report; the exit code."""
-        parts, outcomes = ([tests] if tests else []) + parts, []
-        for number, part in enumerate(parts, 1):
-            place = f"[{number}/{len(parts)}] {part.name}"
-            outcome = self._outcome(part, place, later=sum(p.limit for p in parts[number:] if not self._passed(p)))
-            outcomes.append(outcome)
-            if part is tests and outcome != "passed":
-                _say(f"benchmarks.suite: tests: {outcome}; nothing was timed: see {self._log(part)}")
-                if outcome == "out of time":
-                    _say("the same command again finds its kernels compiled; --skip-tests times without them")
-                return 1
+        records = _rows(self.parts_path)
+        before = {row["identity"]: row["outcome"] for row in records}
+        begun = {row["identity"] for row in records if row["seconds"]}
+        begun |= {row.get("identity") for row in _rows(self.rows_path)}
+        passed = [part for part in parts if before.get(self.identity(part)) == PASSED and not part.again]
+        self.outcomes = {part.name: PASSED for part in passed}
+        for part in passed:
+            _say(f"{part.name}: passed before, not repeated")
+        # what nothing is known of comes first, else by worth
+        left = sorted((p for p in parts if p not in passed), key=lambda part: self.identity(part) in begun)
+        for part in list(left):
+            lacking = [name for name in part.needs if importlib.util.find_spec(name) is None]
+            if lacking:
+                left.remove(part)
+                self.outcomes[part.name] = SKIPPED
+                self._ended(part, Ended(SKIPPED, 0, f"{', '.join(lacking)} is not installed"))
+        places, memory = room(self.device)
+        try:
+            Schedule(left, self._start, self._ended, self.outcomes, places, memory, self.deadline).run()
+        finally:
+            self._merge_left()
         path = report.write(read(p for p in (self.rows_path, self.parts_path) if p.exists()), self.out)
-        unfinished = [p.name for p, o in zip(parts, outcomes, strict=True) if o not in ("passed", "skipped")]
+        unfinished = [part.name for part in parts if self.outcomes[part.name] not in (PASSED, SKIPPED)]
         _say(f"{path}" + (f"; did not pass: {', '.join(unfinished)}" if unfinished else ""))
         return 1 if unfinished else 0
 
-    def _passed(self, part: Part) -> bool:
-        """Whether a part has passed before and is not to be made again."""
-        identity = self.identity(part)
-        passed = any(row["identity"] == identity and row["outcome"] == "passed" for row in _rows(self.parts_path))
-        return passed and not part.again
+    def _rows_of(self, part: Part) -> Path:
+        """Where a part writes its rows, each the moment it is known."""
+        return self.coming / f"{part.name}.{self.identity(part)}.jsonl"
 
-    def _seconds(self, part: Part, later: float) -> float:
-        """For a part: its limit, and what is left of a budget beyond the limits of those that come ``later``."""
-        if self.budget is None:
-            return part.limit
-        left = self.begin + self.budget - time.monotonic()
-        return max(min(part.limit, left), left - later)
-
-    def _outcome(self, part: Part, place: str, later: float) -> str:
-        """Run a part unless it has passed before."""
-        identity = self.identity(part)
-        if self._passed(part):
-            _say(f"{place}: passed before, not repeated")
-            return "passed"
-        lacking = [name for name in part.needs if importlib.util.find_spec(name) is None]
-        if lacking:
-            return self._record(part, "skipped", 0, 0, [f"{', '.join(lacking)} is not installed"], place)
-        left = self._seconds(part, later)
-        if left <= 0:
-            return self._record(part, "out of time", 0, 0, ["no time was left: the same command again goes on"], place)
-        _say(f"{place}: python {part.command}")
-        begin = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            code = self._call(part, Path(folder) / "rows.jsonl", left)
-            seconds = time.monotonic() - begin
-            rows = self._merge(identity, Path(folder) / "rows.jsonl")
-        outcome = "passed" if code == 0 else "out of time" if code is None else "failed"
-        tail = self._log(part).read_text(errors="replace").splitlines()[-TAIL:] if code != 0 else []
-        return self._record(part, outcome, seconds, rows, tail, place)
-
-    def _call(self, part: Part, rows: Path, seconds: float) -> int | None:
-        """The exit code of a part's command, None where its time ran out."""
-        stamp = f"--rows {shlex.quote(str(rows))} --device {self.device}"
+    def _start(self, part: Part) -> Process:
+        rows = shlex.quote(str(self._rows_of(part).resolve()))
+        stamp = f"--rows {rows} --device {self.device} --turns {{turns}}"
         if self.commit:
             stamp += f" --commit {shlex.quote(self.commit)}"
-        workers = "-n 6" if importlib.util.find_spec("xdist") else ""
-        command = part.command
         merged, out = (shlex.quote(str(path.resolve())) for path in (self.rows_path, self.out))
-        values = {"{rows}": shlex.quote(str(rows)), "{merged}": merged, "{out}": out}
-        values |= {"{stamp}": stamp, "{workers}": workers}
+        workers = f"-n {WORKERS}" if importlib.util.find_spec("xdist") and self.device == "cuda" else ""
+        values = {"{rows}": rows, "{merged}": merged, "{out}": out, "{stamp}": stamp, "{workers}": workers}
+        command = part.command
         for name, value in values.items():
             command = command.replace(name, value)
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         env = os.environ | {"PYTHONPATH": path}
-        with self._log(part).open("w") as log:
-            log.write(f"python {command}\n")
-            log.flush()
-            process = subprocess.Popen(
-                [sys.executable, *shlex.split(command)], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
-                # a session of its own, so that what it started ends with it
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent,
-            )  # fmt: skip
-            try:
-                return process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                return None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        return Process([sys.executable, *shlex.split(command)], self._log(part), ROOT, env)
 
-    def _merge(self, identity: str, path: Path) -> int:
-        """Put a part's rows in the place of those that an earlier try left; how many there are."""
-        found = []
-        for row in _whole_rows(path):
+    def _merge(self, path: Path, *, whole: bool = False) -> int:
+        """Add a part's rows to the others; how many. Where they are ``whole``, those of earlier tries go."""
+        identity, found = path.name.split(".")[-2], []
+        for row in _whole_rows(path) if path.exists() else []:
             # accounts know nothing of --commit, and projections nothing of where they were made
             stamp = {"identity": identity, "commit": self.environment["commit"]}
             found.append({"kind": kind_of(row)} | self.environment | row | stamp)
-        kept = [row for row in _rows(self.rows_path) if row.get("identity") != identity]
+        kept = [row for row in _rows(self.rows_path) if not whole or row.get("identity") != identity]
         write_atomically(self.rows_path, "".join(json.dumps(row) + "\n" for row in kept + found))
+        path.unlink(missing_ok=True)
         return len(found)
 
-    def _record(self, part: Part, outcome: str, seconds: float, rows: int, tail: list[str], place: str) -> str:
-        row = {"kind": "part", "part": part.name, "outcome": outcome, "seconds": seconds, "rows": rows}
-        row |= {"command": part.command, "log": str(self._log(part).relative_to(self.out)), "tail": tail}
+    def _merge_left(self) -> None:
+        """Add the rows of parts whose end nobody saw."""
+        for path in sorted(self.coming.glob("*.jsonl")):
+            self._merge(path)
+
+    def _ended(self, part: Part, ended: Ended) -> None:
+        rows = self._merge(self._rows_of(part), whole=ended.outcome == PASSED)
+        log, tail = self._log(part), []
+        if ended.outcome != PASSED and ended.seconds:
+            tail = log.read_text(errors="replace").splitlines()[-TAIL:]
+        tail += [ended.why] if ended.why else []
+        row = {"kind": "part", "part": part.name, "outcome": ended.outcome, "seconds": ended.seconds, "rows": rows}
+        row |= {"command": part.command, "log": str(log.relative_to(self.out)), "tail": tail}
         row |= {"identity": self.identity(part)} | self.environment
         kept = [old for old in _rows(self.parts_path) if old["identity"] != row["identity"]]
         write_atomically(self.parts_path, "".join(json.dumps(each) + "\n" for each in [*kept, row]))
-        _say(f"{place}: {outcome}, {seconds:.0f} s, {row['rows']} rows" + (f" ({tail[-1]})" if tail else ""))
-        return outcome
+        words = f"{part.name}: {ended.outcome}, ran {ended.seconds:.0f} s, {rows} rows"
+        _say(words + (f" ({tail[-1]}; see {log})" if tail else ""))
 
     def _log(self, part: Part) -> Path:
         return self.logs / f"{part.name}.log"
+
+
+def room(device: str) -> tuple[int, float]:
+    """How many parts may run side by side, and the GiB they may take together."""
+    if device == "cpu":
+        # each would take the other's cores while it is timed
+        return 1, math.inf
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+    return max(1, (os.cpu_count() or 1) // 3), 0.93 * total
 
 
 def source(commit: str | None) -> str | None:
@@ -203,30 +196,31 @@ def _whole_rows(path: Path) -> list[dict]:
         return found
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to end this process when the suite is killed: nothing is timed beside what a killed run left."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
 def listing(parts: list[Part]) -> str:
     """The parts as a table."""
-    lines = [[p.name, p.device, " and ".join(p.runs), p.limit, f"python {p.command}"] for p in parts]
+    lines = []
+    for p in parts:
+        memory = f"{p.gib:g}" if p.device == "cuda" else "-"
+        lines.append([p.name, p.device, " and ".join(p.runs), p.seconds, p.limit, memory, f"python {p.command}"])
     head = (
-        "{stamp} is --rows FILE --device DEVICE and --commit HASH where one was given, {rows} the file alone, {out} DIR"
+        "In this order, side by side where there is room. {stamp} is --rows FILE --device DEVICE --turns FD and --commit "
+        "HASH where one was given, {rows} the file alone, {out} DIR"
     )
-    return head + "\n" + table(["part", "device", "run", "seconds at most", "command"], lines)
+    return head + "\n" + table(["part", "device", "run", "seconds", "at most", "GiB", "command"], lines)
 
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.suite", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows, the logs and the report")
-    parser.add_argument("--full", action="store_true", help="every part, however long they take together")
+    parser.add_argument("--full", action="store_true", help="every part")
+    parser.add_argument("--budget", type=float, metavar="SECONDS",
+                        help="of all parts; the same command again goes on (default 540 on a GPU and 300 on a CPU, "
+                             "none with --full)")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
     parser.add_argument("--commit", metavar="HASH", help="of a tree that is no git checkout")
@@ -242,11 +236,10 @@ def main(args: list[str] | None = None) -> int:
         parser.error("--device: got cuda, but torch sees no NVIDIA GPU here, wanted cpu")
     # ended from outside: the part that runs ends too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    suite = Suite(options.out, device, options.commit, None if options.full else BUDGET[device])
+    budget = options.budget or (None if options.full else BUDGET[device])
     try:
-        return suite.run(
-            chosen(PARTS, device, full=options.full), None if options.skip_tests else gate(device, full=options.full)
-        )
+        suite = Suite(options.out, device, options.commit, budget)
+        return suite.run(chosen(device, full=options.full, tests=not options.skip_tests))
     except UserError as error:
         print(f"benchmarks.suite: error: {error}", file=sys.stderr)
         return 2

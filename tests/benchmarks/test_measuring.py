@@ -224,6 +224,18 @@ def test_alone_each_row_is_there_before_the_next_starts(monkeypatch, no_gpu):
         next(rows)
 
 
+def test_each_is_held_against_one_that_is_not_timed(monkeypatch, tmp_path):
+    stubs(monkeypatch, first={}, same={}, other={"gradient": 2.0}, broken={"fails": 0, "error": MEMORY})
+    code, rows = compare(tmp_path, "same", "--against", "first")
+    assert code == 0 and rows.keys() == {"same"}
+    assert rows["same"]["gradient_against"] == "first" and rows["same"]["gradient_difference"] == 0
+    assert len(rows["same"]["step_ms"]) == rows["same"]["samples"] and not rows["same"]["times"]
+    with pytest.raises(SystemExit, match="same: its gradient is .* off other's"):
+        compare(tmp_path, "same", "--against", "other")
+    with pytest.raises(SystemExit, match="--against: got broken, which cannot be a reference here"):
+        compare(tmp_path, "same", "--against", "broken")
+
+
 def test_a_failed_variant_leaves_nothing_in_memory():
     import gc
     import weakref

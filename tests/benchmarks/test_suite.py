@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.parts import PARTS, RECIPES, Part, chosen, gate
+from benchmarks.parts import ATTENTION_TESTS, CUDA_PARTS, PARTS, RECIPES, Part, chosen
 from benchmarks.suite import Suite
 from benchmarks.variants import VARIANTS
 
@@ -51,13 +51,14 @@ def outcomes(out: Path) -> dict[str, str]:
 
 
 def test_parts_run_once_and_make_a_report(tmp_path, seen, capsys):
-    parts, out = [stub("one"), stub("two")], tmp_path / "out"
-    assert Suite(out, "cpu", "abc").run(parts, stub("tests", write=False)) == 0
+    out = tmp_path / "out"
+    parts = [stub("tests", write=False), stub("one", tests=("tests",)), stub("two", tests=("tests",))]
+    assert Suite(out, "cpu", "abc").run(parts) == 0
     assert seen.read_text().split() == ["tests", "one", "two"]
-    assert "[2/3] one: passed" in capsys.readouterr().err
-    assert Suite(out, "cpu", "abc").run(parts, stub("tests", write=False)) == 0
+    assert "one: passed" in capsys.readouterr().err
+    assert Suite(out, "cpu", "abc").run(parts) == 0
     assert seen.read_text().split() == ["tests", "one", "two"]
-    assert "[2/3] one: passed before, not repeated" in capsys.readouterr().err
+    assert "one: passed before, not repeated" in capsys.readouterr().err
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert variants(out) == ["one", "two"] and {row["kind"] for row in rows} == {"step"}
     text = (out / "report.html").read_text()
@@ -67,50 +68,30 @@ def test_parts_run_once_and_make_a_report(tmp_path, seen, capsys):
 @pytest.mark.parametrize("change", ["commit", "arguments"])
 def test_another_commit_or_other_arguments_run_again(tmp_path, seen, change):
     out = tmp_path / "out"
-    assert Suite(out, "cpu", "abc").run([stub("one")], None) == 0
+    assert Suite(out, "cpu", "abc").run([stub("one")]) == 0
     commit, code = ("abd", "") if change == "commit" else ("abc", "0")
-    assert Suite(out, "cpu", commit).run([stub("one", code)], None) == 0
+    assert Suite(out, "cpu", commit).run([stub("one", code)]) == 0
     assert seen.read_text().split() == ["one", "one"]
     assert len(variants(out)) == 2
 
 
-def test_a_failing_test_stops_the_timing(tmp_path, seen, capsys):
+@pytest.mark.parametrize("how", ["failed", "out of time"])
+def test_tests_that_do_not_pass_stop_the_timing_of_what_they_test(tmp_path, seen, capsys, how):
     out = tmp_path / "out"
-    failing = stub("tests", "print('1 failed'); sys.exit(1)", write=False)
-    assert Suite(out, "cpu", "abc").run([stub("one")], failing) == 1
-    assert seen.read_text().split() == ["tests"]
-    assert f"nothing was timed: see {out}/logs/tests.log" in capsys.readouterr().err
-    assert "1 failed" in (out / "logs/tests.log").read_text()
-    # no report that looks like a result
-    assert not (out / "report.html").exists()
-
-
-def test_tests_that_take_too_long_stop_the_timing(tmp_path, seen, capsys):
-    out, slow = tmp_path / "out", stub("tests", "time.sleep(60)", write=False, limit=1)
-    assert Suite(out, "cpu", "abc").run([stub("one")], slow) == 1
-    assert seen.read_text().split() == ["tests"] and outcomes(out) == {"tests": "out of time"}
+    code, limit = ("print('1 failed'); sys.exit(1)", 60) if how == "failed" else ("time.sleep(60)", 1)
+    tests = stub("tests", code, write=False, limit=limit)
+    assert Suite(out, "cpu", "abc").run([tests, stub("one", tests=("tests",)), stub("free")]) == 1
+    assert seen.read_text().split() == ["tests", "free"]
+    assert outcomes(out) == {"tests": how, "one": "failed", "free": "passed"}
     words = capsys.readouterr().err
-    assert "tests: out of time; nothing was timed" in words and "--skip-tests" in words
-
-
-def test_what_a_part_leaves_is_the_next_ones():
-    run = Suite.__new__(Suite)
-    run.begin, run.budget = time.monotonic() - 10, 100
-    part = stub("one", limit=30)
-    # 90 seconds are left: 20 for the later parts, the rest for this one
-    assert run._seconds(part, later=20) == pytest.approx(70, abs=1)
-    # its own limit, though the later ones' limits are more than is left
-    assert run._seconds(part, later=80) == pytest.approx(30, abs=1)
-    run.begin -= 80
-    assert run._seconds(part, later=80) == pytest.approx(10, abs=1)
-    run.budget = None
-    assert run._seconds(part, later=80) == 30
+    assert "one: failed, ran 0 s, 0 rows (tests did not pass: nothing of this was timed" in words
+    assert how == "out of time" or "1 failed" in (out / "logs/tests.log").read_text()
 
 
 def test_a_part_may_write_beside_the_report(tmp_path):
     part = stub("one", "pathlib.Path(sys.argv[2], 'step.trace.json').touch()")
     part = Part(**vars(part) | {"command": f"{part.command} {{out}}"})
-    Suite(tmp_path / "out", "cpu", "abc").run([part], None)
+    Suite(tmp_path / "out", "cpu", "abc").run([part])
     assert (tmp_path / "out" / "step.trace.json").exists()
 
 
@@ -118,14 +99,14 @@ def test_a_failing_part_stops_no_other(tmp_path, seen, capsys):
     out, mended = tmp_path / "out", tmp_path / "mended"
     code = f"print('out of <luck>'); sys.exit(0 if pathlib.Path({str(mended)!r}).exists() else 3)"
     parts = [stub("one"), stub("two", code), stub("three")]
-    assert Suite(out, "cpu", "abc").run(parts, None) == 1
+    assert Suite(out, "cpu", "abc").run(parts) == 1
     assert "did not pass: two" in capsys.readouterr().err
     assert outcomes(out) == {"one": "passed", "two": "failed", "three": "passed"}
     text = (out / "report.html").read_text()
     assert '<p class="failed">two: failed</p>' in text and "out of &lt;luck&gt;" in text
     mended.touch()
     # what it wrote before it failed is replaced
-    assert Suite(out, "cpu", "abc").run(parts, None) == 0
+    assert Suite(out, "cpu", "abc").run(parts) == 0
     assert seen.read_text().split() == ["one", "two", "three", "two"]
     assert sorted(variants(out)) == ["one", "three", "two"]
     assert outcomes(out)["two"] == "passed"
@@ -138,7 +119,7 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(tmp_path, capfd):
     child += f"pathlib.Path({str(pid)!r}).write_text(str(child.pid)); "
     child += "rows.open('a').write('{\"variant\": \"ha'); time.sleep(60)"
     begin = time.monotonic()
-    assert Suite(out, "cpu", "abc").run([stub("slow", child, limit=2), stub("next")], None) == 1
+    assert Suite(out, "cpu", "abc").run([stub("slow", child, limit=2), stub("next")]) == 1
     assert time.monotonic() - begin < 30
     assert outcomes(out) == {"slow": "out of time", "next": "passed"}
     # whole rows stay, half a row does not
@@ -158,18 +139,28 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_the_budget_leaves_the_rest_for_the_same_command(tmp_path, seen, capsys):
-    out, parts = tmp_path / "out", [stub("one", "time.sleep(1)"), stub("two")]
-    assert Suite(out, "cpu", "abc", budget=0.9).run(parts, None) == 1
+def test_cut_by_a_budget_the_same_command_ends_as_one_long_call(tmp_path, seen, capsys):
+    mended, parts = tmp_path / "mended", []
+    for name in ("one", "two", "three"):
+        wait = f"time.sleep(0 if pathlib.Path({str(mended)!r}).exists() or {name == 'one'} else 60)"
+        parts.append(stub(name, wait))
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert Suite(cut, "cpu", "abc", budget=suite.REPORTING + 3).run(parts) == 1
     assert "no time was left" in capsys.readouterr().err
-    assert outcomes(out) == {"one": "out of time", "two": "out of time"}
-    assert Suite(out, "cpu", "abc", budget=60).run(parts, None) == 0
-    assert sorted(variants(out)) == ["one", "two"] and seen.read_text().split()[-2:] == ["one", "two"]
+    assert outcomes(cut) == {"one": "passed", "two": "out of time", "three": "out of time"}
+    # what was known is there, of the one that was cut too
+    assert variants(cut) == ["one", "two"]
+    mended.touch()
+    for out in (cut, whole):
+        assert Suite(out, "cpu", "abc", budget=100).run(parts) == 0
+    # that of which nothing was known came first
+    assert seen.read_text().split()[2:4] == ["three", "two"]
+    assert sorted(variants(cut)) == sorted(variants(whole)) == ["one", "three", "two"]
 
 
 def test_a_part_whose_module_is_missing_is_skipped(tmp_path, seen):
     out = tmp_path / "out"
-    assert Suite(out, "cpu", "abc").run([stub("one", needs=("no_such_module",)), stub("two")], None) == 0
+    assert Suite(out, "cpu", "abc").run([stub("one", needs=("no_such_module",)), stub("two")]) == 0
     assert seen.read_text().split() == ["two"]
     assert outcomes(out) == {"one": "skipped", "two": "passed"}
     assert "no_such_module is not installed" in (out / "report.html").read_text()
@@ -180,15 +171,15 @@ def test_a_part_made_of_others_is_made_again(tmp_path, seen):
     total = stub("sum", code, write=False, again=True)
     parts = [stub("one"), Part(**vars(total) | {"command": f"{total.command} {{merged}}"})]
     for _ in range(2):
-        assert Suite(out, "cpu", "abc").run(parts[:1], None) == 0
-        assert Suite(out, "cpu", "abc").run(parts[1:], None) == 0
+        assert Suite(out, "cpu", "abc").run(parts[:1]) == 0
+        assert Suite(out, "cpu", "abc").run(parts[1:]) == 0
     assert seen.read_text().split() == ["one", "sum", "sum"]
 
 
 def test_accounts_are_a_row(tmp_path):
     accounts = {"preset": "p", "step_in_forwards": 3.0, "environment": {"device": "cpu", "commit": None}}
     code = f"rows.write_text(json.dumps({accounts!r}, indent=1))"
-    Suite(tmp_path / "out", "cpu", "abc").run([stub("accounts", code)], None)
+    Suite(tmp_path / "out", "cpu", "abc").run([stub("accounts", code)])
     (row,) = map(json.loads, (tmp_path / "out/rows.jsonl").read_text().splitlines())
     assert (row["kind"], row["device"], row["commit"], row["preset"]) == ("accounting", "cpu", "abc", "p")
 
@@ -202,7 +193,7 @@ from benchmarks.suite import Suite
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 slow = f"pathlib.Path({sys.argv[3]!r})"
 wait = f"slow = {slow}; slow.exists() and (slow.write_text(str(os.getpid())), time.sleep(60))"
-sys.exit(Suite(Path(sys.argv[1]), "cpu", "abc").run([stub("one"), stub("two", wait), stub("three")], None))
+sys.exit(Suite(Path(sys.argv[1]), "cpu", "abc").run([stub("one"), stub("two", wait), stub("three")]))
 """
 
 
@@ -221,11 +212,13 @@ def test_a_run_that_was_killed_goes_on(tmp_path, seen, how):
     run.send_signal(how)
     assert run.wait(30) == (-signal.SIGKILL if how == signal.SIGKILL else 143)
     assert gone(int(slow.read_text()))
-    assert variants(out) == ["one"]
     slow.unlink()
+    # what it had written is there, at the latest when the next one starts
+    Suite(out, "cpu", "abc")
+    assert variants(out) == ["one", "two"]
     assert subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode == 0
-    assert seen.read_text().split() == ["one", "two", "two", "three"]
-    assert variants(out) == ["one", "two", "three"]
+    assert seen.read_text().split() == ["one", "two", "three", "two"]
+    assert variants(out) == ["one", "three", "two"]
 
 
 # --- the table ---
@@ -234,45 +227,48 @@ def test_a_run_that_was_killed_goes_on(tmp_path, seen, how):
 def test_parts_have_names_and_limits():
     for device in ("cpu", "cuda"):
         for full in (False, True):
-            names = [part.name for part in chosen(PARTS, device, full=full)]
+            parts = chosen(device, full=full)
+            names = [part.name for part in parts]
             assert names and len(set(names)) == len(names)
-    assert all(part.limit <= 540 for part in [*PARTS, *(gate(d, full=True) for d in ("cpu", "cuda"))])
+            assert all({*part.tests, *part.after} <= set(names) for part in parts)
+    assert all(part.seconds < part.limit <= 540 for part in PARTS if part.device == "cuda")
 
 
-def test_a_quick_run_on_a_gpu_has_time_for_all_its_parts():
-    parts = [gate("cuda", full=False), *chosen(PARTS, "cuda", full=False)]
-    assert sum(part.limit for part in parts) <= suite.BUDGET["cuda"] == 8 * 60
+def test_nothing_begins_before_the_libraries_are_built():
+    first, *others = chosen("cuda", full=True)
+    assert first.name == "build" and all(part.after == ("build",) for part in others)
 
 
-def test_every_kernel_is_tested_before_a_quick_run():
-    command = shlex.split(gate("cuda", full=False).command.replace("{workers}", ""))
-    command += ["--collect-only", "-o", "addopts="]
-    run = subprocess.run(
-        [sys.executable, *command], cwd=suite.ROOT, env=fresh.environment(), capture_output=True, text=True
-    )
-    found = [line.split("::") for line in run.stdout.splitlines() if "::" in line]
-    files = {path.removeprefix("tests/kernels/test_").removesuffix(".py") for path, *_ in found}
-    benched = {path.stem.removeprefix("bench_") for path in suite.ROOT.glob("benchmarks/bench_*.py")}
-    assert benched | {"adamw_ema", "attention_backward"} == files
-    # what some 30 of them take is what the gate has time for
-    assert 25 <= len(found) <= 35, run.stdout
+def test_without_tests_nothing_waits_for_them():
+    parts = chosen("cuda", full=False, tests=False)
+    assert not any(part.tests or part.name.startswith("tests") for part in parts)
+
+
+def test_every_kernel_is_tested_before_it_is_timed():
+    parts = {part.name: part for part in CUDA_PARTS}
+    apart = set(ATTENTION_TESTS)
+    assert apart == {str(path.relative_to(suite.ROOT)) for path in suite.ROOT.glob("tests/kernels/test_attention*.py")}
+    assert apart <= set(shlex.split(parts["tests-attention"].command))
+    words = set(shlex.split(parts["tests-operators"].command))
+    # the static report needs no GPU, and takes long
+    assert {*(f"--ignore={path}" for path in apart), "tests/kernels", "--ignore=tests/kernels/test_static_report.py"} <= words
+    assert parts["attention"].tests == ("tests-attention",) and parts["pointwise"].tests == ("tests-operators",)
 
 
 def test_commands_name_what_is_there():
-    every = [*PARTS, *(gate(device, full=full) for device in ("cpu", "cuda") for full in (False, True))]
-    for part in every:
+    for part in PARTS:
         words = shlex.split(part.command)
         assert words[0] == "-m"
         if words[1] != "pytest":
             assert (suite.ROOT / words[1].replace(".", "/")).with_suffix(".py").exists(), part
         files = [word for word in words if word.startswith(("tests/", "benchmarks/"))]
         assert all((suite.ROOT / file).exists() for file in files) and (files or words[1] != "pytest"), part
-        if part.name != "tests":
+        if not part.name.startswith("tests") and part.name != "build":
             assert "{stamp}" in words or "{rows}" in words
 
 
 def test_full_is_everything():
-    full = " ".join(part.command for part in chosen(PARTS, "cuda", full=True)) + " "
+    full = " ".join(part.command for part in chosen("cuda", full=True)) + " "
     for path in suite.ROOT.glob("benchmarks/bench_*.py"):
         assert f"benchmarks/{path.name} " in full
     compared = {word for words in full.split("--compare ")[1:] for word in words.split()[0].split(",")}
@@ -280,7 +276,7 @@ def test_full_is_everything():
     eager = {name for name in VARIANTS if name.startswith("ours-eager-")}
     assert compared == set(VARIANTS) - eager
     assert ",".join(["ours-eager", *(name for name in VARIANTS if name in eager)]) in " ".join(
-        part.command for part in chosen(PARTS, "cpu", full=False)
+        part.command for part in chosen("cpu", full=False)
     )
     for name in RECIPES:
         assert f"benchmarks.step --preset imagenet-{name} " in full and f"accounting --preset imagenet-{name} " in full
@@ -290,12 +286,12 @@ def test_full_is_everything():
     assert "--kappa 0 " in full and "--kappa 0.5 " in full
     for device in ("cuda", "cpu"):
         for whole in (False, True):
-            assert any("benchmarks.regression --self-check" in p.command for p in chosen(PARTS, device, full=whole))
+            assert any("benchmarks.regression --self-check" in p.command for p in chosen(device, full=whole))
     assert full.count("--trace {out}/step-") == 2
 
 
 def test_quick_on_a_cpu_compiles_nothing():
-    for part in chosen(PARTS, "cpu", full=False):
+    for part in chosen("cpu", full=False):
         assert "ours," not in part.command and "naive-compiled" not in part.command
         assert "bench_" not in part.command or "not compiled" in part.command
 
