@@ -93,8 +93,11 @@ def tests(name: str, *arguments: str, seconds: int) -> Part:
 ATTENTION = {"tests": ("tests-attention",), "needs": ("pytest_benchmark",)}
 OTHERS = {"tests": ("tests-operators",), "needs": ("pytest_benchmark",)}
 ATTENTION_TESTS = [f"tests/kernels/test_attention{what}.py" for what in ("", "_backward", "_properties")]
-ELSEWHERE = "tests/meanflow tests/benchmarks"
-"""Where tests of the step, the trainer and the stopwatch lie; those that need a GPU are marked."""
+ELSEWHERE = [
+    *(f"tests/meanflow/test_{name}.py" for name in ("step", "training", "sampling", "prefetch", "pipeline")),
+    "tests/benchmarks/test_inference.py",
+]
+"""Files with tests, marked "gpu", that need one, beside those of the operators; others may import what is not there."""
 SCALING = {"batch": "--model XL/2", "tokens": "--model B/2 --batch 8", "model": "--batch 32"}
 GUIDED = "--kappa 0.5 --against ours-eager"
 """Every variant is timed in a process of its own, so that they compile side by side: their gradients are compared with
@@ -135,7 +138,7 @@ CUDA_PARTS = [
     # what the derivative adds: a quarter of the samples with r < t over none
     variant("xl2-unguided", "ours-captured", 60, 34, "--kappa 0 --against ours-eager"),
     variant("xl2-primal", "ours-captured", 60, 34, "--kappa 0 --share 0 --against ours-eager"),
-    tests("gpu", "-m gpu", ELSEWHERE, seconds=90),
+    tests("gpu", "-m gpu", *ELSEWHERE, seconds=90),
     Part("kernels-b4", "cuda", breakdown("b4", "B/4", 256, "--kappa 0.5"), seconds=90, gib=16),
     *(
         variant(f"xl2-{name}", f"ours-{name}", 100, 40)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.parts import ATTENTION_TESTS, CUDA_PARTS, PARTS, RECIPES, Part, chosen
+from benchmarks.parts import ATTENTION_TESTS, CUDA_PARTS, ELSEWHERE, PARTS, RECIPES, Part, chosen
 from benchmarks.suite import Suite
 from benchmarks.variants import VARIANTS
 
@@ -253,6 +253,15 @@ def test_every_kernel_is_tested_before_it_is_timed():
     # the static report needs no GPU, and takes long
     assert {*(f"--ignore={path}" for path in apart), "tests/kernels", "--ignore=tests/kernels/test_static_report.py"} <= words
     assert parts["attention"].tests == ("tests-attention",) and parts["pointwise"].tests == ("tests-operators",)
+
+
+def test_every_test_that_needs_a_gpu_is_in_a_part():
+    marked = {
+        str(path.relative_to(suite.ROOT))
+        for path in suite.ROOT.glob("tests/**/test_*.py")
+        if "mark.gpu" in path.read_text() and path.parent.name != "kernels" and path != Path(__file__)
+    }
+    assert marked == set(ELSEWHERE)
 
 
 def test_commands_name_what_is_there():
