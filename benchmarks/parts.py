@@ -1,5 +1,6 @@
 """The parts of the suite: what is measured, with which arguments, in which run, and for how long at most."""
 
+import re
 import shlex
 from dataclasses import dataclass, replace
 
@@ -188,6 +189,22 @@ CPU_PARTS = [
 
 PARTS = [*CUDA_PARTS, *CPU_PARTS]
 """What is measured, in the order of its worth."""
+
+
+SMALL = {
+    r"--preset imagenet-\S+ --batch \d+ (?=--compare)": "--model S/8 --batch 4 ",
+    r"--model \S+/\d+( --batch \d+)?": "--model S/8 --batch 4",
+    r"--axis model": "--axis model --values S/8",
+}
+"""What a rehearsal puts in the place of a part's options."""
+
+
+def rehearsed(part: Part) -> Part:
+    """The part with a small model in the place of its own: whether it runs, not how fast."""
+    command = part.command
+    for pattern, small in SMALL.items():
+        command = re.sub(pattern, small, command)
+    return replace(part, command=command)
 
 
 def chosen(device: str, *, full: bool, tests: bool = True) -> list[Part]:

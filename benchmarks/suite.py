@@ -34,7 +34,7 @@ from meanflow.runlog import write_atomically
 
 from . import report
 from .environment import environment
-from .parts import PARTS, Part, chosen
+from .parts import PARTS, Part, chosen, rehearsed
 from .processes import Process
 from .rows import kind_of, parse, read
 from .schedule import PASSED, SKIPPED, Ended, Schedule
@@ -223,6 +223,8 @@ def main(args: list[str] | None = None) -> int:
                              "none with --full)")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
+    parser.add_argument("--rehearse", action="store_true",
+                        help="S/8 in the place of every model: whether all parts run, before time on a GPU is spent")  # fmt: skip
     parser.add_argument("--commit", metavar="HASH", help="of a tree that is no git checkout")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     options = parser.parse_args(args)
@@ -239,7 +241,8 @@ def main(args: list[str] | None = None) -> int:
     budget = options.budget or (None if options.full else BUDGET[device])
     try:
         suite = Suite(options.out, device, options.commit, budget)
-        return suite.run(chosen(device, full=options.full, tests=not options.skip_tests))
+        parts = chosen(device, full=options.full, tests=not options.skip_tests)
+        return suite.run([rehearsed(part) for part in parts] if options.rehearse else parts)
     except UserError as error:
         print(f"benchmarks.suite: error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.parts import ATTENTION_TESTS, CUDA_PARTS, ELSEWHERE, PARTS, RECIPES, Part, chosen
+from benchmarks.parts import ATTENTION_TESTS, CUDA_PARTS, ELSEWHERE, PARTS, RECIPES, Part, chosen, rehearsed
 from benchmarks.suite import Suite
 from benchmarks.variants import VARIANTS
 
@@ -237,6 +238,13 @@ def test_parts_have_names_and_limits():
 def test_nothing_begins_before_the_libraries_are_built():
     first, *others = chosen("cuda", full=True)
     assert first.name == "build" and all(part.after == ("build",) for part in others)
+
+
+def test_a_rehearsal_trains_small_models_alone():
+    for part in chosen("cuda", full=True):
+        command = rehearsed(part).command
+        assert not re.search(r"\b(XL|L|M|B)/\d", command), command
+        assert "imagenet-" not in command or "benchmarks.accounting" in command
 
 
 def test_without_tests_nothing_waits_for_them():
