@@ -68,16 +68,16 @@ void adamw_ema_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> emas,
                    std::vector<Tensor> copies, Tensor lr, Tensor skip, double beta1, double beta2, double eps,
                    double weight_decay, std::vector<double> ema_decays) {
-  if (params.empty() || *static_cast<const float*>(checked(skip, ScalarType::Float, 1, params[0])) != 0) return;
-  const auto records =
-      parameters(params, grads, exp_avgs, exp_avg_sqs, steps, emas, copies, ema_decays.size());
-  const double rate = *static_cast<const double*>(checked(lr, ScalarType::Double, 1, params[0]));
+  const Checked checked =
+      check(false, params, grads, exp_avgs, exp_avg_sqs, steps, emas, copies, lr, skip, ema_decays.size());
+  const auto& records = checked.records;
+  if (records.empty() || *checked.skip != 0) return;
   std::vector<Lerp> lerps;
   for (const double decay : ema_decays) lerps.emplace_back(1 - decay);
   std::vector<AdamW> coefficients;
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < records.size(); ++i) {
-    coefficients.emplace_back(Settings{beta1, beta2, eps, weight_decay}, rate, *records[i].step);
+    coefficients.emplace_back(Settings{beta1, beta2, eps, weight_decay}, *checked.lr, *records[i].step);
     for (int64_t begin = 0; begin < records[i].numel; begin += kChunk)
       chunks.push_back({i, begin, std::min(begin + kChunk, records[i].numel)});
   }

@@ -1,6 +1,6 @@
 // adamw_ema on a GPU: all parameters in one launch. The table of pointers travels in the kernel's arguments, and the
-// step counts (and, if wished, the learning rate and the word to skip) are read on the device: nothing is copied, allocated or waited for,
-// so that the launch can be captured in a CUDA graph.
+// step counts (and, if wished, the learning rate and the word to skip) are read on the device: nothing is copied,
+// allocated or waited for, so that the launch can be captured in a CUDA graph.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -22,7 +22,7 @@ constexpr Kernel kKernels[kMaxEmas + 1] = {adamw_ema_kernel<0>, adamw_ema_kernel
                                            adamw_ema_kernel<3>, adamw_ema_kernel<4>};
 
 cudaStream_t current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "adamw_ema: this build of torch has no CUDA");
+  ADAMW_EMA_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -32,12 +32,11 @@ void adamw_ema_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                     std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> emas,
                     std::vector<Tensor> copies, Tensor lr, Tensor skip, double beta1, double beta2, double eps,
                     double weight_decay, std::vector<double> ema_decays) {
-  if (params.empty()) return;
-  const float* skipped = static_cast<const float*>(checked(skip, ScalarType::Float, 1, skip.is_cpu() ? skip : params[0]));
-  if (skip.is_cpu() && *skipped != 0) return;
   const size_t n_emas = ema_decays.size();
-  const auto records = parameters(params, grads, exp_avgs, exp_avg_sqs, steps, emas, copies, n_emas);
-  const double* rate = static_cast<const double*>(checked(lr, ScalarType::Double, 1, lr.is_cpu() ? lr : params[0]));
+  const Checked checked =
+      check(true, params, grads, exp_avgs, exp_avg_sqs, steps, emas, copies, lr, skip, n_emas);
+  const auto& records = checked.records;
+  if (records.empty() || (skip.is_cpu() && *checked.skip != 0)) return;
   const Settings settings{beta1, beta2, eps, weight_decay};
 
   const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
@@ -54,9 +53,10 @@ void adamw_ema_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     }
     if (chunks == 0) continue;
     kKernels[n_emas]<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(
-        table, settings, lr.is_cpu() ? nullptr : rate, lr.is_cpu() ? *rate : 0.0, skip.is_cpu() ? nullptr : skipped);
+        table, settings, lr.is_cpu() ? nullptr : checked.lr, lr.is_cpu() ? *checked.lr : 0.0,
+        skip.is_cpu() ? nullptr : checked.skip);
     const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, "adamw_ema: the launch failed: ", cudaGetErrorString(error));
+    ADAMW_EMA_CHECK(error == cudaSuccess, std::string("the launch failed: ") + cudaGetErrorString(error));
   }
 }
 
