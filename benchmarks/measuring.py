@@ -200,7 +200,9 @@ def start(work: Workload, name: str, reference: Reference | None) -> Started | R
         return Reason(same, failed=False)
     variant, inputs = VARIANTS[name](work), work.inputs(0)
     begin = running_seconds()
-    timed(variant, inputs, work.device)
+    variant.prepare(inputs)
+    variant.first_step()
+    stamp(work.device)
     columns = {"first_step_seconds": running_seconds() - begin, "gradient_against": None}
     gradient = variant.gradient()
     if reference is None:

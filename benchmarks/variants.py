@@ -15,7 +15,7 @@ from meanflow.data import Batch
 from meanflow.draws import Draws, Stream
 from meanflow.engine import build_net
 from meanflow.objective import MeanFlowLoss, drop_mask
-from meanflow.optim import make_optimizer
+from meanflow.optim import make_optimizer, set_learning_rate
 from meanflow.plan import Plan, Planner, whole_batch
 from meanflow.presets import preset
 from meanflow.step import Inputs, Step, compile_loss, draw_batch
@@ -93,6 +93,10 @@ class Variant:
         """One step: every pass, backward, optimizer and average."""
         raise NotImplementedError
 
+    def first_step(self) -> None:
+        """The step whose gradient is compared, made from the initial weights."""
+        self.step()
+
     def gradient(self) -> Tensor:
         """The last step's, of all parameters, as one fp32 vector on the CPU."""
         return torch.cat([p.grad.detach().float().flatten().cpu() for p in self.net.parameters()])
@@ -153,7 +157,7 @@ class Ours(Variant):
         ema = self._place(
             lambda: build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work
         )
-        optimizer = make_optimizer(
+        self.optimizer = make_optimizer(
             run.optim, self.net, ema, copies=work.compute_dtype is not None, captured=run.train.cuda_graph
         )
         loss = MeanFlowLoss(run.objective, self.net)
@@ -162,13 +166,21 @@ class Ours(Variant):
         # the workload's inputs bring the usual plan
         self.planner, self.replan = planner(run.objective, run.train.batch), planner is not Planner
         self.reference = reference
-        self.make_step = Step(run, loss, optimizer, self.planner)
+        self.run, self.make_step = run, Step(run, loss, self.optimizer, self.planner)
 
     def prepare(self, inputs: Inputs) -> None:
         if self.replan:
             plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu())
             inputs = inputs._replace(plan=plan).to(inputs.samples.device)
         self.inputs = inputs
+
+    def first_step(self) -> None:
+        if self.run.train.cuda_graph:
+            # made by hand, and captured then; without a rate it leaves the weights to the second, which the graph makes
+            set_learning_rate(self.optimizer, 0.0)
+            self.step()
+            set_learning_rate(self.optimizer, self.run.optim.lr)
+        self.step()
 
     def step(self) -> None:
         with force_route(Route.REFERENCE) if self.reference else nullcontext():

@@ -33,3 +33,29 @@ class Graph(Generic[Inputs, Outputs]):
                 held.copy_(new, non_blocking=True)
         self._graph.replay()
         return self._outputs
+
+    def lend(self, x: Tensor) -> Tensor:
+        """Another tensor of the memory of one that ``run`` made and still had at its end, without owning that memory.
+
+        Once the owner is gone, graphs captured later work in that memory too: a pool holds the largest graph's, not the
+        sum of all. Until one of them is called, what is read here is what this graph wrote; none of them may read it.
+        The graph stays while the tensor does.
+        """
+        memory = _Memory(x, self._graph)
+        return torch.as_tensor(memory, device=x.device).view(x.dtype).as_strided(x.shape, x.stride())
+
+
+class _Memory:
+    """Where a tensor's elements are, in the words in which libraries tell each other (the CUDA array interface)."""
+
+    def __init__(self, x: Tensor, owner: torch.cuda.CUDAGraph):
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        # torch keeps this object while it has a tensor of it
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "version": 2,
+            "data": (x.data_ptr(), False),
+            # bytes: the interface knows no bfloat16
+            "typestr": "|u1",
+            "shape": (elements * x.element_size(),),
+        }

@@ -199,6 +199,25 @@ def test_a_wrong_gradient_of_the_real_step_is_found(monkeypatch, tmp_path):
         compare(tmp_path, "ours-eager,wrong")
 
 
+def test_a_captured_variant_compares_the_gradient_of_a_graph():
+    """Its first step is made by hand and moves no weight; the second, of the same weights, is a graph's."""
+    work, rates, gradients = workload(), [], []
+    variant = variants.Ours(work, cuda_graph=True)
+    by_hand = variant.make_step._run
+
+    def make_step(inputs):
+        by_hand((inputs,))
+        rates.append(variant.optimizer.param_groups[0]["lr"].item())
+        gradients.append(variant.gradient())
+
+    variant.make_step = make_step
+    variant.prepare(work.inputs(0))
+    variant.first_step()
+    assert rates == [0, pytest.approx(work.run.optim.lr)] and torch.equal(*gradients)
+    variant.step()
+    assert not torch.equal(*gradients[1:])
+
+
 # --- alone on the GPU: the order of events, on a CPU ---
 
 

@@ -1,6 +1,7 @@
 """The step compiled and captured against the plain one, the optimizer's implementations, and failures explained."""
 
 import copy
+import gc
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import runs
 import torch
 from torch import nn
 
+from meanflow import step as step_module
 from meanflow.dit import Linear
 from meanflow.errors import UserError
 from meanflow.objective import MeanFlowLoss
@@ -82,6 +84,84 @@ def test_captured_step_is_the_plain_step(compiled, tmp_path):
     assert_same_steps(captured, plain, 1e-5)
     for x, y in zip(a.ema.parameters(), b.ema.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+class Replay:
+    """What a CUDA graph does, without a GPU: capturing changes no value; a call computes and runs none of the step's
+    Python, so that it assigns no gradient; what another graph of the pool had left is gone."""
+
+    def __init__(self, trainer):
+        self.trainer, self.graphs = trainer, []
+
+    def __call__(self, run, inputs, pool):
+        trainer, lent = self.trainer, []
+        states = [x for state in trainer.optimizer.state.values() for x in state.values()]
+        held = [*trainer.net.parameters(), *trainer.ema.parameters(), *states, *trainer.guard.state().values()]
+        with torch.no_grad():
+            before = [x.clone() for x in held]
+            with torch.enable_grad():
+                run(inputs)
+            torch._foreach_copy_(held, before)
+            torch._foreach_mul_([p.grad for p in trainer.net.parameters()], float("nan"))
+        self.graphs.append(lent)
+
+        def replay(inputs):
+            params = list(trainer.net.parameters())
+            assigned = [p.grad for p in params]
+            done = run(inputs)
+            for other in self.graphs:
+                torch._foreach_mul_(other, float("nan"))
+            torch._foreach_copy_(lent, [p.grad for p in params])
+            for p, gradient in zip(params, assigned, strict=True):
+                p.grad = gradient
+            return done
+
+        replay.lend = lambda x: lent.append(torch.full_like(x, float("nan"))) or lent[-1]
+        return replay
+
+
+def test_a_captured_step_leaves_its_own_gradient(tmp_path, monkeypatch):
+    """Of every size, from the first step on."""
+    run = config()
+    plain, captured = Trainer(run, tmp_path / "plain"), Trainer(run, tmp_path / "captured")
+    graphs = Replay(captured)
+    monkeypatch.setattr(step_module, "Graph", graphs)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    run = replace(run, train=replace(run.train, cuda_graph=True))
+    make_step = Step(run, captured.make_step.loss, captured.optimizer, captured.planner, captured.guard)
+    sizes = set()
+    for step in range(12):
+        (inputs,) = plain.inputs(step)
+        sizes.add((len(inputs.plan.rows), inputs.plan.start))
+        plain.make_step(inputs)
+        make_step(inputs)
+        for p, wanted in zip(captured.net.parameters(), plain.net.parameters(), strict=True):
+            assert torch.equal(p.grad, wanted.grad) and torch.equal(p, wanted)
+    assert len(sizes) > 2 and len(graphs.graphs) >= len(sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_graphs_lend_their_gradients_memory(compiled, tmp_path):
+    """A gradient is the step's, from the first on; it takes no memory from the graphs' pool, and outlives the step."""
+    run = config(device="cuda", compile=compiled, cuda_graph=True)
+    plain = replace(run, train=replace(run.train, cuda_graph=False, compile=False))
+    plain, captured = Trainer(plain, tmp_path / "plain"), Trainer(run, tmp_path / "captured")
+    for step in range(12):
+        (inputs,) = plain.inputs(step)
+        for trainer in (plain, captured):
+            trainer.make_step(inputs.to(trainer.device))
+        got, wanted = (torch.cat([p.grad.flatten() for p in t.net.parameters()]) for t in (captured, plain))
+        assert (got - wanted).norm() <= 1e-4 * wanted.norm(), step
+    gradient = next(captured.net.parameters()).grad
+    wanted, before = gradient.clone(), torch.cuda.memory_allocated()
+    captured.optimizer.zero_grad()
+    assert torch.cuda.memory_allocated() == before
+    del captured, trainer
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.empty(2**24, device="cuda").fill_(7.0)
+    assert torch.equal(gradient, wanted)
 
 
 def test_capturing_needs_a_gpu(tmp_path):
