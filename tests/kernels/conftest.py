@@ -1,5 +1,6 @@
 """Shared by the operators' tests."""
 
+import hypothesis
 import pytest
 import torch
 
@@ -7,6 +8,25 @@ from meanflow_kernels.routing import Route, force_route
 
 HAS_GPU = torch.cuda.is_available()
 torch.set_num_threads(1)
+
+
+class Generators:
+    """torch's, which Hypothesis seeds before each example: one that fails fails again, alone and on its way to less."""
+
+    seed = staticmethod(torch.manual_seed)
+
+    @staticmethod
+    def getstate():
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if HAS_GPU else []
+
+    @staticmethod
+    def setstate(state):
+        torch.set_rng_state(state[0])
+        torch.cuda.set_rng_state_all(state[1])
+
+
+GENERATORS = Generators()
+hypothesis.register_random(GENERATORS)
 
 
 @pytest.fixture(scope="session")

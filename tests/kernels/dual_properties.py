@@ -44,6 +44,18 @@ def by_routes(call: Callable) -> tuple:
     return tuple(results)
 
 
+def assert_routes_agree(call: Callable, sizes: tuple) -> None:
+    """Both routes to 2e-6 of ``sizes``, those of the terms that a result is a sum of.
+
+    Both compute in fp32, each in its own order, and are off by a few 2^-24 of those terms. The result may be far
+    smaller: of one element it is any number near 0, and relative to it any error.
+    """
+    for expected, found, size in zip(*by_routes(call), sizes, strict=True):
+        assert found.is_contiguous()
+        difference, most = (found - expected).norm().item(), 2e-6 * size.norm().item()
+        assert difference <= most, f"{difference:.2e} > {most:.2e}"
+
+
 def strided(layout: str, *xs: torch.Tensor) -> tuple:
     """Tensors (B, L, C) of the same shapes in another layout (the batch expanded: its first sample for all)."""
     if layout == "rows first":
@@ -90,6 +102,39 @@ def assert_as_exact(case: Case, primals, tangents, *, extra=(), start: int | Non
     names = [f"{kind} {i}" for kind, count in counts.items() for i in range(count)]
     for name, ours, exact, plain in zip(names, found, by_plain(torch.float64), by_plain(None), strict=True):
         assert_error(ours.detach(), exact, plain, name)
+
+
+def assert_one_column(case: Case, make: Callable) -> None:
+    """A LayerNorm of one column x: x_hat = 0 whatever x is, so that exactly nothing flows back through it.
+
+    What is left of dx = rstd (g - mean(g)), with rstd = eps^-1/2 = 1000 and g = dy (1 + scale), is g rounded once, where
+    a fused multiply-add takes the unrounded product less its rounded mean, or the larger of the terms rounded, where
+    autograd adds the residual's gradient to rstd g before it subtracts. So dx is right to 2^-24 (1000 |g| + |dx|),
+    times two for rstd's own rounding and the sum's; the error bar of the other widths, 1e-6 of dx, would ask that
+    nothing be rounded at all, in plain torch too.
+    """
+    for _ in range(8):
+        primals, tangents = make()
+        leaves = tuple(x.clone().requires_grad_() for x in primals)
+        out, out_dot = (tensors(y) for y in case.op_jvp(leaves, tangents))
+        *_, shift, scale = primals
+        *_, shift_dot, _ = tangents
+        # y = shift, y_dot = shift_dot, but for what rstd leaves of the rounding of x - mean(x): nothing
+        assert torch.equal(out[-1], shift[:, None].expand_as(out[-1]))
+        assert torch.equal(out_dot[-1], shift_dot[:, None].expand_as(out_dot[-1]))
+        cotangents = [torch.randn_like(y) for y in out]
+        dx, *others, dshift, dscale = torch.autograd.grad(out, leaves, cotangents)
+        # the residual's gradient, where there is one
+        residual = sum(cotangents[:-1], torch.zeros_like(dx))
+        bar = 2**-23 * (1000 * (cotangents[-1] * (1 + scale[:, None])).abs() + residual.abs())
+        assert ((dx - residual).abs() <= bar).all()
+        assert relative_error(dshift, cotangents[-1].sum(1)) < 1e-6 and dscale.abs().max() == 0
+        if others:
+            # of x + gate y
+            y, gate = primals[1:3]
+            dy, dgate = others
+            assert relative_error(dy, gate[:, None] * dx) < 1e-6
+            assert ((dgate - (y * residual).sum(1)).abs() <= (y.abs() * bar).sum(1) + 2**-22 * (y * dx).abs().sum(1)).all()
 
 
 @pytest.mark.usefixtures("poisoned_empty")

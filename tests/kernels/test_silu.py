@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dual_properties import WITH_GRADIENT, WITHOUT_GRADIENT, Case, DualProperties, assert_as_exact, by_routes
+from dual_properties import WITH_GRADIENT, WITHOUT_GRADIENT, Case, DualProperties, assert_as_exact, assert_routes_agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative_error
@@ -61,9 +61,9 @@ def test_any_shape_and_stride(device, data):
         x, x_dot = (a.movedim(0, -1).contiguous().movedim(-1, 0) for a in (x, x_dot))
     n = data.draw(st.integers(1, shape[0]))
     start = data.draw(st.integers(0, shape[0] - n))
-    reference, kernel = by_routes(lambda: silu_jvp((x,), (x_dot[start : start + n],), tangent_start=start))
-    for expected, found in zip(reference, kernel, strict=True):
-        assert found.is_contiguous() and relative_error(found, expected) < 2e-6
+    x_dot = x_dot[start : start + n]
+    # y = x s with s in (0, 1); y_dot = (s + x s') x_dot, where the slope is 1.1 at most and passes through 0 at x = -1.28
+    assert_routes_agree(lambda: silu_jvp((x,), (x_dot,), tangent_start=start), (x, x_dot))
 
 
 def test_reference_in_fp64():
