@@ -31,7 +31,7 @@ def config(objective=None, batch=16, **train_options):
 
 
 def steps_of(run, out, count):
-    """(terms of interest, gradient norm, sizes) of some steps of a run, and the trainer after them."""
+    """(terms of interest, gradient, its norm, sizes) of some steps of a run, and the trainer after them."""
     trainer, rows = Trainer(run, out), []
     for p in trainer.net.parameters():  # adaLN-Zero starts as the identity
         generator = torch.Generator().manual_seed(p.numel())
@@ -41,15 +41,19 @@ def steps_of(run, out, count):
         done = trainer.make_step(inputs.to(trainer.device))
         (terms,) = done.terms
         sizes = len(inputs.plan.rows), inputs.plan.start
-        rows.append((terms.loss.item(), terms.raw.cpu().clone(), done.grad_norm.item(), sizes))
+        gradient = torch.cat([p.grad.flatten() for p in trainer.net.parameters()]).cpu()
+        rows.append((terms.loss.item(), terms.raw.cpu().clone(), gradient, done.grad_norm.item(), sizes))
     return rows, trainer
 
 
 def assert_same_steps(got, wanted, rtol):
-    for (loss, raw, norm, sizes), (loss_wanted, raw_wanted, norm_wanted, sizes_wanted) in zip(got, wanted, strict=True):
+    for step, wanted_step in zip(got, wanted, strict=True):
+        loss, raw, gradient, norm, sizes = step
+        loss_wanted, raw_wanted, gradient_wanted, norm_wanted, sizes_wanted = wanted_step
         assert sizes == sizes_wanted
         assert loss == pytest.approx(loss_wanted, rel=rtol) and norm == pytest.approx(norm_wanted, rel=10 * rtol)
         torch.testing.assert_close(raw, raw_wanted, rtol=rtol, atol=0)
+        assert (gradient - gradient_wanted).norm() <= 10 * rtol * norm_wanted
 
 
 PLACEMENTS = {"first": "first", "bernoulli": pytest.param("bernoulli", marks=pytest.mark.slow)}
@@ -82,8 +86,28 @@ def test_captured_step_is_the_plain_step(compiled, tmp_path):
     plain, a = steps_of(run, tmp_path / "plain", 12)
     captured, b = steps_of(replace(run, train=replace(run.train, cuda_graph=True)), tmp_path / "captured", 12)
     assert_same_steps(captured, plain, 1e-5)
-    for x, y in zip(a.ema.parameters(), b.ema.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    # weights and averages are not compared: no loss depends on the bias of k, whose gradient is what rounding left of 0
+    # (4e-10 of 2e-2), and Adam divides it by its own size: each step moves such a weight by the whole rate, either way
+    first, second = (
+        torch.cat([trainer.optimizer.state[p]["exp_avg"].flatten() for p in trainer.net.parameters()])
+        for trainer in (a, b)
+    )
+    assert (first - second).norm() <= 1e-4 * first.norm()
+    assert_gradients_are_lent(b)
+
+
+def assert_gradients_are_lent(trainer):
+    """They own no memory of the graphs' pool, and outlive the graphs all the same."""
+    gradient = next(trainer.net.parameters()).grad
+    wanted = gradient.clone()
+    before = torch.cuda.memory_allocated()
+    trainer.optimizer.zero_grad()
+    assert torch.cuda.memory_allocated() == before
+    trainer.make_step._graphs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.full((2**24,), 7.0, device="cuda")
+    assert torch.equal(gradient, wanted)
 
 
 class Replay:
@@ -138,30 +162,6 @@ def test_a_captured_step_leaves_its_own_gradient(tmp_path, monkeypatch):
         for p, wanted in zip(captured.net.parameters(), plain.net.parameters(), strict=True):
             assert torch.equal(p.grad, wanted.grad) and torch.equal(p, wanted)
     assert len(sizes) > 2 and len(graphs.graphs) >= len(sizes)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_graphs_lend_their_gradients_memory(compiled, tmp_path):
-    """A gradient is the step's, from the first on; it takes no memory from the graphs' pool, and outlives the step."""
-    run = config(device="cuda", compile=compiled, cuda_graph=True)
-    plain = replace(run, train=replace(run.train, cuda_graph=False, compile=False))
-    plain, captured = Trainer(plain, tmp_path / "plain"), Trainer(run, tmp_path / "captured")
-    for step in range(12):
-        (inputs,) = plain.inputs(step)
-        for trainer in (plain, captured):
-            trainer.make_step(inputs.to(trainer.device))
-        got, wanted = (torch.cat([p.grad.flatten() for p in t.net.parameters()]) for t in (captured, plain))
-        assert (got - wanted).norm() <= 1e-4 * wanted.norm(), step
-    gradient = next(captured.net.parameters()).grad
-    wanted, before = gradient.clone(), torch.cuda.memory_allocated()
-    captured.optimizer.zero_grad()
-    assert torch.cuda.memory_allocated() == before
-    del captured, trainer
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.empty(2**24, device="cuda").fill_(7.0)
-    assert torch.equal(gradient, wanted)
 
 
 def test_capturing_needs_a_gpu(tmp_path):
