@@ -70,11 +70,11 @@ class Done(NamedTuple):
 class Step:
     """A training step. Calling it makes one, and leaves its gradient in ``p.grad``.
 
-    A captured step does too, whichever graph makes it: each graph writes gradients where its own backward pass made
-    them, and after each call ``p.grad`` is those tensors, valid until the next call. Their memory is lent (`Graph.lend`):
-    graphs of all sizes take the room of one gradient. To write them to one place, backward would have to add to zeros
-    there, or they would be copied: 10.8 or 5.4 GB more to move for an XL/2, 2.5 or 1.3 ms of 84 on an H200. Assigning
-    the tensors costs nothing, for the host does it while the GPU is at work.
+    A captured step does too, whichever graph makes it: each graph's gradients stay where its own backward pass made
+    them, and after each call ``p.grad`` is those tensors, valid until the next call. Their memory is lent
+    (`Graph.lend`): graphs of all sizes take the room of one gradient. To have them in one place, backward would add to
+    zeros there, or they would be copied: 10.8 or 5.4 GB more to move for an XL/2, 2.5 or 1.3 ms of 84 on an H200.
+    Assigning the tensors costs nothing, for the host does it while the GPU is at work.
     Where some graphs only add to gradients and another one uses them, they need that place, there before the captures;
     nothing is lent then.
 

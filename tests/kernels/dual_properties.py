@@ -107,11 +107,10 @@ def assert_as_exact(case: Case, primals, tangents, *, extra=(), start: int | Non
 def assert_one_column(case: Case, make: Callable) -> None:
     """A LayerNorm of one column x: x_hat = 0 whatever x is, so that exactly nothing flows back through it.
 
-    What is left of dx = rstd (g - mean(g)), with rstd = eps^-1/2 = 1000 and g = dy (1 + scale), is g rounded once, where
-    a fused multiply-add takes the unrounded product less its rounded mean, or the larger of the terms rounded, where
-    autograd adds the residual's gradient to rstd g before it subtracts. So dx is right to 2^-24 (1000 |g| + |dx|),
-    times two for rstd's own rounding and the sum's; the error bar of the other widths, 1e-6 of dx, would ask that
-    nothing be rounded at all, in plain torch too.
+    What is left of dx = rstd (g - mean(g)), with rstd = eps^-1/2 = 1000 and g = dy (1 + scale), is rounding: of g, where
+    a fused multiply-add takes the unrounded product less its rounded mean; of the larger term, where autograd adds the
+    residual's gradient to rstd g before it subtracts. So dx is right to 2^-24 (1000 |g| + |dx|), times two for rstd's
+    own rounding and the sum's. The error bar of other widths, 1e-6 of dx, would ask that nothing be rounded at all.
     """
     for _ in range(8):
         primals, tangents = make()
@@ -134,7 +133,8 @@ def assert_one_column(case: Case, make: Callable) -> None:
             y, gate = primals[1:3]
             dy, dgate = others
             assert relative_error(dy, gate[:, None] * dx) < 1e-6
-            assert ((dgate - (y * residual).sum(1)).abs() <= (y.abs() * bar).sum(1) + 2**-22 * (y * dx).abs().sum(1)).all()
+            most = (y.abs() * bar).sum(1) + 2**-22 * (y * dx).abs().sum(1)
+            assert ((dgate - (y * residual).sum(1)).abs() <= most).all()
 
 
 @pytest.mark.usefixtures("poisoned_empty")

@@ -101,12 +101,13 @@ def test_lse_is_the_natural_logarithm(head_dim, dtype, device):
     (q, k, v), _ = make_inputs("sharp", 2, 17, 33, 2, head_dim, dtype, device)
     _, lse = torch.ops.meanflow_kernels.attention(q, k, v, head_dim**-0.5)
     plain, exact = (
-        (torch.einsum("bmhd,bnhd->bhmn", q.to(x), k.to(x)) * head_dim**-0.5).logsumexp(-1) for x in (FP32, torch.float64)
+        (torch.einsum("bmhd,bnhd->bhmn", q.to(dt), k.to(dt)) * head_dim**-0.5).logsumexp(-1)
+        for dt in (FP32, torch.float64)
     )
     if dtype == FP32:
         # scores reach 38, from sums of 64 products that reach 310 on their way: each of the 64 is rounded by up to
-        # 1.5e-5, a score by about 1e-5 in all, in whatever order the machine adds. So does plain torch: its error is the
-        # bar, of all rows together
+        # 1.5e-5, so that a score is off by about 1e-5, in whatever order the machine adds. So is plain torch's, whose
+        # error of all rows together is the bar
         assert_error(lse, exact, plain, "lse")
     else:
         # the row sum is of p rounded to fp16, by 2^-11 at most, and so is lse off

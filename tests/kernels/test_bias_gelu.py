@@ -112,7 +112,7 @@ def test_any_shape_and_stride(device, data):
     n = data.draw(st.integers(1, shape[0]))
     start = data.draw(st.integers(0, shape[0] - n))
     x_dot = x_dot[start : start + n]
-    # y = u s with s in (0, 1); y_dot = (s + u s') x_dot, where the slope is 1 at most and passes through 0 at u = -0.75
+    # y = u s with s in (0, 1); y_dot = (s + u s') x_dot, whose factor is 1.1 at most and passes through 0 at u = -0.75
     assert_routes_agree(lambda: bias_gelu_jvp((x,), (x_dot,), bias, tangent_start=start), (x + bias, x_dot))
 
 

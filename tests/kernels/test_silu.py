@@ -62,7 +62,7 @@ def test_any_shape_and_stride(device, data):
     n = data.draw(st.integers(1, shape[0]))
     start = data.draw(st.integers(0, shape[0] - n))
     x_dot = x_dot[start : start + n]
-    # y = x s with s in (0, 1); y_dot = (s + x s') x_dot, where the slope is 1.1 at most and passes through 0 at x = -1.28
+    # y = x s with s in (0, 1); y_dot = (s + x s') x_dot, whose factor is 1.1 at most and passes through 0 at x = -1.28
     assert_routes_agree(lambda: silu_jvp((x,), (x_dot,), tangent_start=start), (x, x_dot))
 
 
