@@ -1,6 +1,7 @@
-"""Where a step's time goes: by part, and by kind of work.
+"""Where a step's time goes: by part, by kind of work, and by kernel.
 
 python -m benchmarks.breakdown --model XL/2 --batch 32
+python -m benchmarks.breakdown --model XL/2 --batch 32 --kernels kernels.jsonl --captured
 python -m benchmarks.breakdown --device cpu --model S/8 --batch 4 --precision fp32 --eager --trace step.json
 
 By part: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
@@ -8,46 +9,38 @@ guidance, and without guidance and derivative, and the differences are the parts
 steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
 compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the parts as
 named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
+--kernels writes every kernel of those steps (`kernel_table` says what its rows mean), and times no parts, which would
+be compiled anew.
 """
 
 import argparse
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.objective import MeanFlowLoss
 from meanflow.optim import make_optimizer
-from meanflow.plan import Planner
+from meanflow.plan import Plan, Planner
 from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
 
+from . import kernel_table
+from .arbiter import alone
 from .environment import clocks, merge
+from .kernel_table import Activity, activities
 from .rows import why_untimed
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table
-from .timing import quantiles, stamp
+from .timing import Ceilings, measure_ceilings, quantiles, stamp
 from .variants import Ours, Workload
 
 PROFILED_STEPS = 3
-OTHER = "pointwise"
-KINDS = {  # a kernel's or operator's name tells its kind; the first that matches
-    # in plain torch only attention has batched products and softmax; its scaling and row sums stay pointwise
-    "attention": r"attention|flash|fmha|sdpa|aten::bmm|softmax|logsumexp",
-    # Inductor's are named for all operators in them, casts ("_to_copy") and the products beside them too
-    OTHER: r"^triton_(poi|red|per)_",
-    "GEMM": r"gemm|gemv|cutlass|cublas|nvjet|xmma|triton_tem|aten::(add)?mm|mkl_linear|mkldnn|packed_linear",
-    "optimizer": r"adam|lerp|multi_tensor|_foreach",
-    "memory": r"memcpy|memset|copy",
-    "compiled, not told apart": r"compiled",
-}
-PYTHON = "Python"
 IDLE = "idle"
 NO_KERNELS = "the profiler saw no kernel on the GPU: torch without CUPTI, or another profiler holds it"
 
@@ -96,7 +89,11 @@ def by_part(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]
         # a function is compiled so many times at most, whichever objective it is for
         torch.compiler.reset()
         parts, batches = Parts(variant, compiled=compiled), [variant.inputs(k) for k in range(repeats + 2)]
-        samples = [parts.times(inputs, work.device) for inputs in batches][2:]
+        for inputs in batches[:2]:
+            parts.times(inputs, work.device)
+        # compiled by now
+        with alone(work.device):
+            samples = [parts.times(inputs, work.device) for inputs in batches[2:]]
         found[name] = {phase: quantiles([s[phase] for s in samples])[1] for phase in samples[0]}
     whole = found["whole"]
     return {
@@ -107,26 +104,6 @@ def by_part(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]
         "backward": whole["backward"],
         "optimizer": whole["optimizer"],
     }
-
-
-def kind_of(name: str) -> str:
-    """The kind of a kernel, by its name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
-
-
-def kinds_of(events, device: str) -> dict[str, float]:
-    """Milliseconds of each kind in a profile's averaged events: of kernels on a GPU, of operators on a CPU."""
-    ms = Counter()
-    for event in events:
-        if device == "cuda":
-            # an operator's event repeats its kernels' time, a named range that of all within
-            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-                ms[kind_of(event.key)] += event.self_device_time_total / 1e3
-        else:
-            # what a named range has of its own is between the operators
-            kind = PYTHON if event.is_user_annotation else kind_of(event.key)
-            ms[kind] += event.self_cpu_time_total / 1e3
-    return dict(ms)
 
 
 def name_passes(net: nn.Module) -> None:
@@ -145,11 +122,22 @@ def name_passes(net: nn.Module) -> None:
     net.register_forward_hook(leave, always_call=True)
 
 
-def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, float]:
-    """Milliseconds a step of each kind of kernel, none where the profiler saw none; on a GPU also those of waiting."""
+class Profile(NamedTuple):
+    """What the profiler saw of PROFILED_STEPS steps."""
+
+    found: list[Activity]
+    wall_ms: float
+    plans: list[Plan]
+    """Of the profiled steps."""
+    ceilings: Ceilings | None
+    """Measured beside them, where asked for."""
+
+
+def profile_steps(work: Workload, trace: Path | None, *, ceilings: bool = False, **train) -> Profile:
+    """Profile some steps of ours; ``train`` are options of the step, such as compile and cuda_graph."""
     torch.compiler.reset()
-    variant = Ours(work, compile=compiled)
-    if not compiled:
+    variant = Ours(work, **train)
+    if not train["compile"]:
         name_passes(variant.net)
     batches = [work.inputs(k) for k in range(PROFILED_STEPS + 3)]
 
@@ -161,50 +149,42 @@ def by_kind(work: Workload, trace: Path | None, *, compiled: bool) -> dict[str, 
         return stamp(work.device) - begin
 
     steps(batches[:2])
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (work.device == "cuda")
-    # the profiler's own start takes longer than a step, and would be counted as waiting
-    with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as profiler:
-        steps(batches[2:3])
-        profiler.step()
-        wall = steps(batches[3:])
+    watched = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (work.device == "cuda")
+    profiler = profile(activities=watched, schedule=schedule(wait=0, warmup=1, active=1, repeat=1))
+    # compiled and captured by now
+    with alone(work.device):
+        # the profiler's own start takes longer than a step, and would be counted as waiting
+        with profiler:
+            steps(batches[2:3])
+            profiler.step()
+            wall = steps(batches[3:])
+        measured = measure_ceilings(work.device) if ceilings else None
     if trace:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
-    ms = kinds_of(profiler.key_averages(), work.device)
-    if work.device == "cuda" and ms:
-        ms[IDLE] = max(0.0, wall - sum(ms.values()))
+    found = activities(profiler.key_averages(), work.device)
+    return Profile(found, wall, [each.plan for each in batches[3:]], measured)
+
+
+def by_kind(profiled: Profile, device: str) -> dict[str, float]:
+    """Milliseconds a step of each kind of kernel, none where the profiler saw none; on a GPU also those of waiting."""
+    ms = Counter()
+    for each in profiled.found:
+        ms[each.kind] += each.ms
+    if device == "cuda" and ms:
+        ms[IDLE] = max(0.0, profiled.wall_ms - sum(ms.values()))
     return {kind: total / PROFILED_STEPS for kind, total in ms.items()}
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.breakdown", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add_workload_arguments(parser)
-    parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--trace", type=Path, default=None, help="write a trace of some steps to this file")
-    options = parser.parse_args(args)
-    try:
-        work = make_workload(options)
-    except UserError as error:
-        raise SystemExit(f"benchmarks.breakdown: error: {error}") from None
-    repeats = options.repeats or (20 if work.device == "cuda" else 5)
-    columns = identity(work, options.preset) | {
-        "kind": "breakdown",
-        "variant": "ours-eager" if options.eager else "ours",
-    }
-    measures = {
-        "part": lambda: by_part(work, repeats, compiled=not options.eager),
-        "kind": lambda: by_kind(work, options.trace, compiled=not options.eager),
-    }
-    rows = []
-    for by, measure in measures.items():
-        ms = measure()
-        rows.append(
-            merge(columns, {"by": by, "ms": ms}, {} if ms else {"missing": {"ms": NO_KERNELS}}, clocks(work.device))
-        )
-    if options.trace:
-        rows[-1]["trace"] = options.trace.name
-    rows = append(rows, options)
+def kernels_of(profiled: Profile, work: Workload) -> list[dict]:
+    """The rows of the kernel table."""
+    counted = kernel_table.count_calls(work.run, profiled.plans)
+    wall_ms = profiled.wall_ms / PROFILED_STEPS
+    return kernel_table.kernel_rows(profiled.found, counted, profiled.ceilings, wall_ms, PROFILED_STEPS)
+
+
+def print_cuts(rows: list[dict]) -> None:
+    """The rows by part and by kind as tables."""
     print(title(rows[0]), "\n")
     for row in rows:
         if why := why_untimed(row):
@@ -213,6 +193,62 @@ def main(args: list[str] | None = None) -> None:
         total = sum(row["ms"].values())
         lines = [[name, f"{ms:.2f}", f"{ms / total:.0%}"] for name, ms in row["ms"].items()]
         print(table([f"by {row['by']}", "ms", "share"], [*lines, ["sum", f"{total:.2f}", ""]]), "\n")
+
+
+def arguments(args: list[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(prog="benchmarks.breakdown", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_workload_arguments(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--eager", action="store_true", help="do not compile")
+    how.add_argument("--captured", action="store_true", help="replay a CUDA graph; with --kernels, on a GPU")
+    parser.add_argument("--trace", type=Path, default=None, help="write a trace of some steps to this file")
+    parser.add_argument("--kernels", type=Path, default=None, metavar="FILE",
+                        help="append every kernel of a step to this file of JSON lines, and time no parts")  # fmt: skip
+    options = parser.parse_args(args)
+    if options.captured and (options.kernels is None or options.device == "cpu"):
+        wanted = "--kernels and a GPU; a replayed graph has kernels, but no parts"
+        parser.error(f"--captured: got --kernels {options.kernels}, --device {options.device}, wanted {wanted}")
+    return options
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Time the step, append the rows and print them.
+
+    Raises:
+        UserError: for a value out of range, and where memory or the compiler fails.
+    """
+    work = make_workload(options)
+    variant = "ours-eager" if options.eager else "ours-captured" if options.captured else "ours"
+    columns = identity(work, options.preset) | {"variant": variant}
+
+    def cut(by: str, ms: dict[str, float]) -> dict:
+        row = {"kind": "breakdown", "by": by, "ms": ms} | ({} if ms else {"missing": {"ms": NO_KERNELS}})
+        return merge(columns, row, clocks(work.device))
+
+    rows = []
+    if options.kernels is None:
+        repeats = options.repeats or (20 if work.device == "cuda" else 5)
+        rows.append(cut("part", by_part(work, repeats, compiled=not options.eager)))
+    train = {"compile": not options.eager, "cuda_graph": options.captured}
+    profiled = profile_steps(work, options.trace, ceilings=options.kernels is not None, **train)
+    rows.append(cut("kind", by_kind(profiled, work.device)))
+    if options.trace:
+        rows[-1]["trace"] = options.trace.name
+    print_cuts(append(rows, options))
+    if options.kernels and not profiled.found:
+        print(f"no table of kernels: {NO_KERNELS}")
+    elif options.kernels:
+        found, speed = kernels_of(profiled, work), clocks(work.device)
+        print(kernel_table.text(append([merge(columns, row, speed) for row in found], options, options.kernels)))
+
+
+def main(args: list[str] | None = None) -> None:
+    try:
+        measure(arguments(args))
+    except UserError as error:
+        raise SystemExit(f"benchmarks.breakdown: error: {error}") from None
 
 
 if __name__ == "__main__":

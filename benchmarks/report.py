@@ -14,7 +14,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from . import sections, step_sections
+from . import kernel_table, sections, step_sections
 from .markup import NONE, Page, grid, notes, number
 from .rows import Rows, by_machine, clock_words, device_name, missing, read
 
@@ -29,7 +29,7 @@ caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; capt
 th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3.5rem; max-width: 7rem }
 td.words, th.words { text-align: left }
-td.long { white-space: normal; min-width: 12rem; max-width: 26rem }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; max-width: 26rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 .figures { margin: .8rem 0 }
@@ -70,6 +70,9 @@ SECTIONS = {
         step_sections.is_ablation,
     ),  # fmt: skip
     "breakdown": Section("Where the time goes", "breakdown", "python -m benchmarks.breakdown", sections.breakdown),
+    "step-kernels": Section(
+        "Kernels of a step", "step-kernel", "python -m benchmarks.breakdown --kernels FILE", kernel_table.section
+    ),  # fmt: skip
     "kernels": Section("Kernels", "kernel", "python -m pytest benchmarks/bench_*.py --rows FILE", sections.kernels),
     "memory": Section(
         "Memory",

@@ -11,6 +11,7 @@ REQUIRED = {
     "kernel": ("op", "shape", "dtype", "variant", "ms", "ms_20", "ms_80", "flops", "bytes", "bound", "ceiling"),
     "step": ("model", "batch", "precision", "variant", "ms", "ms_20", "ms_80", "images_per_second"),
     "breakdown": ("model", "batch", "precision", "variant", "by", "ms"),
+    "step-kernel": ("model", "batch", "variant", "kernel", "activity", "kernel_kind", "ms", "launches", "wall_ms"),
     "scaling": ("axis", "model", "batch", "variant"),
     "regression": ("variant", "base", "model", "batch", "precision", "ms", "base_ms", "ratio", "turns"),
     "optimizer": ("implementation", "model", "parameters", "ms", "ms_20", "ms_80", "bytes", "copy_gbps"),
@@ -74,6 +75,7 @@ def kind_of(row: dict) -> str:
         "optimizer": ("implementation",),
         "step": ("variant", "model", "images_per_second"),
         "breakdown": ("by", "ms"),
+        "step-kernel": ("kernel", "launches"),
         "accounting": ("step_in_forwards",),
         "projection": ("preset", "hours"),
     }

@@ -162,21 +162,21 @@ def kernels(page: Page, rows: list[dict]) -> str:
                 point = (row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9, row["op"])
                 # what stands behind the comma is the call: the family is enough to tell colours apart
                 points.setdefault(row["variant"].split(",")[0], []).append(point)
-            title = f"Kernels with matrix products under {_ceilings(copy, gemm)}"
+            title = f"Kernels with matrix products under {ceiling_words(copy, gemm)}"
             figures.append(page.figure(f"roofline {name}", plots.roofline(title, line, points, copy, gemm, peak)))
         if pointwise := [row for row in group if not row["flops"]]:
             reached: dict[str, dict[str, float]] = {}
             for row in pointwise:
                 names = reached.setdefault(f"{row['op']} {row['shape'].rsplit(' ', 1)[0]} {row['dtype']}", {})
                 names[row["variant"]] = rate(row)[0]
-            title = f"Pointwise kernels under {_ceilings(copy, None)}; compulsory bytes over time"
+            title = f"Pointwise kernels under {ceiling_words(copy, None)}; compulsory bytes over time"
             figures.append(page.figure(f"bandwidth {name}", plots.dots(title, line, "GB/s", reached, copy)))
         tables = []
         for op in dict.fromkeys(row["op"] for row in group):
             of_op = [row for row in group if row["op"] == op]
             table = kernel_table(of_op, hardware(of_op))
             tables.append(f"<details open><summary><b>{html.escape(op)}</b></summary>{table}</details>")
-        lines = [f"Measured ceilings: {_ceilings(copy, gemm)}. A row's share is of the ceiling of its own run."]
+        lines = [f"Measured ceilings: {ceiling_words(copy, gemm)}. A row's share is of the ceiling of its own run."]
         lines.append(
             "Device time with a cold L2 cache on a GPU, the whole call on a CPU. Errors: relative, against fp64."
         )
@@ -187,7 +187,8 @@ def kernels(page: Page, rows: list[dict]) -> str:
     return "".join(parts)
 
 
-def _ceilings(copy: float | None, gemm: float | None) -> str:
+def ceiling_words(copy: float | None, gemm: float | None) -> str:
+    """What a copy and a product were measured to reach."""
     words = [f"a copy's {number(copy)} GB/s"] if copy else []
     return " and ".join(words + ([f"a product's {number(gemm)} TFLOP/s"] if gemm else [])) or "no measured ceiling"
 

@@ -92,12 +92,14 @@ def identity(work: Workload, preset: str | None = None) -> dict:
     }
 
 
-def append(rows: list[dict], options: argparse.Namespace) -> list[dict]:
-    """The rows with where and when; they are written too, if a file is named."""
-    rows = [merge(row, environment(options.device, options.commit)) for row in rows]
-    if options.rows:
-        options.rows.parent.mkdir(parents=True, exist_ok=True)
-        with options.rows.open("a") as file:
+def append(rows: list[dict], options: argparse.Namespace, path: Path | None = None) -> list[dict]:
+    """The rows with where and when; they are written too, to ``path`` or to the file that --rows names."""
+    # one date for all of them
+    where, path = environment(options.device, options.commit), path or options.rows
+    rows = [merge(row, where) for row in rows]
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
 

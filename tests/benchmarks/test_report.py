@@ -102,6 +102,9 @@ def made_up() -> list[dict]:
         cut | {"variant": "ours", "by": "kind", "ms": kinds, "trace": "step-xl2.json"},
     ]
     found.append(cut | {"variant": "naive", "by": "kind", "ms": {"GEMM": 200.0, "pointwise": 200.0}})
+    name = {"kernel": "nvjet", "activity": "kernel", "kernel_kind": "GEMM"}
+    found.append(cut | name | {"kind": "step-kernel", "variant": "ours", "ms": 2.0, "launches": 4.0, "us": 500.0,
+                               "wall_ms": 2.5})  # fmt: skip
     for variant, slow in (("naive", 4), ("ours", 1)):
         batches = [
             step(variant, slow * b, batch=b, peak_bytes=b * 2**28, axis="batch", tokens=256) for b in (8, 16, 32)

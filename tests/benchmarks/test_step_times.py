@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from benchmarks import breakdown, projection, regression, report, scaling, step, variants
 from benchmarks.accounting import account
 from benchmarks.environment import merge
+from benchmarks.kernel_table import activities, kind_of
 from meanflow_kernels.adamw_ema import native
 from meanflow_kernels.adamw_ema.native import MISSING
 
@@ -123,21 +124,28 @@ def test_kernels_have_kinds():
         ],
     }
     for kind, found in names.items():
-        assert {name: breakdown.kind_of(name) for name in found} == dict.fromkeys(found, kind)
+        assert {name: kind_of(name) for name in found} == dict.fromkeys(found, kind)
 
 
 def event(key, ms, device_type=DeviceType.CUDA, annotation=False):
     return SimpleNamespace(
         key=key, device_type=device_type, is_user_annotation=annotation, self_cpu_time_total=1e3 * ms,
-        self_device_time_total=1e3 * ms,
+        self_device_time_total=1e3 * ms, count=3,
     )  # fmt: skip
+
+
+def kinds(events, device):
+    """Milliseconds of each kind in all steps, waiting left out."""
+    profile = breakdown.Profile(activities(events, device), 0.0, [], None)
+    ms = breakdown.by_kind(profile, device)
+    return {kind: pytest.approx(breakdown.PROFILED_STEPS * ms[kind]) for kind in ms if kind != breakdown.IDLE}
 
 
 def test_a_gpus_kernels_count_once():
     # an operator's event and a named range repeat the time of the kernels below them
     events = [event("aten::mm", 5.0, DeviceType.CPU), event("loss", 7.0, annotation=True)]
     events += [event("nvjet_hsh_128x256", 5.0), event("_attention_jvp_kernel", 2.0)]
-    assert breakdown.kinds_of(events, "cuda") == {"GEMM": 5.0, "attention": 2.0}
+    assert kinds(events, "cuda") == {"GEMM": 5.0, "attention": 2.0}
 
 
 @pytest.fixture
@@ -164,10 +172,14 @@ def profiled(monkeypatch):
 
     def profiled(events):
         profiled.events = events
-        return breakdown.by_kind(SimpleNamespace(device="cuda", inputs=lambda k: k), None, compiled=True)
+        work = SimpleNamespace(device="cuda", inputs=lambda k: SimpleNamespace(plan=k))
+        profile = breakdown.profile_steps(work, None, compile=True)
+        # the last three steps' plans: those before them were not recorded
+        assert profile.plans == [3, 4, 5]
+        return profile
 
     variant = SimpleNamespace(prepare=lambda inputs: None, step=lambda: asked.append("step"))
-    monkeypatch.setattr(breakdown, "Ours", lambda work, compile: variant)
+    monkeypatch.setattr(breakdown, "Ours", lambda work, **train: variant)
     monkeypatch.setattr(breakdown, "profile", Profile)
     monkeypatch.setattr(breakdown, "stamp", lambda device: asked.append("stamp") or next(clock))
     profiled.asked = asked
@@ -175,7 +187,8 @@ def profiled(monkeypatch):
 
 
 def test_waiting_is_what_no_kernel_fills(profiled):
-    found = profiled([event("nvjet_hsh_128x256", 3.0), event("aten::mm", 3.0, DeviceType.CPU)])
+    profile = profiled([event("nvjet_hsh_128x256", 3.0), event("aten::mm", 3.0, DeviceType.CPU)])
+    found = breakdown.by_kind(profile, "cuda")
     # three steps in ten milliseconds
     assert found == {"GEMM": pytest.approx(1.0), "idle": pytest.approx(7 / 3)}
     # the profiler starts and makes its first record outside of what is timed
@@ -187,8 +200,8 @@ def test_waiting_is_what_no_kernel_fills(profiled):
 def test_a_profile_without_kernels_is_no_waiting(profiled, monkeypatch, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     nothing = profiled([event("aten::mm", 3.0, DeviceType.CPU)])
-    assert nothing == {}
-    monkeypatch.setattr(breakdown, "by_kind", lambda *_, **__: nothing)
+    assert breakdown.by_kind(nothing, "cuda") == {}
+    monkeypatch.setattr(breakdown, "profile_steps", lambda *_, **__: nothing)
     breakdown.main([*SMALL, "--eager", "--rows", str(rows)])
     part, kind = rows_of(rows)
     assert part["ms"]["backward"] > 0 and kind["ms"] == {} and "no kernel" in kind["missing"]["ms"]
@@ -206,7 +219,7 @@ def test_a_cpus_operators_have_kinds():
         event("aten::mul", 2.0, cpu),
         event("CompiledFunction", 4.0, cpu),
     ]
-    found = breakdown.kinds_of(events, "cpu")
+    found = kinds(events, "cpu")
     assert found == {"attention": 4.0, "GEMM": 5.0, "Python": 7.0, "pointwise": 2.0, "compiled, not told apart": 4.0}
 
 

@@ -1,0 +1,305 @@
+"""Every kernel of a training step: how long, how often, of what kind, and what those of our operators are worth.
+
+``python -m benchmarks.breakdown --kernels FILE`` writes a row a kernel, and the report shows the longest. ``ms`` and
+``launches`` are of a step, the mean of those profiled; ``activity`` tells kernels from memsets and copies. All rows
+together are what the GPU did; of ``wall_ms``, the step's time under the profiler, it idled the rest. On a CPU rows are
+of operators, and of the Python between them by the range that it ran in.
+
+A kernel that serves one of our operators says what that operator is worth (``operator``): ``flops`` and ``bytes`` of
+its ``calls`` in a step, over ``operator_ms``, the time of all kernels that serve it, as a share of what a large product
+or copy reached in the same run. FLOPs and bytes are the fewest that are needed (meanflow_kernels.counts). The second
+stage of the backward kernels' sums has its own bytes, partial sums read and sums written; the first stage's partial
+sums count for nobody. Calls are counted on the step's own code over meta tensors, for the plans of the profiled steps,
+so that they are the same however the step runs.
+"""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from meanflow_kernels.adaln import op as adaln
+from meanflow_kernels.adamw_ema import adamw_ema_bytes
+from meanflow_kernels.bias_gelu import op as bias_gelu
+from meanflow_kernels.counts import moved_bytes
+from meanflow_kernels.gate_adaln import op as gate_adaln
+from torch.autograd import DeviceType
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from meanflow.config import RunConfig
+from meanflow.plan import Plan
+
+from .accounting import MetaStep
+from .markup import NONE, Page, by_workload, grid, notes, number, older, percent, where
+from .rows import by_machine, hardware, missing
+from .sections import ceiling_words, rate
+from .table import table
+from .timing import Ceilings
+
+OTHER = "pointwise"
+INDUCTOR = r"triton_(poi|red|per)_"
+KINDS = {  # a kernel's or operator's name tells its kind; the first that matches
+    # in plain torch only attention has batched products and softmax; its scaling and row sums stay pointwise.
+    # Inductor's are named for all operators in them and beside them
+    "attention": rf"^(?!{INDUCTOR}).*(attention|flash|fmha|sdpa|dot_do_o)|aten::bmm|softmax|logsumexp",
+    # casts ("_to_copy") and products too
+    OTHER: f"^{INDUCTOR}",
+    "GEMM": r"gemm|gemv|cutlass|cublas|nvjet|xmma|triton_tem|aten::(add)?mm|mkl_linear|mkldnn|packed_linear",
+    # with the gradient's norm
+    "optimizer": r"adam|lerp|multi_tensor|_foreach|lpnorm|NormTwoOps|vector_norm",
+    "memory": r"memcpy|memset|copy",
+    "compiled, not told apart": r"compiled",
+}
+PYTHON = "Python"
+TRANSFERS = ("memset", "memcpy")
+TOP = 30
+BAR = 24
+"""Characters of the longest kernel's bar."""
+
+POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "timestep_embedding")
+OPERATORS = {  # by the name of a share: the kernels or operators that serve it; the first that matches
+    # ours, and those of each library that may serve it
+    "attention_bwd": (
+        r"^_?attention_bwd_|flash_bwd|sdpa\w*_bprop|fmha_cutlassB|dot_do_o|convert_dq", ("attention_bwd",)
+    ),
+    "attention": (r"^_?attention_(\w+_)?kernel", ("attention", "attention_jvp")),
+    "sum_partials": (r"^_sum_partials_", ("sum_partials",)),
+    # its backward is the same kernel
+    "silu": (r"^_silu_", ("silu", "silu_jvp", "silu_bwd")),
+    **{f"{op}_bwd": (rf"^_{op}_bwd_", (f"{op}_bwd",)) for op in POINTWISE},
+    **{op: (rf"^_{op}_", (op, f"{op}_jvp")) for op in POINTWISE},
+    "adamw_ema": (r"adamw_ema", ("adamw_ema",)),
+}  # fmt: skip
+
+SECOND_STAGES: dict[str, Callable] = {
+    "adaln_bwd": lambda args, out: adaln._backward(*args[:3], *out, args[3]),
+    "gate_adaln_bwd": lambda args, out: gate_adaln._backward(*args[:6], *out[:2], [*out[3:], out[2]], args[6]),
+    "bias_gelu_bwd": lambda args, out: bias_gelu._backward(*args, *out),
+}
+"""Builds the two launches of a backward call from its arguments and results: the second adds up the first's sums."""
+
+
+class Activity(NamedTuple):
+    """What a profile says of one name."""
+
+    name: str
+    what: str
+    """kernel, memset or memcpy; on a CPU operator or Python"""
+    kind: str
+    ms: float
+    count: int
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def activities(events: Iterable, device: str) -> list[Activity]:
+    """Of a profile's averaged events: kernels, memsets and copies on a GPU; operators and Python on a CPU."""
+    found = []
+    for event in events:
+        name = event.key
+        if device == "cuda":
+            # an operator's event repeats its kernels' time, a named range that of all within
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                what = next((each for each in TRANSFERS if name.lower().startswith(each)), "kernel")
+                found.append(Activity(name, what, kind_of(name), event.self_device_time_total / 1e3, event.count))
+        else:
+            # what a named range has of its own is between the operators
+            what, kind = (PYTHON, PYTHON) if event.is_user_annotation else ("operator", kind_of(name))
+            found.append(Activity(name, what, kind, event.self_cpu_time_total / 1e3, event.count))
+    return found
+
+
+# --- the work of our operators ---
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Calls of an operator and what they have to do; fractions in a mean."""
+
+    calls: float = 0
+    flops: float = 0
+    bytes: float = 0
+
+    def __add__(self, other: "Counted") -> "Counted":
+        return Counted(self.calls + other.calls, self.flops + other.flops, self.bytes + other.bytes)
+
+    def of(self, times: int, steps: int) -> "Counted":
+        """What so many of ``steps`` like this add to their mean."""
+        return Counted(*(value * times / steps for value in (self.calls, self.flops, self.bytes)))
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts the calls of our operators within it, by name; their tensors are on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[str, Counted] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "meanflow_kernels":
+            name = func.name().partition("::")[2]
+            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self._add(name, Counted(1, flops, moved_bytes(args, pytree.tree_leaves(out))))
+            if name in SECOND_STAGES:
+                _, second = SECOND_STAGES[name](args, out)
+                self._add("sum_partials", Counted(1, 0, moved_bytes(second.args.values(), ())))
+        return out
+
+    def _add(self, name: str, counted: Counted) -> None:
+        self.found[name] = self.found.get(name, Counted()) + counted
+
+
+def count_calls(run: RunConfig, plans: list[Plan]) -> dict[str, Counted]:
+    """The calls of our operators in a step and their work, by operator: the mean over steps of these plans."""
+    step, total = MetaStep(run), {}
+    # work depends on a plan's sizes alone
+    for (guidance, tangent), times in Counter((len(plan.rows), len(plan.tangent)) for plan in plans).items():
+        with OperatorCalls() as calls:
+            step.loss(step.planner.example(guidance, tangent)).backward()
+        for name, counted in calls.found.items():
+            total[name] = total.get(name, Counted()) + counted.of(times, len(plans))
+    copied = [copy is not None for copy in step.net.make_copies()]
+    sizes = [p.numel() for p in step.net.parameters()]
+    moved = sum(adamw_ema_bytes(n, emas=1, copies=copy) for n, copy in zip(sizes, copied, strict=True))
+    # one call for the parameters with a copy, one for those without
+    return total | {"adamw_ema": Counted(len(set(copied)), 0, moved)}
+
+
+def operator_of(name: str) -> str | None:
+    """Which share a kernel belongs to."""
+    return next((operator for operator, (kernels, _) in OPERATORS.items() if re.search(kernels, name)), None)
+
+
+def worth(work: Counted, ms: float, ceilings: Ceilings) -> dict:
+    """The columns that say what an operator's ``work`` in ``ms`` is of the ceiling that bounds it."""
+    bound = "gemm" if work.flops else "copy"
+    ceiling = ceilings.gemm_tflops if work.flops else ceilings.copy_gbps
+    reached = work.flops / ms / 1e9 if work.flops else work.bytes / ms / 1e6
+    columns = {"calls": work.calls, "flops": work.flops, "bytes": work.bytes, "operator_ms": ms}
+    return columns | {"bound": bound, "ceiling": ceiling, "share_of_ceiling": reached / ceiling}
+
+
+def kernel_rows(
+    found: list[Activity], counted: dict[str, Counted], ceilings: Ceilings, wall_ms: float, steps: int
+) -> list[dict]:
+    """A row of a step for each activity of so many ``steps``, the longest first.
+
+    Args:
+        counted: the work of a step, by operator. wall_ms: of a step.
+    """
+    served = {each.name: operator for each in found if (operator := operator_of(each.name))}
+    operator_ms = Counter()
+    for each in found:
+        if each.name in served:
+            operator_ms[served[each.name]] += each.ms / steps
+    rows = []
+    for each in sorted(found, key=lambda each: -each.ms):
+        row = {
+            "kind": "step-kernel", "kernel": each.name, "activity": each.what, "kernel_kind": each.kind,
+            "ms": each.ms / steps, "launches": each.count / steps, "us": 1e3 * each.ms / each.count, "wall_ms": wall_ms,
+        }  # fmt: skip
+        if operator := served.get(each.name):
+            work = sum((counted.get(name, Counted()) for name in OPERATORS[operator][1]), Counted())
+            if work.calls and operator_ms[operator]:
+                row |= {"operator": operator} | worth(work, operator_ms[operator], ceilings)
+        rows.append(row)
+    return rows
+
+
+# --- the table ---
+
+SHARES = (
+    "Rate and share: the operator's, that is the FLOPs (with matrix products) or else the fewest bytes of all its "
+    "calls in a step, over the time of all kernels that serve it."
+)
+
+
+def short(name: str, width: int) -> str:
+    """A kernel's name without what all share, and no longer than ``width``."""
+    name = re.sub(r"^void |\(anonymous namespace\)::|at::native::|pytorch_flash::|meanflow::", "", name)
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def summary(rows: list[dict]) -> str:
+    """What the step's time was made of, in a line."""
+    ms, launches = Counter(), Counter()
+    for row in rows:
+        ms[row["activity"]] += row["ms"]
+        launches[row["activity"]] += row["launches"]
+    words = [f"{what} {number(ms[what])} ms ({launches[what]:,.0f} times)" for what in ms]
+    wall = rows[0]["wall_ms"]
+    idle = max(0.0, wall - sum(ms.values()))
+    return f"A step under the profiler {number(wall)} ms: {', '.join(words)}, idle {number(idle)} ms."
+
+
+def ceilings_of(rows: list[dict]) -> list[str]:
+    """The ceilings that the rows' shares are of."""
+    found = {row["bound"]: row["ceiling"] for row in rows if row.get("bound")}
+    return [f"Measured: {ceiling_words(found.get('copy'), found.get('gemm'))}. {SHARES}"] if found else []
+
+
+def bar(length: float) -> str:
+    """A bar of so many characters, to an eighth."""
+    eighths = max(1, round(8 * length))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def lines(rows: list[dict], width: int) -> tuple[list[str], list[list[str]]]:
+    """Header ("=" marks words) and lines of the longest kernels, memsets and copies left out."""
+    total = sum(row["ms"] for row in rows)
+    kernels = sorted((row for row in rows if row["activity"] not in TRANSFERS), key=lambda row: -row["ms"])
+    top, others = kernels[:TOP], kernels[TOP:]
+    found = [
+        [short(row["kernel"], width), row["kernel_kind"], number(row["ms"], 3), percent(row["ms"] / total)]
+        + [bar(BAR * row["ms"] / top[0]["ms"]), number(row["launches"], 3), number(row["us"], 3)]
+        + [row.get("operator") or NONE, reached(row), percent(row.get("share_of_ceiling"))]
+        for row in top
+    ]
+    if others:
+        ms = sum(row["ms"] for row in others)
+        launches = sum(row["launches"] for row in others)
+        found.append([f"{len(others)} others", NONE, number(ms, 3), percent(ms / total), "", number(launches, 3)])
+        found[-1] += [number(1e3 * ms / launches, 3), NONE, NONE, NONE]
+    header = ["=kernel", "=kind", "ms a step", "share", "=", "launches a step", "us a launch"]
+    return header + ["=operator", "rate", "of the ceiling"], found
+
+
+def reached(row: dict) -> str:
+    """The rate of the operator that a kernel serves."""
+    if not row.get("operator_ms"):
+        return NONE
+    value, unit = rate(row | {"ms": row["operator_ms"]})
+    return f"{number(value)} {unit}"
+
+
+def text(rows: list[dict]) -> str:
+    """The longest kernels as a printed table."""
+    header, found = lines(rows, 60)
+    return "\n".join([summary(rows), *ceilings_of(rows), table([title.removeprefix("=") for title in header], found)])
+
+
+def section(page: Page, rows: list[dict]) -> str:
+    """The report's tables, of the last run of each step."""
+    parts = []
+    for group in by_machine(rows):
+        parts.append(where(group))
+        for title, of_step in by_workload(group).items():
+            for variant in dict.fromkeys(row["variant"] for row in of_step):
+                runs = {}
+                for row in of_step:
+                    if row["variant"] == variant:
+                        runs.setdefault(str(row.get("date")), []).append(row)
+                last = runs[max(runs)]
+                parts.append(f"<h3>{html.escape(f'{title}, {variant}')}</h3>")
+                parts.append(notes([summary(last), *ceilings_of(last)]) + grid(*lines(last, 96), hardware(last)))
+                parts.append(notes(older(sum(map(len, runs.values())) - len(last))))
+        parts.append(notes(missing(group)))
+    return "".join(parts)
