@@ -57,7 +57,7 @@ KINDS = {  # a kernel's or operator's name tells its kind; the first that matche
 PYTHON = "Python"
 TRANSFERS = ("memset", "memcpy")
 TOP = 30
-BAR = 24
+BAR = 6
 """Characters of the longest kernel's bar."""
 
 POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "timestep_embedding")
@@ -180,11 +180,10 @@ def operator_of(name: str) -> str | None:
 
 def worth(work: Counted, ms: float, ceilings: Ceilings) -> dict:
     """The columns that say what an operator's ``work`` in ``ms`` is of the ceiling that bounds it."""
-    bound = "gemm" if work.flops else "copy"
-    ceiling = ceilings.gemm_tflops if work.flops else ceilings.copy_gbps
-    reached = work.flops / ms / 1e9 if work.flops else work.bytes / ms / 1e6
     columns = {"calls": work.calls, "flops": work.flops, "bytes": work.bytes, "operator_ms": ms}
-    return columns | {"bound": bound, "ceiling": ceiling, "share_of_ceiling": reached / ceiling}
+    columns |= {"bound": "gemm" if work.flops else "copy"}
+    ceiling = ceilings.gemm_tflops if work.flops else ceilings.copy_gbps
+    return columns | {"ceiling": ceiling, "share_of_ceiling": rate(columns | {"ms": ms})[0] / ceiling}
 
 
 def kernel_rows(
@@ -268,7 +267,7 @@ def lines(rows: list[dict], width: int) -> tuple[list[str], list[list[str]]]:
         launches = sum(row["launches"] for row in others)
         found.append([f"{len(others)} others", NONE, number(ms, 3), percent(ms / total), "", number(launches, 3)])
         found[-1] += [number(1e3 * ms / launches, 3), NONE, NONE, NONE]
-    header = ["=kernel", "=kind", "ms a step", "share", "=", "launches a step", "us a launch"]
+    header = ["=kernel", "=kind", "ms a step", "share", "=", "launches", "us each"]
     return header + ["=operator", "rate", "of the ceiling"], found
 
 
