@@ -29,11 +29,12 @@ caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; capt
 th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3.5rem; max-width: 7rem }
 td.words, th.words { text-align: left }
-td.long { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; max-width: 26rem }
+td.long { white-space: normal; min-width: 12rem; max-width: 26rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 .figures { margin: .8rem 0 }
 figure { margin: 0 } figure svg { width: 100%; max-width: 46rem; height: auto }
+td.long { overflow-wrap: anywhere }
 .hardware, .note { color: #555; font-size: 13px } .note { margin: .2rem 0 }
 .badge { background: #8a4b00; color: #fff; border-radius: .2rem; padding: 0 .4rem; font-size: 12px }
 .failed { color: #a40000; font-weight: 600 } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto }
