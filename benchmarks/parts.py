@@ -70,8 +70,8 @@ def scaling(axis: str, variant: str, options: str) -> str:
 
 
 def breakdown(name: str, model: str, batch: int, options: str) -> str:
-    files = f"--trace {{out}}/step-{name}.trace.json --kernels {{out}}/kernels-{name}.jsonl"
-    return f"-m benchmarks.breakdown --model {model} --batch {batch} {options} {files} {{stamp}}"
+    trace = f"--trace {{out}}/step-{name}.trace.json"
+    return f"-m benchmarks.breakdown --model {model} --batch {batch} {options} {trace} {{stamp}}"
 
 
 def twice(model: str, batch: int, options: str) -> str:
@@ -114,6 +114,7 @@ def variant(name: str, compared: str, seconds: int, gib: float, options: str = G
     return Part(name, "cuda", step(*size, options, compared), seconds=seconds, gib=gib, **more)
 
 
+KERNELS = "--kappa 0.5 --captured --kernels {rows}"
 CUDA_PARTS = [
     # the order is that of worth; what compiles longest must begin early
     Part("build", "cuda", "-m benchmarks.build", limit=180, seconds=15, gib=0),
@@ -127,7 +128,7 @@ CUDA_PARTS = [
     Part("tune", "cuda", tune(), seconds=170, tests=("tests-attention", "tests-operators")),
     variant("b4-naive", "naive", 25, 26),
     variant("xl2-naive", "naive", 40, 66),
-    Part("kernels-xl2", "cuda", breakdown("xl2", "XL/2", 32, "--kappa 0.5"), seconds=90, gib=34),
+    Part("kernels-xl2", "cuda", breakdown("xl2", "XL/2", 32, KERNELS), seconds=90, gib=34),
     Part("attention", "cuda", bench("attention"), seconds=60, gib=24, **ATTENTION),
     Part("pointwise", "cuda", bench(*OPS), seconds=90, gib=16, **OTHERS),
     Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", seconds=28, gib=60,
@@ -140,7 +141,7 @@ CUDA_PARTS = [
     variant("xl2-unguided", "ours-captured", 60, 34, "--kappa 0 --against ours-eager"),
     variant("xl2-primal", "ours-captured", 60, 34, "--kappa 0 --share 0 --against ours-eager"),
     tests("gpu", "-m gpu", *ELSEWHERE, seconds=90),
-    Part("kernels-b4", "cuda", breakdown("b4", "B/4", 256, "--kappa 0.5"), seconds=90, gib=16),
+    Part("kernels-b4", "cuda", breakdown("b4", "B/4", 256, KERNELS), seconds=90, gib=16),
     *(
         variant(f"xl2-{name}", f"ours-{name}", 100, 40)
         for name in ("no-kernels", "whole-tangent", "no-primal-reuse", "whole-batch", "torch-optimizer")
