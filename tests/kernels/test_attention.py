@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tolerances import assert_error, relative_error
 
 from meanflow_kernels import attention, attention_jvp
-from meanflow_kernels.attention.launches import aligned
+from meanflow_kernels.attention.config import AttentionConfig
+from meanflow_kernels.attention.launches import aligned, forward_launch
 from meanflow_kernels.routing import Route, force_route
 
 pytestmark = pytest.mark.usefixtures("kernel_route", "poisoned_empty")
@@ -185,3 +186,26 @@ def test_scale(device):
     o_same, o_dot_same = attention_jvp((2 * q, k, v), (2 * tangents[0], *tangents[1:]), scale=0.25)
     assert relative_error(o_same, o) < 1e-6 and relative_error(o_dot_same, o_dot) < 1e-6
     assert relative_error(o, attention(q, k, v)) > 1e-2
+
+
+PATHS = {
+    "rounded by pairs": AttentionConfig(32, 16, 4, 2, packed=True),
+    "separate": AttentionConfig(32, 16, 4, 2, separate=True),
+    "summed": AttentionConfig(32, 16, 4, 2, ones=False),
+    "separate, summed": AttentionConfig(32, 16, 4, 2, ones=False, packed=True, separate=True),
+}
+
+
+@pytest.mark.parametrize("present", [(True, True, True), (True, True, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, FP16), (72, FP16), (72, FP32)], ids=["64", "72", "ieee"])
+@pytest.mark.parametrize("config", PATHS.values(), ids=PATHS.keys())
+def test_every_code_path(config, head_dim, dtype, present, device):
+    primals, tangents = make_inputs("shifted v", 1, 33, 47, 2, head_dim, dtype, device)
+    some = tuple(x if p else None for x, p in zip(tangents, present, strict=True))
+    zeros = tuple(x if p else torch.zeros_like(x) for x, p in zip(tangents, present, strict=True))
+    o, o_dot = torch.empty_like(primals[0]), torch.empty_like(primals[0])
+    lse = o.new_empty((1, 2, 33), dtype=FP32)
+    forward_launch(primals, some, (o, o_dot, lse), head_dim**-0.5, config).run()
+    exact, plain = exact_jvp(primals, zeros), torch.func.jvp(plain_attention, primals, zeros)
+    assert_error(o, exact[0], plain[0], "o")
+    assert_error(o_dot, exact[1], plain[1], "o_dot")

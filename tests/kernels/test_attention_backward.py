@@ -8,7 +8,8 @@ from attention_inputs import HARD, make_inputs, plain_attention
 from tolerances import assert_error, relative_error
 
 from meanflow_kernels import attention, attention_jvp
-from meanflow_kernels.attention.backward import Backward, force_backward, serves
+from meanflow_kernels.attention.backends import force_backend, serves
+from meanflow_kernels.attention.config import Backend
 from meanflow_kernels.attention.reference import attention_ref
 from meanflow_kernels.routing import Route, force_route
 
@@ -43,13 +44,13 @@ def _check(primals, function=attention):
 
 @pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES.keys())
 def test_error_is_at_most_twice_plain_torch(kernel_route, shape, device):
-    with force_backward(Backward.TRITON):
+    with force_backend(backward=Backend.TRITON):
         _check(make_inputs("iid", *shape, device)[0])
 
 
 @pytest.mark.parametrize("kind", HARD[:2])
 def test_error_on_hard_inputs(kernel_route, kind, device):
-    with force_backward(Backward.TRITON):
+    with force_backend(backward=Backend.TRITON):
         _check(make_inputs(kind, 1, 65, 65, 1, 72, FP16, device)[0])
 
 
@@ -60,19 +61,19 @@ def test_scores_far_below_zero(kernel_route, device):
     # as q k^T happens to be summed. The column is q's more than k's: dq sums ds k, where ds k of one column is zero
     (q, k, v), _ = make_inputs("iid", 1, 17, 17, 1, 32, FP32, device)
     q[..., 0], k[..., 0] = 256.0, -2.25
-    with force_backward(Backward.TRITON):
+    with force_backend(backward=Backend.TRITON):
         _check((q, k, v))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.bfloat16, FP16), ids=("bf16", "fp16"))
 @pytest.mark.parametrize("head_dim", (64, 72, 128))
-@pytest.mark.parametrize("backward", Backward)
+@pytest.mark.parametrize("backward", Backend)
 def test_every_backend(backward, head_dim, dtype):
     primals, _ = make_inputs("iid", 2, 256, 256, 4, head_dim, dtype, "cuda")
-    if not serves(backward, primals[0]):
+    if not serves(backward, *primals[:2]):
         pytest.skip(f"{backward.value} is not installed or does not serve this GPU")
-    with force_backward(backward):
+    with force_backend(backward=backward):
         _check(primals)
 
 
@@ -116,9 +117,9 @@ def test_a_gradient_through_lse_raises(kernel_route, device):
 def test_a_backend_that_does_not_serve_raises(kernel_route, device):
     # flash takes no fp32
     q = torch.randn(1, 5, 1, 16, device=device, requires_grad=True)
-    with force_backward(Backward.FLASH), pytest.raises(ValueError, match="^force_backward: got .*, wanted"):
+    with force_backend(backward=Backend.FLASH), pytest.raises(ValueError, match="^force_backend: got .*, wanted"):
         attention(q, q, q).sum().backward()
-    with pytest.raises(ValueError, match="^backward: got 'flash'"), force_backward("flash"):
+    with pytest.raises(ValueError, match="^backward: got 'flash'"), force_backend(backward="flash"):
         pass
 
 

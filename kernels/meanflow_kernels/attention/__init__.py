@@ -1,7 +1,8 @@
 """The attention operator."""
 
-from .backward import Backward, force_backward
+from .backends import force_backend
+from .config import Backend
 from .launches import compile_cases
 from .op import attention, attention_jvp
 
-__all__ = ["Backward", "attention", "attention_jvp", "compile_cases", "force_backward"]
+__all__ = ["Backend", "attention", "attention_jvp", "compile_cases", "force_backend"]

@@ -1,17 +1,68 @@
-"""Launch configs of attention, as data: rows of (largest head dim, config), by architecture and arithmetic.
+"""Choices of attention, as data: which implementation serves a call, and the launch configs of the Triton kernels.
 
-The reasons are static: registers a thread, spills and shared memory from cross-compilation; no config has been timed
-yet. The static report prints the figures of every row.
+Launch configs are rows of (largest head dim, config), by architecture and arithmetic. Their reasons are static:
+registers a thread, spills and shared memory from cross-compilation, which the static report prints for every row.
 """
 
+import enum
 from dataclasses import dataclass
 
 import torch
 
+from ..launch import ANY
+
+
+class Backend(enum.Enum):
+    """An implementation of attention without a tangent."""
+
+    CUDNN = "SDPA cuDNN"
+    FLASH = "SDPA flash"
+    FLASH_ATTN = "flash-attn"
+    XFORMERS = "xformers"
+    TRITON = "Triton"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves a range of head dims and lengths."""
+
+    head_dim: int
+    """largest"""
+    length: int
+    """shortest; the shorter of M and N counts"""
+    backends: tuple[Backend, ...]
+    """in order of preference; Triton comes last without being named"""
+
+
+Choices = dict[int, tuple[Choice, ...]]
+"""By architecture; the first row counts whose range holds a call."""
+
+_LIBRARIES = (Backend.FLASH, Backend.FLASH_ATTN, Backend.XFORMERS)
+_CUDNN_FIRST = (Backend.CUDNN, *_LIBRARIES)
+
+# H200, N 256, B H 4096, bf16: cuDNN 1.21 ms, flash 1.83 at hd 72; 0.87 and 1.07 at hd 64. Nothing else was timed
+BACKWARD: Choices = {
+    90: (Choice(56, 0, _LIBRARIES), Choice(72, 128, _CUDNN_FIRST), Choice(128, 0, _LIBRARIES)),
+    ANY: (Choice(128, 0, _LIBRARIES),),
+}
+# the same: cuDNN 0.29 ms, Triton 0.43, flash 0.52 at hd 72; 0.20, 0.27 and 0.30 at hd 64
+FORWARD: Choices = {
+    90: (Choice(56, 0, ()), Choice(72, 128, (Backend.CUDNN,)), Choice(128, 0, ())),
+    ANY: (Choice(128, 0, ()),),
+}
+# the samples of a batch beside those with a tangent: a library's o is copied to its place, which takes what it saves
+BESIDE: Choices = {ANY: (Choice(128, 0, ()),)}
+
+
+def preferred(table: Choices, arch: int, head_dim: int, length: int) -> tuple[Backend, ...]:
+    """The back-ends of a table for a call, in order."""
+    rows = table.get(arch, table[ANY])
+    return next(x.backends for x in rows if head_dim <= x.head_dim and length >= x.length)
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Tiles of one launch."""
+    """Tiles and code paths of one launch."""
 
     block_m: int
     """rows of q a program holds, or a loop step loads"""
@@ -19,9 +70,17 @@ class AttentionConfig:
     """rows of k and v a loop step loads, or a program holds"""
     num_warps: int
     num_stages: int
+    ones: bool = True
+    """forward: row sums from a column of ones beside v, where its column tiles leave one free"""
+    packed: bool = False
+    """dual forward: rounds p s_dot two values a conversion"""
+    separate: bool = False
+    """dual forward: p_dot v and p v_dot in accumulators of their own"""
 
     def __str__(self):
-        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
+        words = [f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"]
+        words += [word for word in ("packed", "separate") if getattr(self, word)]
+        return " ".join(words + ["summed"] * (not self.ones))
 
 
 Rows = tuple[tuple[int, AttentionConfig], ...]

@@ -7,10 +7,14 @@ that no head dim is padded to the next power of two where a split is narrower. B
 of VEC elements (16 bytes): multiplied back by a constant they keep their divisibility, and every load is 16 bytes wide
 whatever the head dim. Token strides are constants, in elements: as run-time values the addresses of four pipelined
 tiles take 57 registers more (hd 64, 64x64 tiles, sm_90).
+
+The choices of a launch config (config.py) are constants too: ONES, PACKED and SEPARATE.
 """
 
 import triton
 import triton.language as tl
+
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -66,6 +70,33 @@ def dot_nt(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     return c
 
 
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, PACKED: tl.constexpr):
+    # fp32 values of x rounded to dtype. ptxas converts value by value what is read both rounded and as fp32, on a pipe
+    # of a quarter of the rate; PACKED converts by pairs (the interpreter has no inline PTX)
+    if not PACKED or _INTERPRETED or dtype == tl.float32:
+        return x.to(dtype).to(tl.float32)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=r,=r,r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; .reg .b16 lo, hi; cvt.rn.f16x2.f32 t, $3, $2; mov.b32 {lo, hi}, t; "
+            "cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }",
+            "=r,=r,r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+
+
 _STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "q_dot", "k_dot", "v_dot") for dim in "bh"]
 
 
@@ -115,12 +146,17 @@ def attention_kernel(
     EVEN_N: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    USE_ONES: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEPARATE: tl.constexpr,
 ):
     SPLIT: tl.constexpr = BLOCK_D1 > 0
     HAS_S_DOT: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
     DUAL: tl.constexpr = HAS_S_DOT or HAS_V_DOT
     # a free column of v's second tile holds ones, so that the row sums fall out of the product with v
-    ONES: tl.constexpr = SPLIT and D < BLOCK_D0 + BLOCK_D1
+    ONES: tl.constexpr = USE_ONES and SPLIT and D < BLOCK_D0 + BLOCK_D1
+    # p_dot v in accumulators of its own, which the scale of s_dot multiplies once, at the end
+    APART: tl.constexpr = SEPARATE and HAS_S_DOT and HAS_V_DOT
 
     # the row tiles of one head are neighbours in the grid: they share k and v in L2
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -153,6 +189,10 @@ def attention_kernel(
         acc_dot0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
         if SPLIT:
             acc_dot1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
+    if APART:
+        acc_ps0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
+        if SPLIT:
+            acc_ps1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
 
     scale_log2 = scale * 1.4426950408889634
     for start_n in range(0, N, BLOCK_N):
@@ -200,13 +240,24 @@ def attention_kernel(
                 acc_dot1 = tl.dot(p_r, v_dot1, acc_dot1, input_precision=PRECISION)
         if HAS_S_DOT:
             # the row sum is of the rounded products that the matrix product sees: a shift of v cancels
-            ps_dot = (p * (s_dot * scale)).to(v0.dtype)
-            acc_dot0 = tl.dot(ps_dot, v0, acc_dot0, input_precision=PRECISION)
-            if SPLIT:
-                acc_dot1 = tl.dot(ps_dot, v1, acc_dot1, input_precision=PRECISION)
+            ps_dot = _rounded(p * s_dot if APART else p * (s_dot * scale), v0.dtype, PACKED)
             if not ONES:
-                l_dot_i = l_dot_i * alpha + tl.sum(ps_dot.to(tl.float32), 1)
+                l_dot_i = l_dot_i * alpha + tl.sum(ps_dot, 1)
+            ps_dot = ps_dot.to(v0.dtype)
+            if APART:
+                acc_ps0 = tl.dot(ps_dot, v0, acc_ps0 * alpha[:, None], input_precision=PRECISION)
+                if SPLIT:
+                    acc_ps1 = tl.dot(ps_dot, v1, acc_ps1 * alpha[:, None], input_precision=PRECISION)
+            else:
+                acc_dot0 = tl.dot(ps_dot, v0, acc_dot0, input_precision=PRECISION)
+                if SPLIT:
+                    acc_dot1 = tl.dot(ps_dot, v1, acc_dot1, input_precision=PRECISION)
 
+    if APART:
+        l_dot_i *= scale
+        acc_dot0 += acc_ps0 * scale
+        if SPLIT:
+            acc_dot1 += acc_ps1 * scale
     if ONES:
         is_one = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :] == D
         l_i = tl.sum(tl.where(is_one, acc1, 0.0), 1)

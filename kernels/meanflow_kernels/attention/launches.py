@@ -82,6 +82,7 @@ def forward_launch(
     args |= {"o_ptr": o, "o_dot_ptr": o_dot, "lse_ptr": lse, "scale": scale, "H": heads, "M": m, "N": k.shape[1]}
     constants |= {"HAS_Q_DOT": q_dot is not None, "HAS_K_DOT": k_dot is not None, "HAS_V_DOT": v_dot is not None}
     constants |= _shape_constants(q, k, config)
+    constants |= {"USE_ONES": config.ones, "PACKED": config.packed, "SEPARATE": config.separate}
     grid = (-(-m // config.block_m) * batch * heads,)
     return Launch(attention_kernel, grid, args, constants, config.num_warps, config.num_stages)
 

@@ -7,8 +7,8 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import arch_of
 from ..routing import runs_kernel
-from .backward import attention_backward
-from .config import dual_config, plain_config
+from .backends import attention_backward, attention_forward, empty_outputs
+from .config import BESIDE, FORWARD, dual_config
 from .launches import aligned, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
@@ -36,23 +36,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[float,
     return scale, kernel
 
 
-def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """o (B, M, H, D) contiguous in q's dtype, lse (B, H, M) fp32."""
-    batch, m, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, m), dtype=torch.float32)
-
-
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    o, lse = _empty_outputs(q)
-    config = plain_config(arch_of(q.device), q.dtype, q.shape[-1])
-    forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config).run()
-    return o, lse
+    return attention_forward(q, k, v, scale, FORWARD)
 
 
 @_attention_op.register_fake
 def _(q, k, v, scale):
-    return _empty_outputs(q)
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("meanflow_kernels::attention_jvp", mutates_args=())
@@ -70,23 +61,19 @@ def _attention_jvp_op(
     primals = aligned(q), aligned(k), aligned(v)
     tangents = tuple(None if x is None else aligned(x) for x in (q_dot, k_dot, v_dot))
     n = next(x.shape[0] for x in tangents if x is not None)
-    o, lse = _empty_outputs(q)
+    o, lse = empty_outputs(q)
     o_dot = q.new_empty((n, *q.shape[1:]))
-    arch, stop = arch_of(q.device), tangent_start + n
-    plain = plain_config(arch, q.dtype, q.shape[-1])
-    for rows, row_tangents, row_o_dot, config in (
-        (slice(0, tangent_start), (None, None, None), None, plain),
-        (slice(tangent_start, stop), tangents, o_dot, dual_config(arch, q.dtype, q.shape[-1])),
-        (slice(stop, q.shape[0]), (None, None, None), None, plain),
-    ):
-        outputs = (o[rows], row_o_dot, lse[rows])
-        forward_launch(tuple(x[rows] for x in primals), row_tangents, outputs, scale, config).run()
+    rows, config = slice(tangent_start, tangent_start + n), dual_config(arch_of(q.device), q.dtype, q.shape[-1])
+    forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
+    for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
+        if rows.start < rows.stop:
+            attention_forward(*(x[rows] for x in primals), scale, BESIDE, (o[rows], lse[rows]))
     return o, o_dot, lse
 
 
 @_attention_jvp_op.register_fake
 def _(q, k, v, q_dot, k_dot, v_dot, scale, tangent_start):
-    o, lse = _empty_outputs(q)
+    o, lse = empty_outputs(q)
     n = next(x.shape[0] for x in (q_dot, k_dot, v_dot) if x is not None)
     return o, q.new_empty((n, *q.shape[1:])), lse
 
