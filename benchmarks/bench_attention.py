@@ -9,9 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from meanflow_kernels import attention, attention_jvp
+from meanflow_kernels.attention import Backend, force_backend
+from meanflow_kernels.attention.backends import serves
 from meanflow_kernels.counts import attention_bwd_flops, attention_flops, attention_tangent_flops
 
-from .dual_op import VARIANTS, Case, measure
+from .dual_op import VARIANTS, Case, backward_of, measure
 from .shapes import ATTENTION, Shape, naming, on
 
 
@@ -71,6 +73,26 @@ def _jvp_flash_attention(case: Case) -> Callable:
     return lambda: tuple(x.transpose(1, 2) for x in torch.func.jvp(peer.JVPAttn.fwd_dual, primals, tangents))
 
 
+def _ours_by(backend: Backend, call: str, case: Case) -> Callable:
+    q, k, _ = case.primals
+    if not (q.is_cuda and serves(backend, q, k)):
+        pytest.skip(f"{backend.value} is not installed or does not serve this device")
+    build = {"primal": lambda: case.op(*case.primals), "backward": backward_of(case.op, case)}[call]
+
+    def run():
+        with force_backend(**{"forward" if call == "primal" else "backward": backend}):
+            return build()
+
+    return run
+
+
+BACKENDS = {
+    f"ours by {backend.value}, {call}": (call, functools.partial(_ours_by, backend, call))
+    for backend in Backend
+    for call in ("primal", "backward")
+}
+"""What the tables of attention/config.py choose from."""
+
 PEERS = {
     "sdpa math, func.jvp": ("dual", _sdpa_func_jvp),
     "jvp_flash_attention": ("dual", _jvp_flash_attention),
@@ -95,7 +117,7 @@ def _flops(shape: Shape) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS | PEERS)
+@pytest.mark.parametrize("variant", VARIANTS | BACKENDS | PEERS)
 @pytest.mark.parametrize("regime", ATTENTION)
 def test_attention(benchmark, stopwatch, device, regime, variant):
     shape = on(device, ATTENTION[regime])
@@ -104,4 +126,4 @@ def test_attention(benchmark, stopwatch, device, regime, variant):
     packed, packed_dot = torch.randn(size, device=device, dtype=torch.bfloat16)
     case = Case(attention, attention_jvp, _math, packed.unbind(2), packed_dot.unbind(2), flops=_flops(shape))
     name = naming("attention", regime, shape, packed.dtype, variant)
-    measure(stopwatch, benchmark, case, name, *(VARIANTS | PEERS)[variant])
+    measure(stopwatch, benchmark, case, name, *(VARIANTS | BACKENDS | PEERS)[variant])

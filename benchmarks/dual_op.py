@@ -44,7 +44,8 @@ def _primal(case: Case) -> Callable:
     return lambda: case.op(*case.primals, *case.parameters, **case.options)
 
 
-def _backward(fn: Callable, case: Case) -> Callable:
+def backward_of(fn: Callable, case: Case) -> Callable:
+    """What returns the gradients of ``fn`` and the cotangents they belong to; its forward has run."""
     inputs = [x.detach().requires_grad_() for x in case.primals]
     with torch.enable_grad():
         out = fn(*inputs, *case.parameters, **case.options)
@@ -79,8 +80,8 @@ VARIANTS = {
     "func.jvp, compiled": ("dual", _compiled(_func_jvp)),
     "ours, primal": ("primal", _primal),
     "torch, primal": ("primal", lambda case: lambda: case.plain(*case.primals, *case.parameters, **case.options)),
-    "ours, backward": ("backward", lambda case: _backward(case.op, case)),
-    "torch, backward": ("backward", lambda case: _backward(case.plain, case)),
+    "ours, backward": ("backward", lambda case: backward_of(case.op, case)),
+    "torch, backward": ("backward", lambda case: backward_of(case.plain, case)),
 }
 """What is timed, by name: the call and what builds it.
 

@@ -10,7 +10,7 @@ from attention_inputs import make_inputs
 from tolerances import relative_error
 
 from meanflow_kernels import attention, attention_jvp
-from meanflow_kernels.attention.config import AttentionConfig, dual_config, plain_config
+from meanflow_kernels.attention.config import AttentionConfig, backward_configs, dual_config, plain_config
 from meanflow_kernels.attention.launches import column_tiles, forward_launch
 from meanflow_kernels.routing import Route, force_route
 
@@ -120,8 +120,10 @@ def test_column_tiles_cover_the_head_dim_without_waste(head_dim):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 def test_every_architecture_has_a_config(arch, dtype):
     for head_dim in range(16, 129, 8):
-        for config in (dual_config(arch, dtype, head_dim), plain_config(arch, dtype, head_dim)):
-            assert isinstance(config, AttentionConfig)
+        for length in (1, 64, 256, 65536):
+            call = (arch, dtype, head_dim, length)
+            for config in (dual_config(*call), plain_config(*call), *backward_configs(*call)):
+                assert isinstance(config, AttentionConfig)
 
 
 ops = torch.ops.meanflow_kernels

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..launch import arch_of
-from .config import BACKWARD, Backend, Choices, backward_configs, plain_config, preferred
+from .config import BACKWARD, Backend, Backends, backward_configs, plain_config, preferred
 from .launches import aligned, backward_launches, forward_launch
 
 _REPEATABLE = (Backend.FLASH, Backend.FLASH_ATTN, Backend.TRITON)
@@ -76,7 +76,7 @@ def _strict() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _choose(table: Choices, q: Tensor, k: Tensor) -> Backend:
+def _choose(table: Backends, q: Tensor, k: Tensor) -> Backend:
     """The forced implementation, else the first of the table's that serves, repeatable where torch asks for that."""
     backward = table is BACKWARD
     forced = _forced.backward if backward else _forced.forward
@@ -104,7 +104,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, table: Choices, out: tuple[Tensor, Tensor] | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, table: Backends, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """o (B, M, H, D), contiguous, and lse (B, H, M) fp32, by the implementation that ``table`` prefers.
 
@@ -113,7 +113,7 @@ def attention_forward(
     backend = _choose(table, q, k)
     if backend is Backend.TRITON:
         o, lse = empty_outputs(q) if out is None else out
-        config = plain_config(arch_of(q.device), q.dtype, q.shape[-1])
+        config = plain_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
         forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config).run()
         return o, lse
     forward = {Backend.FLASH_ATTN: _flash_attn_forward, Backend.XFORMERS: _xformers_forward}.get(backend)
@@ -209,7 +209,7 @@ def _xformers_backward(do, q, k, v, o, lse, scale):
 def _triton_backward(do, q, k, v, o, lse, scale):
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     saved = (aligned(q), aligned(k), aligned(v), o, lse)
-    configs = backward_configs(arch_of(q.device), q.dtype, q.shape[-1])
+    configs = backward_configs(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
     for launch in backward_launches(aligned(do), saved, torch.empty_like(lse), gradients, scale, configs):
         launch.run()
     return gradients

@@ -139,8 +139,8 @@ def head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) ->
     def case(op, config, launch):
         return CompileCase(op, f"{config}{' ragged' if length % 2 else ''}", dtype, head_dim, launch)
 
-    dual, plain = dual_config(arch, dtype, head_dim), plain_config(arch, dtype, head_dim)
-    configs = backward_configs(arch, dtype, head_dim)
+    dual, plain = dual_config(arch, dtype, head_dim, length), plain_config(arch, dtype, head_dim, length)
+    configs = backward_configs(arch, dtype, head_dim, length)
     dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, (o, o, o), 1.0, configs)
     return [
         case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)),

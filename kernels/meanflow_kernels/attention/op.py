@@ -63,7 +63,8 @@ def _attention_jvp_op(
     n = next(x.shape[0] for x in tangents if x is not None)
     o, lse = empty_outputs(q)
     o_dot = q.new_empty((n, *q.shape[1:]))
-    rows, config = slice(tangent_start, tangent_start + n), dual_config(arch_of(q.device), q.dtype, q.shape[-1])
+    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
+    rows = slice(tangent_start, tangent_start + n)
     forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
     for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
         if rows.start < rows.stop:
