@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 
 from .occupancy import LIMITS, occupancy
 from .ptx import TMA, UNKNOWN, count, global_accesses
+from .sass import disassemble, wgmma_loop
 
 _BITS = re.compile(r"\d+$")
 
@@ -53,7 +54,7 @@ def inspect(case, arch: int) -> dict:
     ``global_loads`` and ``global_stores`` hold the narrowest vector access of each argument in bytes a thread.
     ``narrowest_global_load_bytes`` is the narrowest of those whose elements have the size of the case's dtype (of all,
     where none has): the fp32 row statistics of a 16-bit kernel are not in it, nor are scalars (one address for all
-    threads) where the kernel loads anything else.
+    threads) where the kernel loads anything else. Cases with wgmma have the counts of their loop (sass.py) too.
     """
     source = case.source()
     kernel, log = _compile(case, source, arch)
@@ -66,7 +67,7 @@ def inspect(case, arch: int) -> dict:
     for access in global_accesses(ptx, arguments):
         widths = scalars if access.is_scalar else stores if access.is_store else loads
         widths[access.argument] = min(access.width, widths.get(access.argument, access.width))
-    shared = kernel.metadata.shared
+    shared, wgmma = kernel.metadata.shared, count(ptx, "wgmma.mma_async")
     return {
         "registers": registers,
         "spill_bytes": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
@@ -74,11 +75,13 @@ def inspect(case, arch: int) -> dict:
         "shared_limit_bytes": LIMITS[arch].shared_per_block,
         "occupancy": occupancy(arch, registers=registers, shared_bytes=shared, warps=case.num_warps),
         "dots": len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
-        "wgmma": count(ptx, "wgmma.mma_async"),
+        "wgmma": wgmma,
         "mma": count(ptx, "mma.sync"),
         "tcgen05": count(ptx, "tcgen05.mma"),
         "narrowest_global_load_bytes": _narrowest(loads or scalars, kinds, case.dtype),
         "narrowest_global_store_bytes": _narrowest(stores, kinds, case.dtype),
         "global_loads": loads,
         "global_stores": stores,
-    }
+        # C7515: "potential performance loss: wgmma.mma_async instructions are serialized"
+        "wgmma_serialized": "C7515" in log,
+    } | (wgmma_loop(disassemble(kernel.asm["cubin"])) if wgmma else {})

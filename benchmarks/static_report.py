@@ -1,7 +1,8 @@
 """What the compiler says of every launch config, with no GPU: ``python -m benchmarks.static_report``.
 
 Every operator's configs are compiled for each architecture, and a table shows registers, spills, shared memory,
-occupancy, matrix instructions and the width of global accesses. The exit code is 1 where a config breaks a rule:
+occupancy, matrix instructions, the waits and single-value conversions of a loop with wgmma, and the width of global
+accesses. The exit code is 1 where a config breaks a rule:
 
 - it spills registers, or does not compile;
 - it asks for more shared memory than a block may have (99 KB on architectures without a table of their own);
@@ -127,7 +128,9 @@ def _progress(done: int, total: int, seconds: float, row: dict) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-_HEADER = "op arch dtype size config warps regs spill_B shared_KB occupancy wgmma mma load_B store_B problems".split()
+_HEADER = (
+    "op arch dtype size config warps regs spill_B shared_KB occupancy wgmma waits convert mma load_B store_B problems"
+).split()
 
 
 def _cells(row: dict) -> list[object]:
@@ -137,7 +140,8 @@ def _cells(row: dict) -> list[object]:
     if "error" in row:
         return cells + ["-"] * (len(_HEADER) - len(cells) - 1) + row["problems"]
     cells += [row["registers"], row["spill_bytes"], f"{row['shared_bytes'] / KB:.1f}", f"{row['occupancy']:.0%}"]
-    cells += [row["wgmma"], row["mma"] or row["tcgen05"]]
+    cells += [row["wgmma"], row.get("loop_wgmma_waits", "-"), row.get("loop_conversions", "-")]
+    cells += [row["mma"] or row["tcgen05"]]
     cells += [row[f"narrowest_global_{kind}_bytes"] or "-" for kind in ("load", "store")]
     return [*cells, "; ".join(row["problems"])]
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="the report compiles Triton kernels")
 
 from benchmarks.occupancy import KB, LIMITS, occupancy, resident_blocks  # noqa: E402
 from benchmarks.ptx import Access, global_accesses  # noqa: E402
+from benchmarks.sass import wgmma_loop  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +109,38 @@ def test_accesses_are_known_by_argument_width_and_sharing():
         Access("?", 8, is_store=True, is_scalar=False),
         Access("tma", 16, is_store=False, is_scalar=False),
     ]
+
+
+SASS = """
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64] ;
+        /*0010*/                   F2F.BF16.F32 R1, R2 ;
+.L_x_0:
+        /*0020*/                   DEPBAR.LE SB0, 0x4 ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_1:
+        /*0040*/              @P1 BRA `(.L_x_1) ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   F2F.BF16.F32 R5, R6 ;
+        /*0080*/                   F2FP.BF16.F32.PACK_AB R7, R8, R9 ;
+        /*0090*/             @!P0 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+.L_x_2:
+        /*00b0*/                   BRA `(.L_x_2);
+"""
+
+
+def test_the_loop_with_wgmma_is_counted():
+    counts = wgmma_loop(SASS)
+    assert counts == {
+        "loop_instructions": 8,
+        "loop_wgmma": 1,
+        "loop_wgmma_waits": 1,
+        "loop_conversions": 1,
+        "loop_barriers": 1,
+        "loop_copies_in_flight": 4,
+    }
+    assert wgmma_loop(SASS.replace("HGMMA", "HMMA")) == {}
 
 
 @pytest.mark.parametrize(
