@@ -8,7 +8,7 @@ import torch
 from attention_inputs import make_inputs, plain_attention
 from tolerances import assert_error, relative_error
 
-from meanflow_kernels import attention, attention_jvp
+from meanflow_kernels import attention
 from meanflow_kernels.attention import backends
 from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
 from meanflow_kernels.attention.config import BACKWARD, BESIDE, FORWARD, Backend, preferred

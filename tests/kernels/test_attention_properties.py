@@ -10,8 +10,7 @@ from attention_inputs import make_inputs
 from tolerances import relative_error
 
 from meanflow_kernels import attention, attention_jvp
-from meanflow_kernels.attention import candidates
-from meanflow_kernels.attention.config import AttentionConfig, backward_configs, dual_config, pick, plain_config
+from meanflow_kernels.attention.config import AttentionConfig, backward_configs, dual_config, plain_config
 from meanflow_kernels.attention.launches import column_tiles, forward_launch
 from meanflow_kernels.routing import Route, force_route
 
@@ -125,13 +124,6 @@ def test_every_architecture_has_a_config(arch, dtype):
             call = (arch, dtype, head_dim, length)
             for config in (dual_config(*call), plain_config(*call), *backward_configs(*call)):
                 assert isinstance(config, AttentionConfig)
-
-
-@pytest.mark.parametrize(("head_dim", "length"), [(64, 64), (64, 256), (72, 256)])
-def test_the_shipped_configs_are_among_the_candidates(head_dim, length):
-    for rows, config in ((candidates.DUAL, dual_config), (candidates.PLAIN, plain_config)):
-        found = pick(rows, head_dim, length)
-        assert config(90, torch.bfloat16, head_dim, length) in found and len(set(found)) == len(found)
 
 
 ops = torch.ops.meanflow_kernels

@@ -47,14 +47,13 @@ FORWARD: Backends = {
 BESIDE: Backends = {ANY: ((128, 0, ()),)}
 
 
-def pick(rows: Rows, head_dim: int, length: int) -> Any:
-    """The choice of the first row whose range holds a call."""
+def _pick(rows: Rows, head_dim: int, length: int) -> Any:
     return next(x for largest, shortest, x in rows if head_dim <= largest and length >= shortest)
 
 
 def preferred(table: Backends, arch: int, head_dim: int, length: int) -> tuple[Backend, ...]:
     """The back-ends of a table for a call, in order."""
-    return pick(table.get(arch, table[ANY]), head_dim, length)
+    return _pick(table.get(arch, table[ANY]), head_dim, length)
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,13 @@ _BWD_DKDV_FP32: Rows = (
 def dual_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig:
     """The config of the forward with a tangent of ``length`` queries."""
     rows = _DUAL_FP32 if dtype == torch.float32 else _DUAL_90 if arch == 90 else _DUAL_100 if arch >= 100 else _DUAL
-    return pick(rows, head_dim, length)
+    return _pick(rows, head_dim, length)
 
 
 def plain_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig:
     """The config of the forward without a tangent of ``length`` queries."""
     rows = _PLAIN_FP32 if dtype == torch.float32 else _PLAIN_90 if arch == 90 else _PLAIN
-    return pick(rows, head_dim, length)
+    return _pick(rows, head_dim, length)
 
 
 def backward_configs(
@@ -161,5 +160,5 @@ def backward_configs(
         tables = _BWD_DQ_90, _BWD_DKDV_90
     else:
         tables = _BWD_DQ, _BWD_DKDV_100 if arch >= 100 else _BWD_DKDV
-    dq, dkdv = (pick(rows, head_dim, length) for rows in tables)
+    dq, dkdv = (_pick(rows, head_dim, length) for rows in tables)
     return dq, dkdv
