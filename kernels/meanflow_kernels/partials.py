@@ -5,10 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-
-# 64 fp32 columns are 256 contiguous bytes a row; 32 rows of them keep 8 KB in flight a program, in 4 warps
-_BLOCK_P, _BLOCK_C, _NUM_WARPS = 32, 64, 4
-
+from .tiling import TileConfig
 
 @triton.jit
 def _sum_partials_kernel(
@@ -42,21 +39,22 @@ def _sum_partials_kernel(
             tl.store(sum2_ptr + out, total.to(sum2_ptr.dtype.element_ty), mask=inside)
 
 
-def sum_partials(partial: Tensor, sums: list[Tensor]) -> Launch:
+def sum_partials(partial: Tensor, sums: list[Tensor], config: TileConfig) -> Launch:
     """partial (sums, samples x P, C) in fp32 -> one to three tensors (samples, C), each rounded once to its dtype.
 
     The order of summation depends on the shapes alone, so two runs agree to the last bit.
     """
     samples, width = sums[0].shape
+    programs = partial.shape[1] // samples
     return Launch(
         kernel=_sum_partials_kernel,
-        grid=(samples, -(-width // _BLOCK_C), len(sums)),
+        grid=(samples, -(-width // config.block_c), len(sums)),
         args={
             "partial_ptr": partial,
             **{f"sum{i}_ptr": sums[i] if i < len(sums) else None for i in range(3)},
-            "P": partial.shape[1] // samples,
+            "P": programs,
         },
-        constexprs={"C": width, "BLOCK_P": _BLOCK_P, "BLOCK_C": _BLOCK_C},
-        num_warps=_NUM_WARPS,
+        constexprs={"C": width, "BLOCK_P": min(config.block_r, 1 << (programs - 1).bit_length()), "BLOCK_C": config.block_c},
+        num_warps=config.num_warps,
         num_stages=1,
     )

@@ -7,6 +7,8 @@ measured.
 
 from dataclasses import dataclass
 
+from ..tiling import TileConfig
+
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -14,8 +16,8 @@ class RowConfig:
 
     columns_per_warp: int
     """Columns that one warp holds; a longer row is shared by two, four, ... warps, which exchange sums."""
-    programs: int
-    """A program takes more rows as long as this many programs remain."""
+    warps_per_sm: int
+    """Warps that a multiprocessor holds at once, by registers: the grid fills it in whole waves."""
     fewest_rows: int
     """Rows a program takes at least: what its partial sums are spread over."""
     most_rows: int
@@ -28,12 +30,13 @@ class RowConfig:
         shares = -(-width // self.columns_per_warp)
         return min(32, 1 << (shares - 1).bit_length())
 
+    def tile(self, width: int) -> int:
+        """Columns of a tile: four a thread, which are 16 bytes of fp32 and 8 of 16 bits, whole lines a warp."""
+        return 128 * self.num_warps(width)
 
-# one warp a row: every sum is five shuffles, with no barrier and no shared memory. The dual kernel's 156 registers
-# leave 12 rows on an SM: 110 KB on their way, where an H200's SM needs 29 KB (36 GB/s x 0.8 us). A program's later rows
-# find shift and scale in L1; 4096 programs fill the SMs at least twice over.
-FORWARD = RowConfig(columns_per_warp=1152, programs=4096, fewest_rows=1, most_rows=8)
 
-# two sums a column stay in registers, so two warps share a row: 166 registers, 6 rows on an SM. A program leaves two
-# fp32 sums a column: at 8 rows a program that is 20 % of the rows' bytes (in L2), at 32 rows 5 %.
-BACKWARD = RowConfig(columns_per_warp=576, programs=1024, fewest_rows=8, most_rows=64)
+FORWARD = RowConfig(columns_per_warp=384, warps_per_sm=32, fewest_rows=1, most_rows=8)
+
+BACKWARD = RowConfig(columns_per_warp=384, warps_per_sm=16, fewest_rows=8, most_rows=64)
+
+SUMS = TileConfig(block_r=32, block_c=128, num_warps=4)

@@ -1,7 +1,7 @@
 """LayerNorm + modulate, its forward-mode derivative and its backward: one program a few rows, each row in registers.
 
-A row of C columns is a tuple of tiles whose widths are powers of two (1152 = 512 + 512 + 128): no lane idles at the
-widths of the DiT family, where one power of two would idle up to 44 % of them. All arithmetic is fp32.
+A row of C columns is a tuple of tiles, all TILE columns wide and laid out alike: they are added up within each thread
+before any exchange between threads, and none is ever converted. All arithmetic is fp32.
 """
 
 import triton
@@ -9,42 +9,15 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def _tile_widths(c):
-    """The largest powers of two, 512 at most; a rest behind the first of them is one tile, rounded up to such a power.
-
-    512 and not more: the compiler fetches all vectors of a tile at once, and 1024 columns take more registers than
-    there are (gate_adaln_jvp at C = 1152, sm_90, triton 3.6: 20 bytes spilled).
-    """
-    widths = []
-    while c > 0:
-        width = min(512, 1 << (c.bit_length() - 1))
-        if widths and width < 512:
-            width = 1 << (c - 1).bit_length()
-        widths.append(width)
-        c -= width
-    return widths
-
-
-@triton.constexpr_function
-def tile_count(c):
+def tile_count(c, tile):
     """Tiles of a row of c columns."""
-    return len(_tile_widths(c))
-
-
-@triton.constexpr_function
-def _tile_width(c, i):
-    return _tile_widths(c)[i]
-
-
-@triton.constexpr_function
-def _tile_start(c, i):
-    return sum(_tile_widths(c)[:i])
+    return -(-c // tile)
 
 
 @triton.jit
-def tile_columns(i: tl.constexpr, C: tl.constexpr):
+def tile_columns(i: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
     """Columns of tile i of a row, and which of them exist."""
-    cols = _tile_start(C, i) + tl.arange(0, _tile_width(C, i))
+    cols = i * TILE + tl.arange(0, TILE)
     return cols, cols < C
 
 
@@ -62,41 +35,41 @@ def row_at(ptr, units, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row_ptr, i: tl.constexpr, C: tl.constexpr, present=True):
-    """Tile i of a row in fp32; zeros in columns that do not exist, and everywhere where not present."""
-    cols, inside = tile_columns(i, C)
-    return tl.load(row_ptr + cols, mask=inside & present, other=0.0).to(tl.float32)
+def load_tile(row_ptr, i: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
+    """Tile i of a row in fp32; zeros in columns that do not exist."""
+    cols, inside = tile_columns(i, C, TILE)
+    return tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_row(row_ptr, C: tl.constexpr, present=True):
+def load_row(row_ptr, C: tl.constexpr, TILE: tl.constexpr):
     """All tiles of a row."""
     row = ()
-    for i in tl.static_range(tile_count(C)):
-        row += (load_tile(row_ptr, i, C, present),)
+    for i in tl.static_range(tile_count(C, TILE)):
+        row += (load_tile(row_ptr, i, C, TILE),)
     return row
 
 
 @triton.jit
-def store_tile(row_ptr, tile, i: tl.constexpr, C: tl.constexpr, present=True):
+def store_tile(row_ptr, tile, i: tl.constexpr, C: tl.constexpr):
     """Round to the row's dtype and store."""
-    cols, inside = tile_columns(i, C)
-    tl.store(row_ptr + cols, tile.to(row_ptr.dtype.element_ty), mask=inside & present)
+    cols, inside = tile_columns(i, C, tile.shape[0])
+    tl.store(row_ptr + cols, tile.to(row_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def store_row(row_ptr, row, C: tl.constexpr, present=True):
+def store_row(row_ptr, row, C: tl.constexpr):
     """All tiles of a row."""
-    for i in tl.static_range(tile_count(C)):
-        store_tile(row_ptr, row[i], i, C, present)
+    for i in tl.static_range(len(row)):
+        store_tile(row_ptr, row[i], i, C)
 
 
 @triton.jit
-def zero_row(C: tl.constexpr):
+def zero_row(C: tl.constexpr, TILE: tl.constexpr):
     """A row of zeros."""
     row = ()
-    for i in tl.static_range(tile_count(C)):
-        row += (tl.zeros([_tile_width(C, i)], tl.float32),)
+    for i in tl.static_range(tile_count(C, TILE)):
+        row += (tl.zeros([TILE], tl.float32),)
     return row
 
 
@@ -119,79 +92,103 @@ def mul_rows(a, b):
 
 
 @triton.jit
-def row_mean(a, C: tl.constexpr):
-    """Mean over the C columns of a row that is zero in those that do not exist."""
-    # tiles of one width are added up within each thread before any exchange between threads
+def add_tiles(a):
+    """The sum of a row's tiles, within each thread."""
     total = a[0]
     for i in tl.static_range(1, len(a)):
-        if a[i].shape[0] == a[0].shape[0]:
-            total += a[i]
-    total = tl.sum(total)
-    for i in tl.static_range(1, len(a)):
-        if a[i].shape[0] != a[0].shape[0]:
-            total += tl.sum(a[i])
-    return total / C
+        total += a[i]
+    return total
 
 
 @triton.jit
-def normalise(x, eps, C: tl.constexpr):
-    """x_hat = (x - mean(x)) rstd, and rstd; two passes over registers, so that a large mean costs no digits."""
-    mean = row_mean(x, C)
-    centred = ()
-    for i in tl.static_range(len(x)):
-        _, inside = tile_columns(i, C)
-        centred += (tl.where(inside, x[i] - mean, 0.0),)
-    rstd = tl.rsqrt(row_mean(mul_rows(centred, centred), C) + eps)
-    x_hat = ()
-    for i in tl.static_range(len(x)):
-        x_hat += (centred[i] * rstd,)
-    return x_hat, rstd
+def _add(a, b):
+    return a + b
 
 
 @triton.jit
-def project_row(g, x_hat, rstd, C: tl.constexpr):
-    """rstd (g - mean(g) - x_hat mean(x_hat g)).
+def _add_three(a, b, c, a_next, b_next, c_next):
+    return a + a_next, b + b_next, c + c_next
 
-    The derivative of normalise is symmetric: this is x_hat_dot for g = x_dot, and dx for g = dx_hat.
-    """
-    mean = row_mean(g, C)
-    along = row_mean(mul_rows(x_hat, g), C)
+
+@triton.jit
+def centre(x, C: tl.constexpr):
+    """x - mean(x); both are zero in columns that do not exist."""
+    mean = tl.sum(add_tiles(x)) / C
     row = ()
-    for i in tl.static_range(len(g)):
-        row += (rstd * (g[i] - mean - x_hat[i] * along),)
+    for i in tl.static_range(len(x)):
+        _, inside = tile_columns(i, C, x[i].shape[0])
+        row += (tl.where(inside, x[i] - mean, 0.0),)
     return row
 
 
 @triton.jit
-def store_modulated(y_row, x_hat, shift_row, scale_row, C: tl.constexpr):
-    """y = x_hat (1 + scale) + shift of one row."""
-    for i in tl.static_range(tile_count(C)):
-        y = x_hat[i] * (1 + load_tile(scale_row, i, C)) + load_tile(shift_row, i, C)
-        store_tile(y_row, y, i, C)
+def scale_row(a, factor):
+    """a factor, for one number."""
+    row = ()
+    for i in tl.static_range(len(a)):
+        row += (a[i] * factor,)
+    return row
 
 
 @triton.jit
-def store_modulated_tangent(
-    y_dot_row, x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, has_tangent, C: tl.constexpr
-):
+def normalise(x, eps, C: tl.constexpr):
+    """x_hat = (x - mean(x)) rstd; two passes over registers, so that a large mean costs no digits."""
+    centred = centre(x, C)
+    variance = tl.reduce(add_tiles(mul_rows(centred, centred)), 0, _add) / C
+    return scale_row(centred, tl.rsqrt(variance + eps))
+
+
+@triton.jit
+def normalise_along(x, g, eps, C: tl.constexpr):
+    """:func:`normalise`, and its derivative along g: rstd (g - mean(g) - x_hat mean(x_hat g)).
+
+    The derivative is symmetric: it is x_hat_dot for g = x_dot, and dx for g = dx_hat. Its means ride along with the
+    variance, mean(x_hat g) as rstd mean((x - mean(x)) g): one exchange between threads.
+    """
+    centred = centre(x, C)
+    squares, along = add_tiles(mul_rows(centred, centred)), add_tiles(mul_rows(centred, g))
+    variance, mean_g, along = tl.reduce((squares, add_tiles(g), along), 0, _add_three)
+    rstd = tl.rsqrt(variance / C + eps)
+    x_hat, mean_g, along = scale_row(centred, rstd), mean_g / C, rstd * along / C
+    row = ()
+    for i in tl.static_range(len(g)):
+        row += (rstd * (g[i] - mean_g - x_hat[i] * along),)
+    return x_hat, row
+
+
+@triton.jit
+def modulate(x_hat, shift_row, scale_row, C: tl.constexpr):
+    """y = x_hat (1 + scale) + shift of one row."""
+    TILE: tl.constexpr = x_hat[0].shape[0]
+    y = ()
+    for i in tl.static_range(len(x_hat)):
+        y += (x_hat[i] * (1 + load_tile(scale_row, i, C, TILE)) + load_tile(shift_row, i, C, TILE),)
+    return y
+
+
+@triton.jit
+def modulate_tangent(x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, C: tl.constexpr):
     """y_dot = x_hat_dot (1 + scale) + x_hat scale_dot + shift_dot of one row; an absent tangent is None."""
-    for i in tl.static_range(tile_count(C)):
+    TILE: tl.constexpr = x_hat[0].shape[0]
+    row = ()
+    for i in tl.static_range(len(x_hat)):
         y_dot = tl.zeros_like(x_hat[i])
         if x_hat_dot is not None:
-            y_dot = x_hat_dot[i] * (1 + load_tile(scale_row, i, C))
+            y_dot = x_hat_dot[i] * (1 + load_tile(scale_row, i, C, TILE))
         if scale_dot_row is not None:
-            y_dot += x_hat[i] * load_tile(scale_dot_row, i, C, has_tangent)
+            y_dot += x_hat[i] * load_tile(scale_dot_row, i, C, TILE)
         if shift_dot_row is not None:
-            y_dot += load_tile(shift_dot_row, i, C, has_tangent)
-        store_tile(y_dot_row, y_dot, i, C, has_tangent)
+            y_dot += load_tile(shift_dot_row, i, C, TILE)
+        row += (y_dot,)
+    return row
 
 
 @triton.jit
-def load_factor(scale_row, C: tl.constexpr):
+def load_factor(scale_row, C: tl.constexpr, TILE: tl.constexpr):
     """1 + scale."""
     row = ()
-    for i in tl.static_range(tile_count(C)):
-        row += (1 + load_tile(scale_row, i, C),)
+    for i in tl.static_range(tile_count(C, TILE)):
+        row += (1 + load_tile(scale_row, i, C, TILE),)
     return row
 
 
@@ -208,6 +205,40 @@ def store_partial(partial_ptr, index, total, C: tl.constexpr):
     """This program's sum over its rows, as its row of the index-th block of partial sums (programs, C)."""
     program = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
     store_row(row_at(partial_ptr, program, C), total, C)
+
+
+@triton.jit
+def _adaln_rows(
+    x_ptr,  # (L, C), of one sample as the rest
+    shift_row,  # (C,)
+    scale_row,  # (C,)
+    y_ptr,  # (L, C)
+    x_dot_ptr,  # (L, C) or None
+    shift_dot_row,  # (C,) or None
+    scale_dot_row,  # (C,) or None
+    y_dot_ptr,  # (L, C); None in a sample without a tangent
+    stride_x_l,
+    stride_x_dot_l,
+    first,
+    end,
+    eps,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    for l in tl.range(first, end, num_stages=STAGES):
+        x = load_row(row_at(x_ptr, l * stride_x_l, ALIGN), C, TILE)
+        if x_dot_ptr is None:
+            x_hat, x_hat_dot = normalise(x, eps, C), None
+        else:
+            # before the first exchange between threads, so that both rows are on their way at once
+            x_dot = load_row(row_at(x_dot_ptr, l * stride_x_dot_l, ALIGN), C, TILE)
+            x_hat, x_hat_dot = normalise_along(x, x_dot, eps, C)
+        store_row(row_at(y_ptr, l, C), modulate(x_hat, shift_row, scale_row, C), C)
+        if y_dot_ptr is not None:
+            y_dot = modulate_tangent(x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, C)
+            store_row(row_at(y_dot_ptr, l, C), y_dot, C)
 
 
 @triton.jit
@@ -234,31 +265,26 @@ def _adaln_kernel(
     dot_samples,
     eps,
     C: tl.constexpr,
+    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     b, first, end = rows_of_program(L, rows_per_program)
     b_dot = b - dot_start
-    has_tangent = (b_dot >= 0) & (b_dot < dot_samples)
+    x_ptr = row_at(x_ptr, b * stride_x_b, ALIGN)
     shift_row = row_at(shift_ptr, b * stride_shift_b, ALIGN)
     scale_row = row_at(scale_ptr, b * stride_scale_b, ALIGN)
+    y_ptr = row_at(y_ptr, b * L, C)
+    x_dot_ptr = row_at(x_dot_ptr, b_dot * stride_x_dot_b, ALIGN)
     shift_dot_row = row_at(shift_dot_ptr, b_dot * stride_shift_dot_b, ALIGN)
     scale_dot_row = row_at(scale_dot_ptr, b_dot * stride_scale_dot_b, ALIGN)
-    for l in tl.range(first, end, num_stages=STAGES):
-        x = load_row(row_at(x_ptr, b * stride_x_b + l * stride_x_l, ALIGN), C)
-        if x_dot_ptr is not None:
-            # fetched before anything is stored, so that both rows are on their way at once
-            x_dot = load_row(row_at(x_dot_ptr, b_dot * stride_x_dot_b + l * stride_x_dot_l, ALIGN), C, has_tangent)
-        x_hat, rstd = normalise(x, eps, C)
-        store_modulated(row_at(y_ptr, b * L + l, C), x_hat, shift_row, scale_row, C)
-        if y_dot_ptr is not None:
-            x_hat_dot = None
-            if x_dot_ptr is not None:
-                x_hat_dot = project_row(x_dot, x_hat, rstd, C)
-            y_dot_row = row_at(y_dot_ptr, b_dot * L + l, C)
-            store_modulated_tangent(
-                y_dot_row, x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, has_tangent, C
-            )
+    y_dot_ptr = row_at(y_dot_ptr, b_dot * L, C)
+    primal, share = (x_ptr, shift_row, scale_row, y_ptr), (stride_x_l, stride_x_dot_l, first, end)
+    # a loop of its own for samples without a tangent: they pay nothing for those that have one
+    if y_dot_ptr is not None and (b_dot >= 0) & (b_dot < dot_samples):
+        _adaln_rows(*primal, x_dot_ptr, shift_dot_row, scale_dot_row, y_dot_ptr, *share, eps, C, TILE, ALIGN, STAGES)
+    else:
+        _adaln_rows(*primal, None, None, None, None, *share, eps, C, TILE, ALIGN, STAGES)
 
 
 @triton.jit
@@ -277,19 +303,20 @@ def _adaln_bwd_kernel(
     rows_per_program,
     eps,
     C: tl.constexpr,
+    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     b, first, end = rows_of_program(L, rows_per_program)
     # held in registers: the pipelined loop would fetch it anew for every row, past L1
-    factor = load_factor(row_at(scale_ptr, b * stride_scale_b, ALIGN), C)
-    dshift, dscale = zero_row(C), zero_row(C)
+    factor = load_factor(row_at(scale_ptr, b * stride_scale_b, ALIGN), C, TILE)
+    dshift, dscale = zero_row(C, TILE), zero_row(C, TILE)
     for l in tl.range(first, end, num_stages=STAGES):
-        x = load_row(row_at(x_ptr, b * stride_x_b + l * stride_x_l, ALIGN), C)
-        dy = load_row(row_at(dy_ptr, b * stride_dy_b + l * stride_dy_l, ALIGN), C)
-        x_hat, rstd = normalise(x, eps, C)
+        x = load_row(row_at(x_ptr, b * stride_x_b + l * stride_x_l, ALIGN), C, TILE)
+        dy = load_row(row_at(dy_ptr, b * stride_dy_b + l * stride_dy_l, ALIGN), C, TILE)
+        x_hat, dx = normalise_along(x, mul_rows(dy, factor), eps, C)
         dshift = add_rows(dshift, dy)
         dscale = add_rows(dscale, mul_rows(dy, x_hat))
-        store_row(row_at(dx_ptr, b * L + l, C), project_row(mul_rows(dy, factor), x_hat, rstd, C), C)
+        store_row(row_at(dx_ptr, b * L + l, C), dx, C)
     store_partial(partial_ptr, 0, dshift, C)
     store_partial(partial_ptr, 1, dscale, C)

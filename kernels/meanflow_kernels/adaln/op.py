@@ -7,7 +7,7 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
-from .config import BACKWARD, FORWARD
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import adaln_ref, adaln_tangent_ref
 from .rows import partial_sums, row_launch
 
@@ -62,7 +62,7 @@ def _backward(x, scale, dy, dx, dshift, dscale, eps: float) -> tuple[Launch, Lau
         contiguous={"dx": dx, "partial": partial},
         scalars={"eps": eps},
     )
-    return first, sum_partials(partial, [dshift, dscale])
+    return first, sum_partials(partial, [dshift, dscale], SUMS)
 
 
 @torch.library.custom_op("meanflow_kernels::adaln", mutates_args=())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import Launch
+from ..tiling import multiprocessors, rows_per_program
 from .config import RowConfig
 
 UNIT = 16
@@ -24,15 +25,17 @@ def _strides(x: Tensor | None, dims: int) -> list[int]:
     return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape[:dims], strict=False)]
 
 
-def rows_per_program(samples: int, length: int, config: RowConfig) -> int:
-    """Rows that one program takes, all of one sample: as many as leave `config.programs` programs."""
-    share = samples * length // config.programs
-    return min(max(share, config.fewest_rows), config.most_rows)
+def _share(x: Tensor, config: RowConfig) -> int:
+    """Rows of x (B, L, C) that one program takes, all of one sample."""
+    samples, length, width = x.shape
+    resident = multiprocessors(x.device) * max(1, config.warps_per_sm // config.num_warps(width))
+    bounds = {"fewest": config.fewest_rows, "most": config.most_rows}
+    return rows_per_program(samples, length, programs=resident, **bounds)
 
 
-def programs(samples: int, length: int, config: RowConfig) -> int:
+def _programs(x: Tensor, config: RowConfig) -> int:
     """The grid of a row kernel: samples, each cut into shares of rows."""
-    return samples * -(-length // rows_per_program(samples, length, config))
+    return x.shape[0] * -(-x.shape[1] // _share(x, config))
 
 
 def row_launch(
@@ -59,18 +62,19 @@ def row_launch(
             for letter, stride in zip(letters, _strides(x, len(letters)), strict=True):
                 strides[f"stride_{name}_{letter}"] = stride
     unit = math.gcd(UNIT, *strides.values())
-    samples, length, width = next(iter(rows.values())).shape
+    x = next(iter(rows.values()))
+    width = x.shape[2]
     return Launch(
         kernel=kernel,
-        grid=(programs(samples, length, config),),
+        grid=(_programs(x, config),),
         args={
             **{f"{name}_ptr": x for name, x in {**rows, **vectors, **contiguous}.items()},
             **{name: stride // unit for name, stride in strides.items()},
-            "L": length,
-            "rows_per_program": rows_per_program(samples, length, config),
+            "L": x.shape[1],
+            "rows_per_program": _share(x, config),
             **scalars,
         },
-        constexprs={"C": width, "ALIGN": unit, "STAGES": config.stages},
+        constexprs={"C": width, "TILE": config.tile(width), "ALIGN": unit, "STAGES": config.stages},
         num_warps=config.num_warps(width),
         num_stages=config.stages,
     )
@@ -78,5 +82,4 @@ def row_launch(
 
 def partial_sums(count: int, x: Tensor, config: RowConfig) -> Tensor:
     """Room for `count` fp32 sums over the rows of each program, (count, programs, C), for x (B, L, C)."""
-    samples, length, width = x.shape
-    return torch.empty(count, programs(samples, length, config), width, dtype=torch.float32, device=x.device)
+    return torch.empty(count, _programs(x, config), x.shape[2], dtype=torch.float32, device=x.device)

@@ -1,28 +1,29 @@
-"""Launch config of bias_gelu: one for all architectures, no shared memory but for the bias.
+"""Launch configs of bias_gelu: one for all architectures, no shared memory but for the bias.
 
 Figures are those of the cross-compiled kernels, bf16, sm_90; run times are not measured.
 """
 
 from dataclasses import dataclass
 
+from ..tiling import TileConfig
+
 
 @dataclass(frozen=True)
-class TileConfig:
-    """A program's tile of the (rows, C) matrix."""
+class StripConfig(TileConfig):
+    """A program's tile, and how many of them, one below the other, it takes."""
 
-    block_r: int
-    """Rows of a tile."""
-    block_c: int
-    """Columns of a tile: all four hidden widths of the DiT family (1536, 3072, 4096, 4608) are multiples of 512."""
-    num_warps: int
-    programs: int = 1
-    """The backward: a program takes more tiles, one below the other, as long as this many programs remain."""
-    most_rows: int = 1
-    """The backward: rows a program takes at most."""
+    warps_per_sm: int
+    """Warps that a multiprocessor holds at once, by registers: the grid fills it in whole waves."""
+    fewest_rows: int
+    """Rows a program takes at least: what its partial sum is spread over."""
+    most_rows: int
+    """Rows a program takes at most."""
 
 
-# four 16-byte loads a thread and tensor are on their way at once; the bias is fetched once for eight rows
+# all four hidden widths of the DiT family (1536, 3072, 4096, 4608) are multiples of 512. Four 16-byte loads a thread
+# and tensor are on their way at once; the bias is fetched once for eight rows
 FORWARD = TileConfig(block_r=8, block_c=512, num_warps=4)
 
-# the sum over rows stays in registers; a partial sum is 8 bytes a column in 6 for each row, 1 % at 128 rows
-BACKWARD = TileConfig(block_r=8, block_c=512, num_warps=4, programs=2048, most_rows=256)
+BACKWARD = StripConfig(block_r=2, block_c=512, num_warps=4, warps_per_sm=40, fewest_rows=16, most_rows=128)
+
+SUMS = TileConfig(block_r=128, block_c=32, num_warps=4)

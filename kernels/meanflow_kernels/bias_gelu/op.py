@@ -7,7 +7,8 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
-from .config import BACKWARD, FORWARD, TileConfig
+from ..tiling import TileConfig, multiprocessors, rows_per_program
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import bias_gelu_ref, bias_gelu_tangent_ref
 
 
@@ -60,11 +61,12 @@ def _forward(x: Tensor, bias: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Te
     )
 
 
-def _rows_per_chunk(rows: int, width: int) -> int:
-    """Whole tiles, as many as leave BACKWARD.programs programs."""
-    share = rows * -(-width // BACKWARD.block_c) // BACKWARD.programs
-    tiles = min(share, BACKWARD.most_rows) // BACKWARD.block_r
-    return max(1, tiles) * BACKWARD.block_r
+def _rows_per_chunk(x: Tensor) -> int:
+    """Rows of x (..., C) that a program of the backward takes: whole tiles."""
+    resident = multiprocessors(x.device) * max(1, BACKWARD.warps_per_sm // BACKWARD.num_warps)
+    bounds = {"fewest": BACKWARD.fewest_rows, "most": BACKWARD.most_rows}
+    rows = rows_per_program(-(-x.shape[-1] // BACKWARD.block_c), _rows(x), programs=resident, **bounds)
+    return -(-rows // BACKWARD.block_r) * BACKWARD.block_r
 
 
 def _backward(x: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, dbias: Tensor) -> tuple[Launch, Launch]:
@@ -72,7 +74,7 @@ def _backward(x: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, dbias: Tensor) ->
     from .kernel import _bias_gelu_bwd_kernel
 
     rows, width = _rows(x), x.shape[-1]
-    rows_per_chunk = _rows_per_chunk(rows, width)
+    rows_per_chunk = _rows_per_chunk(x)
     partial = x.new_empty((1, -(-rows // rows_per_chunk), width), dtype=torch.float32)
     first = Launch(
         kernel=_bias_gelu_bwd_kernel,
@@ -90,7 +92,7 @@ def _backward(x: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, dbias: Tensor) ->
         num_warps=BACKWARD.num_warps,
         num_stages=1,
     )
-    return first, sum_partials(partial, [dbias[None]])
+    return first, sum_partials(partial, [dbias[None]], SUMS)
 
 
 @torch.library.custom_op("meanflow_kernels::bias_gelu", mutates_args=())

@@ -7,13 +7,13 @@ from ..adaln.kernel import (
     add_rows,
     load_factor,
     load_row,
+    modulate,
+    modulate_tangent,
     mul_rows,
     normalise,
-    project_row,
+    normalise_along,
     row_at,
     rows_of_program,
-    store_modulated,
-    store_modulated_tangent,
     store_partial,
     store_row,
     zero_row,
@@ -21,16 +21,66 @@ from ..adaln.kernel import (
 
 
 @triton.jit
-def _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, has_tangent, C: tl.constexpr):
+def _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C: tl.constexpr, TILE: tl.constexpr):
     """x_dot + gate_dot y + gate y_dot of one row; absent terms cost nothing."""
-    out_dot = zero_row(C)
+    out_dot = zero_row(C, TILE)
     if x_dot_row is not None:
-        out_dot = load_row(x_dot_row, C, has_tangent)
+        out_dot = load_row(x_dot_row, C, TILE)
     if gate_dot_row is not None:
-        out_dot = add_rows(out_dot, mul_rows(load_row(gate_dot_row, C, has_tangent), y))
+        out_dot = add_rows(out_dot, mul_rows(load_row(gate_dot_row, C, TILE), y))
     if y_dot_row is not None:
-        out_dot = add_rows(out_dot, mul_rows(gate, load_row(y_dot_row, C, has_tangent)))
+        out_dot = add_rows(out_dot, mul_rows(gate, load_row(y_dot_row, C, TILE)))
     return out_dot
+
+
+@triton.jit
+def _gate_adaln_rows(
+    x_ptr,  # (L, C), of one sample as the rest
+    y_ptr,  # (L, C)
+    gate_row,  # (C,)
+    shift_row,  # (C,)
+    scale_row,  # (C,)
+    x_out_ptr,  # (L, C)
+    h_ptr,  # (L, C)
+    x_dot_ptr,  # (L, C) or None
+    y_dot_ptr,  # (L, C) or None
+    gate_dot_row,  # (C,) or None
+    shift_dot_row,  # (C,) or None
+    scale_dot_row,  # (C,) or None
+    x_out_dot_ptr,  # (L, C); None in a sample without a tangent
+    h_dot_ptr,  # (L, C); None in a sample without a tangent
+    stride_x_l,
+    stride_y_l,
+    stride_x_dot_l,
+    stride_y_dot_l,
+    first,
+    end,
+    eps,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    for l in tl.range(first, end, num_stages=STAGES):
+        y = load_row(row_at(y_ptr, l * stride_y_l, ALIGN), C, TILE)
+        gate = load_row(gate_row, C, TILE)
+        x = load_row(row_at(x_ptr, l * stride_x_l, ALIGN), C, TILE)
+        if h_dot_ptr is not None:
+            # before the first exchange between threads, so that all four rows are on their way at once
+            x_dot_row = row_at(x_dot_ptr, l * stride_x_dot_l, ALIGN)
+            y_dot_row = row_at(y_dot_ptr, l * stride_y_dot_l, ALIGN)
+            x_dot = _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C, TILE)
+            store_row(row_at(x_out_dot_ptr, l, C), x_dot, C)
+        x = add_rows(x, mul_rows(gate, y))
+        store_row(row_at(x_out_ptr, l, C), x, C)
+        if h_dot_ptr is None:
+            x_hat = normalise(x, eps, C)
+        else:
+            x_hat, x_hat_dot = normalise_along(x, x_dot, eps, C)
+        store_row(row_at(h_ptr, l, C), modulate(x_hat, shift_row, scale_row, C), C)
+        if h_dot_ptr is not None:
+            h_dot = modulate_tangent(x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, C)
+            store_row(row_at(h_dot_ptr, l, C), h_dot, C)
 
 
 @triton.jit
@@ -69,36 +119,48 @@ def _gate_adaln_kernel(
     dot_samples,
     eps,
     C: tl.constexpr,
+    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     b, first, end = rows_of_program(L, rows_per_program)
     b_dot = b - dot_start
-    has_tangent = (b_dot >= 0) & (b_dot < dot_samples)
+    x_ptr = row_at(x_ptr, b * stride_x_b, ALIGN)
+    y_ptr = row_at(y_ptr, b * stride_y_b, ALIGN)
     gate_row = row_at(gate_ptr, b * stride_gate_b, ALIGN)
     shift_row = row_at(shift_ptr, b * stride_shift_b, ALIGN)
     scale_row = row_at(scale_ptr, b * stride_scale_b, ALIGN)
+    x_out_ptr = row_at(x_out_ptr, b * L, C)
+    h_ptr = row_at(h_ptr, b * L, C)
+    x_dot_ptr = row_at(x_dot_ptr, b_dot * stride_x_dot_b, ALIGN)
+    y_dot_ptr = row_at(y_dot_ptr, b_dot * stride_y_dot_b, ALIGN)
     gate_dot_row = row_at(gate_dot_ptr, b_dot * stride_gate_dot_b, ALIGN)
     shift_dot_row = row_at(shift_dot_ptr, b_dot * stride_shift_dot_b, ALIGN)
     scale_dot_row = row_at(scale_dot_ptr, b_dot * stride_scale_dot_b, ALIGN)
-    for l in tl.range(first, end, num_stages=STAGES):
-        y = load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C)
-        gate = load_row(gate_row, C)
-        x = load_row(row_at(x_ptr, b * stride_x_b + l * stride_x_l, ALIGN), C)
-        x = add_rows(x, mul_rows(gate, y))
-        store_row(row_at(x_out_ptr, b * L + l, C), x, C)
-        x_hat, rstd = normalise(x, eps, C)
-        store_modulated(row_at(h_ptr, b * L + l, C), x_hat, shift_row, scale_row, C)
-        if h_dot_ptr is not None:
-            x_dot_row = row_at(x_dot_ptr, b_dot * stride_x_dot_b + l * stride_x_dot_l, ALIGN)
-            y_dot_row = row_at(y_dot_ptr, b_dot * stride_y_dot_b + l * stride_y_dot_l, ALIGN)
-            x_dot = _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, has_tangent, C)
-            store_row(row_at(x_out_dot_ptr, b_dot * L + l, C), x_dot, C, has_tangent)
-            x_hat_dot = project_row(x_dot, x_hat, rstd, C)
-            h_dot_row = row_at(h_dot_ptr, b_dot * L + l, C)
-            store_modulated_tangent(
-                h_dot_row, x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, has_tangent, C
-            )
+    x_out_dot_ptr = row_at(x_out_dot_ptr, b_dot * L, C)
+    h_dot_ptr = row_at(h_dot_ptr, b_dot * L, C)
+    primal = (x_ptr, y_ptr, gate_row, shift_row, scale_row, x_out_ptr, h_ptr)
+    share = (stride_x_l, stride_y_l, stride_x_dot_l, stride_y_dot_l, first, end)
+    # a loop of its own for samples without a tangent: they pay nothing for those that have one
+    if h_dot_ptr is not None and (b_dot >= 0) & (b_dot < dot_samples):
+        _gate_adaln_rows(
+            *primal,
+            x_dot_ptr,
+            y_dot_ptr,
+            gate_dot_row,
+            shift_dot_row,
+            scale_dot_row,
+            x_out_dot_ptr,
+            h_dot_ptr,
+            *share,
+            eps,
+            C,
+            TILE,
+            ALIGN,
+            STAGES,
+        )
+    else:
+        _gate_adaln_rows(*primal, None, None, None, None, None, None, None, *share, eps, C, TILE, ALIGN, STAGES)
 
 
 @triton.jit
@@ -124,23 +186,25 @@ def _gate_adaln_bwd_kernel(
     rows_per_program,
     eps,
     C: tl.constexpr,
+    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     b, first, end = rows_of_program(L, rows_per_program)
     # held in registers: the pipelined loop would fetch them anew for every row, past L1
-    gate = load_row(row_at(gate_ptr, b * stride_gate_b, ALIGN), C)
-    factor = load_factor(row_at(scale_ptr, b * stride_scale_b, ALIGN), C)
-    dshift, dscale, dgate = zero_row(C), zero_row(C), zero_row(C)
+    gate = load_row(row_at(gate_ptr, b * stride_gate_b, ALIGN), C, TILE)
+    factor = load_factor(row_at(scale_ptr, b * stride_scale_b, ALIGN), C, TILE)
+    dshift, dscale, dgate = zero_row(C, TILE), zero_row(C, TILE), zero_row(C, TILE)
     for l in tl.range(first, end, num_stages=STAGES):
-        x_hat, rstd = normalise(load_row(row_at(x_out_ptr, b * L + l, C), C), eps, C)
-        dh = load_row(row_at(dh_ptr, b * stride_dh_b + l * stride_dh_l, ALIGN), C)
+        x_out = load_row(row_at(x_out_ptr, b * L + l, C), C, TILE)
+        dh = load_row(row_at(dh_ptr, b * stride_dh_b + l * stride_dh_l, ALIGN), C, TILE)
+        x_hat, dx = normalise_along(x_out, mul_rows(dh, factor), eps, C)
         dshift = add_rows(dshift, dh)
         dscale = add_rows(dscale, mul_rows(dh, x_hat))
-        dx = project_row(mul_rows(dh, factor), x_hat, rstd, C)
         if dx_out_ptr is not None:
-            dx = add_rows(dx, load_row(row_at(dx_out_ptr, b * stride_dx_out_b + l * stride_dx_out_l, ALIGN), C))
-        dgate = add_rows(dgate, mul_rows(load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C), dx))
+            dx = add_rows(dx, load_row(row_at(dx_out_ptr, b * stride_dx_out_b + l * stride_dx_out_l, ALIGN), C, TILE))
+        y = load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C, TILE)
+        dgate = add_rows(dgate, mul_rows(y, dx))
         store_row(row_at(dx_ptr, b * L + l, C), dx, C)
         store_row(row_at(dy_ptr, b * L + l, C), mul_rows(gate, dx), C)
     store_partial(partial_ptr, 0, dshift, C)

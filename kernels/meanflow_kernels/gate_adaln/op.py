@@ -9,7 +9,7 @@ from ..checks import check_alike, check_shape, check_tangents
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
-from .config import BACKWARD, FORWARD
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import gate_adaln_ref, gate_adaln_tangent_ref
 
 _NAMES = ("x", "y", "gate", "shift", "scale")
@@ -50,7 +50,7 @@ def _backward(x_out, y, gate, scale, dx_out, dh, dx, dy, sums: list[Tensor], eps
         contiguous={"x_out": x_out, "dx": dx, "dy": dy, "partial": partial},
         scalars={"eps": eps},
     )
-    return first, sum_partials(partial, sums)
+    return first, sum_partials(partial, sums, SUMS)
 
 
 def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,8 +150,9 @@ def compile_cases(arch: int) -> list[CompileCase]:
         launches = {
             "gate_adaln": _forward(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
             "gate_adaln_jvp": _forward(primals, primals, (x, y), (x, y), 0, 1e-6),
-            "gate_adaln_bwd": _backward(x, y, vector, vector, x, y, x, y, sums, 1e-6)[0],
         }
+        backward = _backward(x, y, vector, vector, x, y, x, y, sums, 1e-6)
+        launches["gate_adaln_bwd"], launches["gate_adaln_bwd sums"] = backward
         cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
     return cases
 

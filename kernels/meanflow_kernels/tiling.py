@@ -1,0 +1,34 @@
+"""How rows are cut into programs: tiles as data, and shares that fill whole waves of what a GPU holds at once."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A program's tile of a matrix."""
+
+    block_r: int
+    """Rows of a tile."""
+    block_c: int
+    """Columns of a tile."""
+    num_warps: int
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; where there is none, those of an H100 and an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def rows_per_program(strips: int, rows: int, *, programs: int, fewest: int, most: int) -> int:
+    """Rows that one program takes of one of `strips` strips, each `rows` high; no program straddles two.
+
+    Args:
+        programs: what the GPU holds at once. The grid is one wave of them, or as many whole waves as `most` demands: a
+            last wave that is nearly empty would take as long as a full one.
+        fewest, most: bounds of the result.
+    """
+    waves = max(1, -(-strips * rows // (programs * most)))
+    programs_per_strip = max(1, waves * programs // max(1, strips))
+    return min(max(-(-rows // programs_per_strip), fewest), most)
