@@ -7,6 +7,7 @@ from torch import Tensor
 from .launch import Launch
 from .tiling import TileConfig
 
+
 @triton.jit
 def _sum_partials_kernel(
     partial_ptr,  # (sums, samples, P, C), fp32
@@ -42,10 +43,12 @@ def _sum_partials_kernel(
 def sum_partials(partial: Tensor, sums: list[Tensor], config: TileConfig) -> Launch:
     """partial (sums, samples x P, C) in fp32 -> one to three tensors (samples, C), each rounded once to its dtype.
 
-    The order of summation depends on the shapes alone, so two runs agree to the last bit.
+    The order of summation depends on the shapes and the GPU alone, so two runs agree to the last bit.
     """
     samples, width = sums[0].shape
     programs = partial.shape[1] // samples
+    # no lane reads where there is nothing
+    block_p = min(config.block_r, 1 << max(0, programs - 1).bit_length())
     return Launch(
         kernel=_sum_partials_kernel,
         grid=(samples, -(-width // config.block_c), len(sums)),
@@ -54,7 +57,7 @@ def sum_partials(partial: Tensor, sums: list[Tensor], config: TileConfig) -> Lau
             **{f"sum{i}_ptr": sums[i] if i < len(sums) else None for i in range(3)},
             "P": programs,
         },
-        constexprs={"C": width, "BLOCK_P": min(config.block_r, 1 << (programs - 1).bit_length()), "BLOCK_C": config.block_c},
+        constexprs={"C": width, "BLOCK_P": block_p, "BLOCK_C": config.block_c},
         num_warps=config.num_warps,
         num_stages=1,
     )

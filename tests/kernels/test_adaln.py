@@ -105,9 +105,9 @@ def test_kernel_on_the_gpu(kernel_route, device, regime):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("length", "most_rows"), [(17, 8), (8, 4)])
-def test_a_program_takes_several_rows(kernel_route, device, monkeypatch, length, most_rows):
-    config = dataclasses.replace(FORWARD, programs=1, most_rows=most_rows)
+@pytest.mark.parametrize(("length", "rows"), [(17, 8), (8, 4)])
+def test_a_program_takes_several_rows(kernel_route, device, monkeypatch, length, rows):
+    config = dataclasses.replace(FORWARD, fewest_rows=rows, most_rows=rows)
     monkeypatch.setattr(module, "FORWARD", config)
     monkeypatch.setattr(module, "BACKWARD", config)
     check(1, length, 40, F32, F32, F32, device)

@@ -32,11 +32,17 @@ class RowConfig:
 
     def tile(self, width: int) -> int:
         """Columns of a tile: four a thread, which are 16 bytes of fp32 and 8 of 16 bits, whole lines a warp."""
-        return 128 * self.num_warps(width)
+        return min(128 * self.num_warps(width), 1 << (width - 1).bit_length())
 
 
+# 384 columns a warp are twelve a thread: one, two and four warps hold the rows of the DiT family (384, 768, 1024 and
+# 1152), in 38 to 72 registers, 32 warps on an SM and more: 74 KB of the dual kernel's rows on their way, where an
+# H200's SM needs 29 KB (36 GB/s x 0.8 us). A program's later rows find shift and scale in L1
 FORWARD = RowConfig(columns_per_warp=384, warps_per_sm=32, fewest_rows=1, most_rows=8)
 
-BACKWARD = RowConfig(columns_per_warp=384, warps_per_sm=16, fewest_rows=8, most_rows=64)
+# two sums and a vector in registers: 96 at most, 20 warps on an SM. A program leaves two fp32 sums a column: 6 % of the
+# rows' bytes at 13 rows a program
+BACKWARD = RowConfig(columns_per_warp=384, warps_per_sm=20, fewest_rows=8, most_rows=64)
 
+# 512 contiguous bytes a row of partial sums, of which each sample has 8 to 32
 SUMS = TileConfig(block_r=32, block_c=128, num_warps=4)

@@ -92,6 +92,15 @@ def mul_rows(a, b):
 
 
 @triton.jit
+def times(a, factor):
+    """a factor, for one number."""
+    row = ()
+    for i in tl.static_range(len(a)):
+        row += (a[i] * factor,)
+    return row
+
+
+@triton.jit
 def add_tiles(a):
     """The sum of a row's tiles, within each thread."""
     total = a[0]
@@ -122,20 +131,12 @@ def centre(x, C: tl.constexpr):
 
 
 @triton.jit
-def scale_row(a, factor):
-    """a factor, for one number."""
-    row = ()
-    for i in tl.static_range(len(a)):
-        row += (a[i] * factor,)
-    return row
-
-
-@triton.jit
 def normalise(x, eps, C: tl.constexpr):
     """x_hat = (x - mean(x)) rstd; two passes over registers, so that a large mean costs no digits."""
     centred = centre(x, C)
+    # in the order of normalise_along, whose x_hat is the same to the last bit
     variance = tl.reduce(add_tiles(mul_rows(centred, centred)), 0, _add) / C
-    return scale_row(centred, tl.rsqrt(variance + eps))
+    return times(centred, tl.rsqrt(variance + eps))
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def normalise_along(x, g, eps, C: tl.constexpr):
     squares, along = add_tiles(mul_rows(centred, centred)), add_tiles(mul_rows(centred, g))
     variance, mean_g, along = tl.reduce((squares, add_tiles(g), along), 0, _add_three)
     rstd = tl.rsqrt(variance / C + eps)
-    x_hat, mean_g, along = scale_row(centred, rstd), mean_g / C, rstd * along / C
+    x_hat, mean_g, along = times(centred, rstd), mean_g / C, rstd * along / C
     row = ()
     for i in tl.static_range(len(g)):
         row += (rstd * (g[i] - mean_g - x_hat[i] * along),)

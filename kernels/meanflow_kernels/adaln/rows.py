@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .. import tiling
 from ..launch import Launch
-from ..tiling import multiprocessors, rows_per_program
 from .config import RowConfig
 
 UNIT = 16
@@ -25,17 +25,13 @@ def _strides(x: Tensor | None, dims: int) -> list[int]:
     return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape[:dims], strict=False)]
 
 
-def _share(x: Tensor, config: RowConfig) -> int:
-    """Rows of x (B, L, C) that one program takes, all of one sample."""
+def _shares(x: Tensor, config: RowConfig) -> tuple[int, int]:
+    """The grid of a row kernel for x (B, L, C), and the rows that one program takes, all of one sample."""
     samples, length, width = x.shape
-    resident = multiprocessors(x.device) * max(1, config.warps_per_sm // config.num_warps(width))
+    resident = tiling.multiprocessors(x.device) * max(1, config.warps_per_sm // config.num_warps(width))
     bounds = {"fewest": config.fewest_rows, "most": config.most_rows}
-    return rows_per_program(samples, length, programs=resident, **bounds)
-
-
-def _programs(x: Tensor, config: RowConfig) -> int:
-    """The grid of a row kernel: samples, each cut into shares of rows."""
-    return x.shape[0] * -(-x.shape[1] // _share(x, config))
+    rows = tiling.rows_per_program(samples, length, programs=resident, **bounds)
+    return samples * -(-length // rows), rows
 
 
 def row_launch(
@@ -64,14 +60,15 @@ def row_launch(
     unit = math.gcd(UNIT, *strides.values())
     x = next(iter(rows.values()))
     width = x.shape[2]
+    programs, rows_per_program = _shares(x, config)
     return Launch(
         kernel=kernel,
-        grid=(_programs(x, config),),
+        grid=(programs,),
         args={
             **{f"{name}_ptr": x for name, x in {**rows, **vectors, **contiguous}.items()},
             **{name: stride // unit for name, stride in strides.items()},
             "L": x.shape[1],
-            "rows_per_program": _share(x, config),
+            "rows_per_program": rows_per_program,
             **scalars,
         },
         constexprs={"C": width, "TILE": config.tile(width), "ALIGN": unit, "STAGES": config.stages},
@@ -82,4 +79,4 @@ def row_launch(
 
 def partial_sums(count: int, x: Tensor, config: RowConfig) -> Tensor:
     """Room for `count` fp32 sums over the rows of each program, (count, programs, C), for x (B, L, C)."""
-    return torch.empty(count, _programs(x, config), x.shape[2], dtype=torch.float32, device=x.device)
+    return torch.empty(count, _shares(x, config)[0], x.shape[2], dtype=torch.float32, device=x.device)

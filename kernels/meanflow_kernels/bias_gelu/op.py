@@ -154,10 +154,13 @@ def compile_cases(arch: int) -> list[CompileCase]:
     launches = {
         "bias_gelu": _forward(x, bias, x, None, None, 0),
         "bias_gelu_jvp": _forward(x, bias, x, x, x, 0),
-        "bias_gelu_bwd": _backward(x, bias, x, x, bias)[0],
     }
-    label = f"{FORWARD.block_r}x{FORWARD.block_c} w{FORWARD.num_warps}"
-    return [CompileCase(op, label, x.dtype, 4608, c) for op, c in launches.items()]
+    launches["bias_gelu_bwd"], launches["bias_gelu_bwd sums"] = _backward(x, bias, x, x, bias)
+    configs = (FORWARD, FORWARD, BACKWARD, SUMS)
+    return [
+        CompileCase(op, f"{t.block_r}x{t.block_c} w{t.num_warps}", x.dtype, 4608, launch)
+        for (op, launch), t in zip(launches.items(), configs, strict=True)
+    ]
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
