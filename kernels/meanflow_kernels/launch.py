@@ -41,8 +41,11 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def run(self) -> None:
+    def run(self):
         """Launch on the device of the tensors; CPU tensors need Triton's interpreter.
+
+        Returns:
+            Triton's compiled kernel; None in the interpreter.
 
         Raises:
             RuntimeError: CPU tensors while Triton is not interpreting.
@@ -56,7 +59,8 @@ class Launch:
                 "of triton to run it in the interpreter, or use force_route(Route.REFERENCE)"
             )
         with torch.cuda.device_of(x):
-            self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            return self.kernel[self.grid](**self.args, **self.constexprs, **options)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How rows are cut into programs: tiles as data, and shares that fill whole waves of what a GPU holds at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -32,3 +33,8 @@ def rows_per_program(strips: int, rows: int, *, programs: int, fewest: int, most
     waves = max(1, -(-strips * rows // (programs * most)))
     programs_per_strip = max(1, waves * programs // max(1, strips))
     return min(max(-(-rows // programs_per_strip), fewest), most)
+
+
+def variations(config, **fields: tuple) -> tuple:
+    """``config`` with every combination of these values of its fields."""
+    return tuple(replace(config, **dict(zip(fields, values, strict=True))) for values in product(*fields.values()))

@@ -137,7 +137,7 @@ def test_any_shape_and_stride(device, data):
 def test_strided_arguments_are_read_in_place():
     primals, tangents = make(2, 3, 64, F32, F16, "cpu")
     y = torch.empty(2, 3, 64, dtype=F16)
-    launch = module._forward(*primals, y, *tangents, y, 0, 1e-6)
+    launch = module.forward_launch(*primals, y, *tangents, y, 0, 1e-6)
     for name, x in zip(("x", "shift", "scale"), primals, strict=True):
         assert launch.args[f"{name}_ptr"] is x
     assert launch.args["stride_shift_b"] * launch.constexprs["ALIGN"] == 6 * 64 and launch.constexprs["ALIGN"] == 16
@@ -146,7 +146,7 @@ def test_strided_arguments_are_read_in_place():
 def test_an_absent_tangent_is_no_argument():
     primals, tangents = make(2, 3, 64, F32, F16, "cpu")
     y = torch.empty(2, 3, 64, dtype=F16)
-    launch = module._forward(*primals, y, None, tangents[1], None, y, 0, 1e-6)
+    launch = module.forward_launch(*primals, y, None, tangents[1], None, y, 0, 1e-6)
     assert launch.args["x_dot_ptr"] is None and launch.args["scale_dot_ptr"] is None
     assert launch.args["shift_dot_ptr"] is tangents[1]
 

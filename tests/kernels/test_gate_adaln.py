@@ -157,7 +157,7 @@ def test_any_shape_and_stride(device, data):
 def test_strided_arguments_are_read_in_place():
     primals, tangents = make(2, 3, 64, F32, F16, F16, "cpu")
     x, h = torch.empty(2, 3, 64), torch.empty(2, 3, 64, dtype=F16)
-    launch = module._forward(primals, (None, *tangents[1:]), (x, h), (x, h), 0, 1e-6)
+    launch = module.forward_launch(primals, (None, *tangents[1:]), (x, h), (x, h), 0, 1e-6)
     for name, tensor in zip(("x", "y", "gate", "shift", "scale"), primals, strict=True):
         assert launch.args[f"{name}_ptr"] is tensor
     assert launch.args["x_dot_ptr"] is None and launch.args["y_dot_ptr"] is tangents[1]

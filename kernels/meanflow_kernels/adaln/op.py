@@ -7,7 +7,8 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
-from .config import BACKWARD, FORWARD, SUMS
+from ..tiling import TileConfig
+from .config import BACKWARD, FORWARD, SUMS, RowConfig
 from .reference import adaln_ref, adaln_tangent_ref
 from .rows import partial_sums, row_launch
 
@@ -36,12 +37,15 @@ def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, .
         fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a LayerNorm needs a column")
 
 
-def _forward(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start: int, eps: float) -> Launch:
+def forward_launch(
+    x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start: int, eps: float, config: RowConfig = FORWARD
+) -> Launch:
+    """y from x, shift and scale; where y_dot is not None, it too, of the samples from start on."""
     from .kernel import _adaln_kernel
 
     return row_launch(
         _adaln_kernel,
-        FORWARD,
+        config,
         rows={"x": x, "x_dot": x_dot},
         vectors={"shift": shift, "scale": scale, "shift_dot": shift_dot, "scale_dot": scale_dot},
         contiguous={"y": y, "y_dot": y_dot},
@@ -49,26 +53,29 @@ def _forward(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start: int,
     )
 
 
-def _backward(x, scale, dy, dx, dshift, dscale, eps: float) -> tuple[Launch, Launch]:
+def backward_launches(
+    x, scale, dy, dx, dshift, dscale, eps: float, config: RowConfig = BACKWARD, sums_config: TileConfig = SUMS
+) -> tuple[Launch, Launch]:
+    """dx and each program's sums, then dshift and dscale from those."""
     from ..partials import sum_partials
     from .kernel import _adaln_bwd_kernel
 
-    partial = partial_sums(2, x, BACKWARD)
+    partial = partial_sums(2, x, config)
     first = row_launch(
         _adaln_bwd_kernel,
-        BACKWARD,
+        config,
         rows={"x": x, "dy": dy},
         vectors={"scale": scale},
         contiguous={"dx": dx, "partial": partial},
         scalars={"eps": eps},
     )
-    return first, sum_partials(partial, [dshift, dscale], SUMS)
+    return first, sum_partials(partial, [dshift, dscale], sums_config)
 
 
 @torch.library.custom_op("meanflow_kernels::adaln", mutates_args=())
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    _forward(x, shift, scale, y, None, None, None, None, 0, eps).run()
+    forward_launch(x, shift, scale, y, None, None, None, None, 0, eps).run()
     return y
 
 
@@ -92,7 +99,7 @@ def _adaln_jvp(
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype)
     y_dot = x.new_empty((samples, *x.shape[1:]), dtype=out_dtype)
-    _forward(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start, eps).run()
+    forward_launch(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start, eps).run()
     return y, y_dot
 
 
@@ -104,7 +111,7 @@ def _(x, shift, scale, x_dot, shift_dot, scale_dot, start, samples, eps, out_dty
 @torch.library.custom_op("meanflow_kernels::adaln_bwd", mutates_args=())
 def _adaln_bwd(x: Tensor, scale: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dx, dshift, dscale = x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    for launch in _backward(x, scale, dy, dx, dshift, dscale, eps):
+    for launch in backward_launches(x, scale, dy, dx, dshift, dscale, eps):
         launch.run()
     return dx, dshift, dscale
 
@@ -140,10 +147,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
         y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
         sums = [vector.new_empty(vector.shape) for _ in range(2)]
         launches = {
-            "adaln": _forward(x, vector, vector, y, None, None, None, None, 0, 1e-6),
-            "adaln_jvp": _forward(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),
+            "adaln": forward_launch(x, vector, vector, y, None, None, None, None, 0, 1e-6),
+            "adaln_jvp": forward_launch(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),
         }
-        launches["adaln_bwd"], launches["adaln_bwd sums"] = _backward(x, vector, y, x, *sums, 1e-6)
+        launches["adaln_bwd"], launches["adaln_bwd sums"] = backward_launches(x, vector, y, x, *sums, 1e-6)
         cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
     return cases
 

@@ -8,7 +8,7 @@ from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, u
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import TileConfig, multiprocessors, rows_per_program
-from .config import BACKWARD, FORWARD, SUMS
+from .config import BACKWARD, FORWARD, SUMS, StripConfig
 from .reference import bias_gelu_ref, bias_gelu_tangent_ref
 
 
@@ -38,13 +38,22 @@ def _tile(width: int, config: TileConfig) -> dict[str, int]:
     return {"C": width, "BLOCK_R": config.block_r, "BLOCK_C": config.block_c}
 
 
-def _forward(x: Tensor, bias: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, start: int) -> Launch:
+def forward_launch(
+    x: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    start: int,
+    config: TileConfig = FORWARD,
+) -> Launch:
+    """y from x and bias; where x_dot is not None, y_dot too, of the samples from start on."""
     from .kernel import _bias_gelu_kernel
 
     rows, width = _rows(x), x.shape[-1]
     return Launch(
         kernel=_bias_gelu_kernel,
-        grid=_grid(rows, width, FORWARD.block_r, FORWARD),
+        grid=_grid(rows, width, config.block_r, config),
         args={
             "x_ptr": x.contiguous(),
             "bias_ptr": bias.contiguous(),
@@ -55,30 +64,39 @@ def _forward(x: Tensor, bias: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Te
             "dot_start": start * (rows // max(1, x.shape[0])),
             "rows_dot": 0 if x_dot is None else _rows(x_dot),
         },
-        constexprs=_tile(width, FORWARD),
-        num_warps=FORWARD.num_warps,
+        constexprs=_tile(width, config),
+        num_warps=config.num_warps,
         num_stages=1,
     )
 
 
-def _rows_per_chunk(x: Tensor) -> int:
+def _rows_per_chunk(x: Tensor, config: StripConfig) -> int:
     """Rows of x (..., C) that a program of the backward takes: whole tiles."""
-    resident = multiprocessors(x.device) * max(1, BACKWARD.warps_per_sm // BACKWARD.num_warps)
-    bounds = {"fewest": BACKWARD.fewest_rows, "most": BACKWARD.most_rows}
-    rows = rows_per_program(-(-x.shape[-1] // BACKWARD.block_c), _rows(x), programs=resident, **bounds)
-    return -(-rows // BACKWARD.block_r) * BACKWARD.block_r
+    resident = multiprocessors(x.device) * max(1, config.warps_per_sm // config.num_warps)
+    bounds = {"fewest": config.fewest_rows, "most": config.most_rows}
+    rows = rows_per_program(-(-x.shape[-1] // config.block_c), _rows(x), programs=resident, **bounds)
+    return -(-rows // config.block_r) * config.block_r
 
 
-def _backward(x: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, dbias: Tensor) -> tuple[Launch, Launch]:
+def backward_launches(
+    x: Tensor,
+    bias: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    dbias: Tensor,
+    config: StripConfig = BACKWARD,
+    sums_config: TileConfig = SUMS,
+) -> tuple[Launch, Launch]:
+    """dx and each program's sums, then dbias from those."""
     from ..partials import sum_partials
     from .kernel import _bias_gelu_bwd_kernel
 
     rows, width = _rows(x), x.shape[-1]
-    rows_per_chunk = _rows_per_chunk(x)
+    rows_per_chunk = _rows_per_chunk(x, config)
     partial = x.new_empty((1, -(-rows // rows_per_chunk), width), dtype=torch.float32)
     first = Launch(
         kernel=_bias_gelu_bwd_kernel,
-        grid=_grid(rows, width, rows_per_chunk, BACKWARD),
+        grid=_grid(rows, width, rows_per_chunk, config),
         args={
             "x_ptr": x.contiguous(),
             "bias_ptr": bias.contiguous(),
@@ -88,17 +106,17 @@ def _backward(x: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, dbias: Tensor) ->
             "rows": rows,
             "rows_per_chunk": rows_per_chunk,
         },
-        constexprs=_tile(width, BACKWARD),
-        num_warps=BACKWARD.num_warps,
+        constexprs=_tile(width, config),
+        num_warps=config.num_warps,
         num_stages=1,
     )
-    return first, sum_partials(partial, [dbias[None]], SUMS)
+    return first, sum_partials(partial, [dbias[None]], sums_config)
 
 
 @torch.library.custom_op("meanflow_kernels::bias_gelu", mutates_args=())
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    _forward(x, bias, y, None, None, 0).run()
+    forward_launch(x, bias, y, None, None, 0).run()
     return y
 
 
@@ -110,7 +128,7 @@ def _(x, bias):
 @torch.library.custom_op("meanflow_kernels::bias_gelu_jvp", mutates_args=())
 def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    _forward(x, bias, y, x_dot, y_dot, start).run()
+    forward_launch(x, bias, y, x_dot, y_dot, start).run()
     return y, y_dot
 
 
@@ -122,7 +140,7 @@ def _(x, bias, x_dot, start):
 @torch.library.custom_op("meanflow_kernels::bias_gelu_bwd", mutates_args=())
 def _bias_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dx, dbias = x.new_empty(x.shape), bias.new_empty(bias.shape)
-    for launch in _backward(x, bias, dy, dx, dbias):
+    for launch in backward_launches(x, bias, dy, dx, dbias):
         launch.run()
     return dx, dbias
 
@@ -152,10 +170,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """The launch configs, at the hidden width of the largest DiT, for cross-compilation; one for all architectures."""
     x, bias = torch.empty(32, 256, 4608, dtype=torch.bfloat16, device="meta"), torch.empty(4608, device="meta")
     launches = {
-        "bias_gelu": _forward(x, bias, x, None, None, 0),
-        "bias_gelu_jvp": _forward(x, bias, x, x, x, 0),
+        "bias_gelu": forward_launch(x, bias, x, None, None, 0),
+        "bias_gelu_jvp": forward_launch(x, bias, x, x, x, 0),
     }
-    launches["bias_gelu_bwd"], launches["bias_gelu_bwd sums"] = _backward(x, bias, x, x, bias)
+    launches["bias_gelu_bwd"], launches["bias_gelu_bwd sums"] = backward_launches(x, bias, x, x, bias)
     configs = (FORWARD, FORWARD, BACKWARD, SUMS)
     return [
         CompileCase(op, f"{t.block_r}x{t.block_c} w{t.num_warps}", x.dtype, 4608, launch)

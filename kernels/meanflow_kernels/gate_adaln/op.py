@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from ..adaln.config import RowConfig
 from ..adaln.op import check_kernel_row, check_vectors
 from ..adaln.rows import partial_sums, row_launch
 from ..checks import check_alike, check_shape, check_tangents
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
+from ..tiling import TileConfig
 from .config import BACKWARD, FORWARD, SUMS
 from .reference import gate_adaln_ref, gate_adaln_tangent_ref
 
@@ -22,14 +24,17 @@ def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> 
     check_vectors(x, _NAMES[2:], (gate, shift, scale))
 
 
-def _forward(primals: tuple, tangents: tuple, out: tuple, out_dot: tuple, start: int, eps: float) -> Launch:
+def forward_launch(
+    primals: tuple, tangents: tuple, out: tuple, out_dot: tuple, start: int, eps: float, config: RowConfig = FORWARD
+) -> Launch:
+    """out = (x_out, h) from the primals; where out_dot is not (None, None), it too, of the samples from start on."""
     from .kernel import _gate_adaln_kernel
 
     named = dict(zip((*_NAMES, *[f"{name}_dot" for name in _NAMES]), (*primals, *tangents), strict=True))
     rows = ("x", "y", "x_dot", "y_dot")
     return row_launch(
         _gate_adaln_kernel,
-        FORWARD,
+        config,
         rows={name: named[name] for name in rows},
         vectors={name: vector for name, vector in named.items() if name not in rows},
         contiguous=dict(zip(("x_out", "h", "x_out_dot", "h_dot"), (*out, *out_dot), strict=True)),
@@ -37,20 +42,34 @@ def _forward(primals: tuple, tangents: tuple, out: tuple, out_dot: tuple, start:
     )
 
 
-def _backward(x_out, y, gate, scale, dx_out, dh, dx, dy, sums: list[Tensor], eps: float) -> tuple[Launch, Launch]:
+def backward_launches(
+    x_out,
+    y,
+    gate,
+    scale,
+    dx_out,
+    dh,
+    dx,
+    dy,
+    sums: list[Tensor],
+    eps: float,
+    config: RowConfig = BACKWARD,
+    sums_config: TileConfig = SUMS,
+) -> tuple[Launch, Launch]:
+    """dx, dy and each program's sums, then sums = [dshift, dscale, dgate] from those."""
     from ..partials import sum_partials
     from .kernel import _gate_adaln_bwd_kernel
 
-    partial = partial_sums(3, x_out, BACKWARD)
+    partial = partial_sums(3, x_out, config)
     first = row_launch(
         _gate_adaln_bwd_kernel,
-        BACKWARD,
+        config,
         rows={"y": y, "dx_out": dx_out, "dh": dh},
         vectors={"gate": gate, "scale": scale},
         contiguous={"x_out": x_out, "dx": dx, "dy": dy, "partial": partial},
         scalars={"eps": eps},
     )
-    return first, sum_partials(partial, sums, SUMS)
+    return first, sum_partials(partial, sums, sums_config)
 
 
 def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,7 +83,7 @@ def _gate_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(x, x.shape[0], out_dtype)
-    _forward((x, y, gate, shift, scale), (None,) * 5, out, (None, None), 0, eps).run()
+    forward_launch((x, y, gate, shift, scale), (None,) * 5, out, (None, None), 0, eps).run()
     return out
 
 
@@ -92,7 +111,7 @@ def _gate_adaln_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, samples, out_dtype)
     primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    _forward(primals, tangents, out, out_dot, start, eps).run()
+    forward_launch(primals, tangents, out, out_dot, start, eps).run()
     return *out, *out_dot
 
 
@@ -107,7 +126,7 @@ def _gate_adaln_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
     dshift, dscale, dgate = (gate.new_empty(gate.shape) for _ in range(3))
-    for launch in _backward(x_out, y, gate, scale, dx_out, dh, dx, dy, [dshift, dscale, dgate], eps):
+    for launch in backward_launches(x_out, y, gate, scale, dx_out, dh, dx, dy, [dshift, dscale, dgate], eps):
         launch.run()
     return dx, dy, dgate, dshift, dscale
 
@@ -148,10 +167,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
         y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
         primals, sums = (x, y, vector, vector, vector), [vector.new_empty(vector.shape) for _ in range(3)]
         launches = {
-            "gate_adaln": _forward(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
-            "gate_adaln_jvp": _forward(primals, primals, (x, y), (x, y), 0, 1e-6),
+            "gate_adaln": forward_launch(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
+            "gate_adaln_jvp": forward_launch(primals, primals, (x, y), (x, y), 0, 1e-6),
         }
-        backward = _backward(x, y, vector, vector, x, y, x, y, sums, 1e-6)
+        backward = backward_launches(x, y, vector, vector, x, y, x, y, sums, 1e-6)
         launches["gate_adaln_bwd"], launches["gate_adaln_bwd sums"] = backward
         cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
     return cases
