@@ -13,15 +13,9 @@ from meanflow_kernels.attention import Backend, force_backend
 from meanflow_kernels.attention.backends import serves
 from meanflow_kernels.counts import attention_bwd_flops, attention_flops, attention_tangent_flops
 
+from . import plain
 from .dual_op import VARIANTS, Case, backward_of, measure
 from .shapes import ATTENTION, Shape, naming, on
-
-
-def _math(q, k, v):
-    # (B, N, H, D) -> (B, H, N, D), and back
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    p = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
-    return (p @ v).transpose(1, 2)
 
 
 def _sdpa(backend: SDPBackend) -> Callable:
@@ -124,6 +118,6 @@ def test_attention(benchmark, stopwatch, device, regime, variant):
     # q, k and v are read where the qkv projection left them
     size = (2, shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
     packed, packed_dot = torch.randn(size, device=device, dtype=torch.bfloat16)
-    case = Case(attention, attention_jvp, _math, packed.unbind(2), packed_dot.unbind(2), flops=_flops(shape))
+    case = Case(attention, attention_jvp, plain.attention, packed.unbind(2), packed_dot.unbind(2), flops=_flops(shape))
     name = naming("attention", regime, shape, packed.dtype, variant)
     measure(stopwatch, benchmark, case, name, *(VARIANTS | BACKENDS | PEERS)[variant])

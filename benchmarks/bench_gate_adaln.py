@@ -5,14 +5,9 @@ import torch
 
 from meanflow_kernels import gate_adaln, gate_adaln_jvp
 
+from . import plain
 from .dual_op import VARIANTS, Case, measure
 from .shapes import MODELS, naming, on
-
-
-def _plain(x, y, gate, shift, scale, *, out_dtype=None):
-    x = x + gate[:, None] * y
-    h = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x, (h * (1 + scale[:, None]) + shift[:, None]).to(out_dtype or x.dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -23,5 +18,5 @@ def test_gate_adaln(benchmark, stopwatch, device, model, stream, variant):
     rows = torch.randn(4, shape.batch, shape.tokens, shape.width, device=device, dtype=stream)
     vectors = torch.randn(6, shape.batch, shape.width, device=device, dtype=stream)
     primals, tangents = (*rows[:2], *vectors[:3]), (*rows[2:], *vectors[3:])
-    case = Case(gate_adaln, gate_adaln_jvp, _plain, primals, tangents, options={"out_dtype": torch.bfloat16})
+    case = Case(gate_adaln, gate_adaln_jvp, plain.gate_adaln, primals, tangents, options={"out_dtype": torch.bfloat16})
     measure(stopwatch, benchmark, case, naming("gate_adaln", model, shape, stream, variant), *VARIANTS[variant])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from . import kernel_table, sections, step_sections
+from . import kernel_table, sections, step_sections, tune_entries
 from .markup import NONE, Page, grid, notes, number
 from .rows import Rows, by_machine, clock_words, device_name, missing, read
 
@@ -75,6 +75,7 @@ SECTIONS = {
         "Kernels of a step", "step-kernel", "python -m benchmarks.breakdown --kernels FILE", kernel_table.section
     ),  # fmt: skip
     "kernels": Section("Kernels", "kernel", "python -m pytest benchmarks/bench_*.py --rows FILE", sections.kernels),
+    "tune": Section("Launch configs against the shipped ones", "tune", "python -m benchmarks.tune", tune_entries.tuned),
     "memory": Section(
         "Memory",
         "step",

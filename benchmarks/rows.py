@@ -14,14 +14,15 @@ REQUIRED = {
     "step-kernel": ("model", "batch", "variant", "kernel", "activity", "kernel_kind", "ms", "launches", "wall_ms"),
     "scaling": ("axis", "model", "batch", "variant"),
     "regression": ("variant", "base", "model", "batch", "precision", "ms", "base_ms", "ratio", "turns"),
+    "tune": ("op", "shape", "dtype", "table", "config", "entry", "ms", "ms_20", "ms_80"),
     "optimizer": ("implementation", "model", "parameters", "ms", "ms_20", "ms_80", "bytes", "copy_gbps"),
     "inference": ("part", "variant", "model", "batch", "precision", "ms", "ms_20", "ms_80", "images_per_second"),
     "accounting": ("preset", "batch", "precision", "parts", "forward_flops", "step_in_forwards"),
     "projection": ("preset", "gpu", "hours"),
     "part": ("part", "outcome", "seconds"),
 }
-"""The kinds of rows, and the columns without which one is not shown; a step or a way of sampling without a time may
-say why instead."""
+"""The kinds of rows, and the columns without which one is not shown; a step, a way of sampling or a launch config without
+a time may say why instead."""
 TIMED = ("ms", "ms_20", "ms_80", "images_per_second")
 
 THROTTLE = {
@@ -57,7 +58,7 @@ class Rows:
 
 def explained(row: dict, kind: str, name: str) -> bool:
     """Whether a row says why it lacks a column: a step or a way of sampling that was not timed."""
-    return kind in ("step", "inference") and name in TIMED and why_untimed(row) is not None
+    return kind in ("step", "inference", "tune") and name in TIMED and why_untimed(row) is not None
 
 
 def why_untimed(row: dict) -> str | None:

@@ -20,11 +20,14 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 class ColdCache:
-    """A buffer larger than the L2 cache; writing it evicts what the last call left there, and keeps the GPU busy."""
+    """Two buffers larger than the L2 cache, one written, then the other read: that evicts what the last call left there
+    and keeps the GPU busy. Were it written alone, its own dirty lines would be left to the timed call to write back.
+    """
 
     def __init__(self):
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._buffer = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device="cuda")
+        self._written = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device="cuda")
+        self._read = torch.zeros(max(2 * cache, 128 << 20) // 4, dtype=torch.float32, device="cuda")
         self.ms = self._time_one()
 
     def _time_one(self) -> float:
@@ -40,7 +43,8 @@ class ColdCache:
 
     def flush(self, times: int = 1) -> None:
         for _ in range(times):
-            self._buffer.zero_()
+            self._written.zero_()
+            self._read.sum()
 
 
 def device_ms(fn: Callable[[], object], cold: ColdCache, host_ms: float, samples: int = SAMPLES) -> list[float]:
@@ -49,20 +53,23 @@ def device_ms(fn: Callable[[], object], cold: ColdCache, host_ms: float, samples
     ``host_ms`` is what the host takes to enqueue one call. The flush before a call lasts longer than that, so the GPU
     reaches the call after the host has enqueued all of it, and no wait for the host is in the time.
     """
-    flushes = math.ceil(1.5 * host_ms / cold.ms) + 1
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
     torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for done, (start, end) in enumerate(events, 1):
-        cold.flush(flushes)
-        start.record()
-        fn()
-        end.record()
-        # the host waits here, so that its lead over the GPU is the flush's and not a queue's that may run full
-        end.synchronize()
-        if done >= 10 and time.perf_counter() - begin > BUDGET_SECONDS:
-            break
-    return [start.elapsed_time(end) for start, end in events[:done]]
+    found, begin = [], time.perf_counter()
+    while len(found) < samples and (len(found) < 10 or time.perf_counter() - begin <= BUDGET_SECONDS):
+        found.append(timed_ms(fn, cold, host_ms))
+    return found
+
+
+def timed_ms(fn: Callable[[], object], cold: ColdCache, host_ms: float) -> float:
+    """One sample of :func:`device_ms`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cold.flush(math.ceil(1.5 * host_ms / cold.ms) + 1)
+    start.record()
+    fn()
+    end.record()
+    # the host waits here, so that its lead over the GPU is the flush's and not a queue's that may run full
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def host_ms(fn: Callable[[], object], device: str, samples: int = 10) -> float:

@@ -1,0 +1,30 @@
+"""The operators as an ordinary torch user writes them: what kernels are timed against, and in fp64 what is exact."""
+
+import torch
+from torch import Tensor
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift."""
+    y = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return (y * (1 + scale[:, None]) + shift[:, None]).to(out_dtype or x.dtype)
+
+
+def gate_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum x + gate y, and adaln of it."""
+    x = x + gate[:, None] * y
+    return x, adaln(x, shift, scale, out_dtype=out_dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu_tanh(x + bias)."""
+    return torch.nn.functional.gelu(x + bias, approximate="tanh")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Math attention, (B, N, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    p = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+    return (p @ v).transpose(1, 2)

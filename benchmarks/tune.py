@@ -1,0 +1,262 @@
+"""Time launch configs against the shipped ones, on the GPU that is there: ``python -m benchmarks.tune --seconds 120``.
+
+    python -m benchmarks.tune --list                                    what would be swept, with no GPU
+    python -m benchmarks.tune attention attention_jvp --rows tune.jsonl
+    TRITON_INTERPRET=1 python -m benchmarks.tune --device cpu           tiny shapes: nothing is worth reading but that it runs
+
+Candidates stand beside each operator's config, in candidates.py. A candidate is timed where its results are right: at
+most twice as far from fp64 as plain torch's of the same dtype, plus the tests' floor. Then the configs of a kernel take
+turns, each with a cold cache, and the gain is of pairs of one turn. A config that does not compile, spills, does not
+run or is wrong becomes a row with its reason. The most valuable kernels come first; when the seconds are over the rest
+is left out. At the end stand the tables' entries as they should read for this architecture: those that are faster than
+the shipped ones by more than the noise, over all shapes that an entry serves.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from meanflow_kernels.launch import arch_of
+
+from . import arbiter
+from .environment import clocks, environment, merge
+from .stopwatch import relative_error
+from .timing import ColdCache, host_ms, quantiles, timed_ms, wall_ms
+from .tune_ahead import Ahead
+from .tune_entries import line, summary
+from .tune_subjects import Subject, subjects
+from .tune_trials import Trial, Unserved
+
+ROUNDS = 40
+"""Turns of the configs of a kernel."""
+FEWEST = {"cuda": 5, "cpu": 1}
+"""Turns that are taken however long they last."""
+SHARE = 0.1
+"""Of the seconds: what the turns of one kernel may take."""
+FLOOR = {torch.bfloat16: 8e-4, torch.float16: 1e-4, torch.float32: 1e-6}
+"""The tests' (tests/kernels/tolerances.py)."""
+
+
+class Refused(Exception):
+    """Why a config is not timed."""
+
+
+# --- correct first ---
+
+
+class Bar:
+    """What a trial's results are held against."""
+
+    def __init__(self, trial: Trial):
+        self._exact = trial.plain(True)
+        plain = [x.to(y.dtype) for x, y in zip(trial.plain(False), trial.outputs, strict=True)]
+        self._bars = [
+            2 * relative_error(x, exact) + FLOOR[x.dtype] for x, exact in zip(plain, self._exact, strict=True)
+        ]
+
+    def share(self, results: tuple[torch.Tensor, ...]) -> float:
+        """The largest error in units of its bar.
+
+        Raises:
+            Refused: it is above 1.
+        """
+        errors = [relative_error(x, exact) for x, exact in zip(results, self._exact, strict=True)]
+        for index, (error, bar) in enumerate(zip(errors, self._bars, strict=True)):
+            if not error <= bar:
+                raise Refused(f"wrong: result {index} is {error:.1e} off fp64, at most {bar:.1e} may be")
+        return max(error / bar for error, bar in zip(errors, self._bars, strict=True))
+
+
+def prepare(trial: Trial, subject: Subject, config: object) -> tuple[Callable, dict]:
+    """The call of a config, and what the compiler says of its kernels.
+
+    Raises:
+        Refused: it spills.
+    """
+    if not subject.compiles(config):
+        return lambda: trial.library(config), {}
+    launches = tuple(trial.launches(config))
+    kernels = [launch.run() for launch in launches]
+
+    def call():
+        for launch in launches:
+            launch.run()
+        return trial.outputs
+
+    if kernels[0] is None:
+        return call, {}
+    columns = {
+        "registers": [kernel.n_regs for kernel in kernels],
+        "spills": [kernel.n_spills for kernel in kernels],
+        "shared_bytes": [kernel.metadata.shared for kernel in kernels],
+    }
+    if any(columns["spills"]):
+        raise Refused(f"spills: {columns['spills']}")
+    return call, columns
+
+
+def check(trial: Trial, bar: Bar, subject: Subject, config: object) -> tuple[Callable, dict]:
+    """A call that gives what it should, and its columns.
+
+    Raises:
+        Refused: with the reason.
+    """
+    for x in trial.outputs:
+        # an element that is not written fails
+        x.fill_(math.nan)
+    try:
+        call, columns = prepare(trial, subject, config)
+        results = call()
+        return call, columns | {"error_of_bar": bar.share(results)}
+    except Unserved as error:
+        raise Refused(str(error)) from None
+    except Refused:
+        raise
+    except Exception as error:
+        if "CUDA error" in str(error):
+            # the context is lost, and with it everything after
+            raise
+        words = (str(error).strip() or "no message").splitlines()[0][:200]
+        raise Refused(f"does not run: {type(error).__name__}: {words}") from None
+
+
+# --- then in turn ---
+
+
+class Clock:
+    """Milliseconds of one call with a cold cache; on a CPU of a call."""
+
+    def __init__(self, device: str):
+        self.device, self._cold = device, ColdCache() if device == "cuda" else None
+
+    def lead(self, call: Callable) -> float:
+        """How long the host takes to enqueue a call: milliseconds."""
+        return host_ms(call, self.device, samples=3) if self._cold else 0.0
+
+    def time(self, call: Callable, lead: float) -> float:
+        return timed_ms(call, self._cold, lead) if self._cold else wall_ms(call, samples=1)[0]
+
+
+def in_turn(calls: dict[str, Callable], clock: Clock, until: float) -> dict[str, list[float]]:
+    """Samples of each call, one a round; every other round backwards, so that nobody always follows the same one."""
+    leads = {name: clock.lead(call) for name, call in calls.items()}
+    samples = {name: [] for name in calls}
+    for turn in range(ROUNDS):
+        if turn >= FEWEST[clock.device] and arbiter.running_seconds() > until:
+            break
+        for name in list(calls) if turn % 2 else reversed(calls):
+            samples[name].append(clock.time(calls[name], leads[name]))
+    return samples
+
+
+def sweep(subject: Subject, index: int, ahead: Ahead | None, clock: Clock, seconds: float, until: float) -> list[dict]:
+    """The rows of a subject: one a config; those that launch the same share a time."""
+    torch.manual_seed(0)
+    trial = subject.build(clock.device)
+    bar, calls, rows = Bar(trial), {}, {}
+    for number, config in enumerate(subject.configs):
+        if number > 1 and arbiter.running_seconds() > until:
+            break
+        name = subject.label(config)
+        rows[name] = identity(subject, config)
+        try:
+            if ahead and (why := ahead.why_not(index, number)):
+                raise Refused(why)
+            calls[name], columns = check(trial, bar, subject, config)
+            rows[name] |= columns
+        except Refused as error:
+            rows[name] |= {"ms": None, "missing": {"ms": str(error)}}
+    with arbiter.alone(clock.device):
+        samples = in_turn(calls, clock, min(until, arbiter.running_seconds() + seconds))
+    shipped = samples.get(subject.label(subject.shipped))
+    for name, found in samples.items():
+        rows[name] |= dict(zip(("ms_20", "ms", "ms_80"), quantiles(found), strict=True)) | {"samples": len(found)}
+        if shipped:
+            pairs = quantiles([a / b for a, b in zip(shipped, found, strict=True)])
+            rows[name]["gain"] = dict(zip(("20", "50", "80"), pairs, strict=True))
+    for config, first in subject.same.items():
+        if config != first and (name := subject.label(first)) in rows:
+            rows[subject.label(config)] = rows[name] | identity(subject, config) | {"same_as": name}
+    return list(rows.values())
+
+
+def identity(subject: Subject, config: object) -> dict:
+    """The columns that say what was timed."""
+    return {
+        "kind": "tune",
+        "op": subject.op,
+        "shape": f"{subject.model} {subject.part} {subject.shape}",
+        "dtype": str(subject.half).removeprefix("torch."),
+        "table": subject.table,
+        "config": subject.label(config),
+        "entry": repr(config) if subject.compiles(config) else str(config),
+        "shipped": config == subject.shipped,
+        **asdict(subject.shape),
+    }
+
+
+def run(chosen: dict[int, Subject], arch: int, device: str, seconds: float, keep: Callable[[list[dict]], None]) -> None:
+    """Sweep the subjects until the seconds are over; ``keep`` gets each one's rows as soon as they are known."""
+    until = arbiter.running_seconds() + seconds
+    with Ahead(arch, device, chosen) if device == "cuda" else contextlib.nullcontext() as ahead:
+        clock = Clock(device)
+        for done, (index, subject) in enumerate(chosen.items()):
+            if arbiter.running_seconds() > until:
+                print(f"the {seconds:.0f} s are over: {len(chosen) - done} kernels are left out", flush=True)
+                break
+            rows = sweep(subject, index, ahead, clock, SHARE * seconds, until)
+            print(line(rows), flush=True)
+            keep([merge(row, clocks(device)) for row in rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what was found."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to tune (default: all)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="no kernel is begun after these (default: 120)")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="append the rows to FILE as JSON lines")
+    parser.add_argument("--list", action="store_true", help="print what would be swept, and end")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    parser.add_argument("--commit", help="what the rows say of the source, where it is no git checkout")
+    arbiter.add_argument(parser)
+    options = parser.parse_args(argv)
+    arbiter.join(options.turns)
+    device = options.device or ("cuda" if torch.cuda.is_available() or options.list else "cpu")
+    arch = arch_of(torch.device("cuda")) if torch.cuda.is_available() else 90
+    every = subjects(arch, device)
+    known = list(dict.fromkeys(subject.op for subject in every))
+    if unknown := set(options.ops) - set(known):
+        parser.error(f"OP: got {min(unknown)}, wants some of {', '.join(known)}")
+    chosen = {i: subject for i, subject in enumerate(every) if subject.op in (options.ops or known)}
+    if options.list:
+        for subject in chosen.values():
+            print(f"{subject.title}, {subject.table}: {'; '.join(map(subject.label, subject.configs))}")
+        return 0
+    found, where = [], environment(device, options.commit)
+
+    def keep(rows: list[dict]) -> None:
+        found.extend(merge(row, where) for row in rows)
+        if options.rows:
+            options.rows.parent.mkdir(parents=True, exist_ok=True)
+            with options.rows.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found[-len(rows) :])
+
+    try:
+        run(chosen, arch, device, options.seconds, keep)
+    finally:
+        # whatever ended it: what was found stands
+        print(summary(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""What the tuner sweeps: each operator at the models' shapes, its shipped launch config and the candidates."""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from meanflow_kernels.adaln import candidates as adaln_candidates
+from meanflow_kernels.adaln import op as adaln_op
+from meanflow_kernels.attention import candidates as attention_candidates
+from meanflow_kernels.attention.config import BACKWARD, BESIDE, FORWARD, Backend, preferred
+from meanflow_kernels.attention.config import backward_configs, dual_config, plain_config
+from meanflow_kernels.bias_gelu import candidates as bias_gelu_candidates
+from meanflow_kernels.bias_gelu import op as bias_gelu_op
+from meanflow_kernels.gate_adaln import candidates as gate_adaln_candidates
+from meanflow_kernels.gate_adaln import op as gate_adaln_op
+from meanflow_kernels.launch import CompileCase, Launch
+
+from . import tune_trials
+from .shapes import MODELS, Shape
+from .tune_trials import Trial
+
+SHAPES = MODELS | {"L/2": Shape(32, 256, 16, 64), "S/2": Shape(64, 256, 6, 64)}
+"""Between them all widths of the DiT family, and both head dims at 256 tokens."""
+
+
+def on(device: str, shape: Shape) -> Shape:
+    """``shape`` on a GPU; on a CPU what the interpreter does in a second."""
+    return shape if device == "cuda" else Shape(batch=2, tokens=3, heads=2, head_dim=shape.head_dim)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kernel at one shape."""
+
+    op: str
+    model: str
+    part: str
+    """Which pass of the network this is."""
+    shape: Shape
+    half: torch.dtype
+    table: str
+    """The place that a better config would go to."""
+    shipped: object
+    same: dict[object, object]
+    """Of each config, the shipped one and the candidates, the first that launches the same at this shape."""
+    build: Callable[[str], Trial]
+    """On a device: "meta" to compile alone."""
+
+    @property
+    def configs(self) -> tuple:
+        """Those that launch different things, the shipped one first."""
+        return tuple(config for config, first in self.same.items() if config == first)
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.model} {self.part} {self.shape}"
+
+    def compiles(self, config: object) -> bool:
+        """Whether a config is a kernel's, and no library."""
+        return not isinstance(config, enum.Enum)
+
+    def label(self, config: object) -> str:
+        """A config in words: where it has none of its own, by the fields that are not the shipped one's."""
+        if not self.compiles(config):
+            return config.value
+        if isinstance(config, tuple):
+            return ", ".join(map(str, config))
+        if type(config).__str__ is not object.__str__:
+            return str(config)
+        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        other = {k: v for k, v in fields.items() if v != getattr(self.shipped, k)} or fields
+        return " ".join(f"{name}={value}" for name, value in other.items())
+
+
+def _signature(launches: Iterable[Launch]) -> tuple:
+    """What tells launches on the same tensors apart."""
+    return tuple(
+        (x.kernel, x.grid, x.num_warps, x.num_stages, *x.constexprs.items())
+        + tuple(value for value in x.args.values() if not isinstance(value, torch.Tensor))
+        for x in launches
+    )
+
+
+def _subject(op: str, model: str, part: str, shape: Shape, half: torch.dtype, table, shipped, candidates, build):
+    build = functools.partial(build, shape, half)
+    trial, same, first = build("meta"), {}, {}
+    for config in (shipped, *candidates):
+        key = config if isinstance(config, enum.Enum) else _signature(trial.launches(config))
+        same[config] = first.setdefault(key, config)
+    return Subject(op, model, part, shape, half, table, shipped, same, build)
+
+
+def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -> Iterable[Subject]:
+    base, d = SHAPES[model], SHAPES[model].head_dim
+    some = base.batch // 4
+    length = on(device, base).tokens
+    dual, single = (choose(arch, half, d, length) for choose in (dual_config, plain_config))
+    triton = backward_configs(arch, half, d, length)
+    forward = functools.partial(tune_trials.attention, dual=True)
+    beside = functools.partial(tune_trials.attention, beside=True)
+    duals, singles = attention_candidates.dual_candidates(arch, d), attention_candidates.plain_candidates(arch, d)
+    pairs = attention_candidates.backward_candidates(arch)
+
+    def library(table):
+        first = (*preferred(table, arch, d, length), Backend.TRITON)[0]
+        return first, tuple(Backend)
+
+    for op, part, batch, table, (shipped, candidates), build in (
+        ("attention_jvp", "mixed", some, "dual", (dual, duals), forward),
+        ("attention", "guidance", base.batch + some, "plain", (single, singles), tune_trials.attention),
+        ("attention", "mixed", base.batch - some, "plain", (single, singles), tune_trials.attention),
+        ("attention library", "guidance", base.batch + some, "FORWARD", library(FORWARD), tune_trials.attention),
+        ("attention library", "mixed", base.batch - some, "BESIDE", library(BESIDE), beside),
+        ("attention_bwd library", "backward", base.batch, "BACKWARD", library(BACKWARD), tune_trials.attention_bwd),
+        ("attention_bwd", "backward", base.batch, "backward", (triton, pairs), tune_trials.attention_bwd),
+    ):
+        shape, place = (
+            on(device, replace(base, batch=batch)),
+            f"attention/config.py, {table}, head dim {d}, {length} tokens",
+        )
+        yield _subject(op, model, part, shape, half, place, shipped, candidates, build)
+
+
+ROWS = {
+    "gate_adaln": (gate_adaln_op, tune_trials.gate_adaln, tune_trials.gate_adaln_bwd, gate_adaln_candidates),
+    "adaln": (adaln_op, tune_trials.adaln, tune_trials.adaln_bwd, adaln_candidates),
+    "bias_gelu": (bias_gelu_op, tune_trials.bias_gelu, tune_trials.bias_gelu_bwd, bias_gelu_candidates),
+}
+
+
+def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterable[Subject]:
+    module, forward, backward, candidates = ROWS[op]
+    base = SHAPES[model]
+    shape, more = on(device, base), on(device, replace(base, batch=base.batch + base.batch // 4))
+    single, dual = functools.partial(forward, n=0), functools.partial(forward, n=max(1, shape.batch // 4))
+    sums = functools.partial(tune_trials.sums, backward=backward, config=module.BACKWARD)
+    for name, part, shape, table, build in (
+        (f"{op}_jvp", "mixed", shape, "FORWARD", dual),
+        (op, "guidance", more, "FORWARD", single),
+        (f"{op}_bwd", "backward", shape, "BACKWARD", backward),
+        (f"{op}_bwd sums", "backward", shape, "SUMS", sums),
+    ):
+        # adaln runs twice a step, and has no candidates for its sums
+        if found := getattr(candidates, f"{table}_CANDIDATES", ()):
+            place = f"{op}/config.py, {table}"
+            yield _subject(name, model, part, shape, half, place, getattr(module, table), found, build)
+
+
+ORDER = (
+    *("attention_jvp", "attention", "attention library", "attention_bwd library"),
+    *("gate_adaln_jvp", "gate_adaln", "gate_adaln_bwd", "bias_gelu_bwd", "gate_adaln_bwd sums", "bias_gelu_bwd sums"),
+)
+"""Operators by what a step may gain from them; all others come when these are through, Triton's backward last."""
+
+
+def subjects(arch: int, device: str) -> list[Subject]:
+    """All subjects for an architecture, the most valuable first; tiny ones on a CPU."""
+    # the interpreter's bf16 is wrong
+    half = torch.bfloat16 if device == "cuda" else torch.float16
+    models = list(SHAPES) if device == "cuda" else ["XL/2"]
+    found = []
+    for model in models:
+        found += _attention_subjects(model, arch, half, device)
+        for op in ROWS:
+            found += _row_subjects(op, model, half, device)
+
+    def rank(subject: Subject) -> tuple[int, ...]:
+        first = subject.op in ORDER and subject.model != "S/2"
+        order = (*ORDER, subject.op).index(subject.op)
+        return not first, subject.op == "attention_bwd", models.index(subject.model), order
+
+    return sorted(found, key=rank)
+
+
+def compile_cases(arch: int) -> list[tuple[str, int, CompileCase]]:
+    """(folder, architecture, case) of every kernel that the subjects' configs launch, once each, as the static report
+    compiles them."""
+    found = {}
+    for subject in subjects(arch, "cuda"):
+        folder, trial = subject.table.partition("/")[0], subject.build("meta")
+        size = subject.shape.head_dim if folder == "attention" else subject.shape.width
+        for config in filter(subject.compiles, subject.configs):
+            for launch in trial.launches(config):
+                case = CompileCase(subject.op, repr(config), subject.half, size, launch)
+                key = case.source().hash(), launch.num_warps, launch.num_stages
+                found.setdefault(key, (folder, arch, case))
+    return list(found.values())

@@ -1,0 +1,232 @@
+"""Each operator on tensors of its own: the launches of a config, and what their results should be."""
+
+import enum
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from meanflow_kernels.adaln import op as adaln_op
+from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
+from meanflow_kernels.attention.config import FORWARD, Backend
+from meanflow_kernels.attention.launches import backward_launches, forward_launch
+from meanflow_kernels.attention.reference import attention_ref
+from meanflow_kernels.bias_gelu import op as bias_gelu_op
+from meanflow_kernels.gate_adaln import op as gate_adaln_op
+from meanflow_kernels.launch import Launch
+from meanflow_kernels.partials import sum_partials
+
+from . import plain
+from .shapes import Shape
+
+EPS = 1e-6
+
+
+class Unserved(Exception):
+    """A library is not there, or does not take such a call."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A subject on tensors of its own."""
+
+    launches: Callable[[object], Iterable[Launch]]
+    """Those of a config."""
+    outputs: tuple[Tensor, ...]
+    """What they write."""
+    plain: Callable[[bool], list[Tensor]]
+    """The same by plain torch: in fp64 from the same rounded inputs, or as an ordinary user's would be."""
+    library: Callable[[enum.Enum], tuple[Tensor, ...]] | None = None
+    """The same by a library that stands where a config may."""
+
+
+def _results(fn: functools.partial, primals: tuple, tangents: tuple, exact: bool) -> list[Tensor]:
+    """Outputs, and their tangents on the last samples; ``fn`` without its options where exact."""
+    fn, cast = (fn.func, Tensor.double) if exact else (fn, lambda x: x)
+    primals, tangents = tuple(map(cast, primals)), tuple(map(cast, tangents))
+    out = pytree.tree_leaves(fn(*primals))
+    if tangents:
+        some = tuple(x[-len(x_dot) :] for x, x_dot in zip(primals, tangents, strict=True))
+        out += pytree.tree_leaves(torch.func.jvp(fn, some, tangents)[1])
+    return out
+
+
+def _gradients(fn: functools.partial, inputs: tuple, cotangents: tuple, exact: bool) -> list[Tensor]:
+    fn, cast = (fn.func, Tensor.double) if exact else (fn, lambda x: x)
+    leaves = [cast(x).detach().requires_grad_() for x in inputs]
+    out = pytree.tree_leaves(fn(*leaves))
+    return list(torch.autograd.grad(out, leaves, [cast(x) for x in cotangents]))
+
+
+def _empty(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def _last(tensors: tuple, n: int) -> tuple:
+    """The tensors' last n samples; none where n is 0."""
+    return tuple(x[-n:] for x in tensors) if n else ()
+
+
+# --- rows ---
+
+
+def _row_inputs(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """x in fp32, a branch y, and gate, shift and scale out of one projection, as the training recipe has them."""
+    x, y = torch.randn(2, shape.batch, shape.tokens, shape.width, device=device)
+    vectors = torch.randn(shape.batch, 6 * shape.width, device=device).to(half).chunk(6, -1)
+    return x, y.to(half), *vectors[:3]
+
+
+def adaln(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    x, like_y, _, *vectors = _row_inputs(shape, half, device)
+    tangents = _last(_row_inputs(shape, half, device), n)
+    tangents = (tangents[0], *tangents[3:]) if n else ()
+    (y,), y_dot = _empty(like_y), _empty(*_last((like_y,), n))
+
+    def launches(config):
+        dots = (*tangents, *y_dot) if n else (None,) * 4
+        return (adaln_op.forward_launch(x, *vectors, y, *dots, shape.batch - n, EPS, config),)
+
+    fn = functools.partial(plain.adaln, out_dtype=half)
+    return Trial(launches, (y, *y_dot), functools.partial(_results, fn, (x, *vectors), tangents))
+
+
+def adaln_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    x, dy, _, *vectors = _row_inputs(shape, half, device)
+    outputs = _empty(x, *vectors)
+
+    def launches(config):
+        return adaln_op.backward_launches(x, vectors[1], dy, *outputs, EPS, config)
+
+    fn = functools.partial(plain.adaln, out_dtype=half)
+    return Trial(launches, outputs, functools.partial(_gradients, fn, (x, *vectors), (dy,)))
+
+
+def gate_adaln(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    primals = _row_inputs(shape, half, device)
+    tangents = _last(_row_inputs(shape, half, device), n)
+    out, out_dot = _empty(*primals[:2]), _empty(*_last(primals[:2], n))
+
+    def launches(config):
+        dots = (tangents, out, out_dot) if n else ((None,) * 5, out, (None, None))
+        return (gate_adaln_op.forward_launch(primals, *dots, shape.batch - n, EPS, config),)
+
+    fn = functools.partial(plain.gate_adaln, out_dtype=half)
+    return Trial(launches, (*out, *out_dot), functools.partial(_results, fn, primals, tangents))
+
+
+def gate_adaln_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    inputs = x, y, gate, _, scale = _row_inputs(shape, half, device)
+    dx_out, dh, *_ = _row_inputs(shape, half, device)
+    x_out = x + gate[:, None].float() * y
+    dx, dy, dgate, dshift, dscale = outputs = _empty(*inputs)
+
+    def launches(config):
+        sums = [dshift, dscale, dgate]
+        return gate_adaln_op.backward_launches(x_out, y, gate, scale, dx_out, dh, dx, dy, sums, EPS, config)
+
+    fn = functools.partial(plain.gate_adaln, out_dtype=half)
+    return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, (dx_out, dh)))
+
+
+def bias_gelu(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    size = (2, shape.batch, shape.tokens, 4 * shape.width)
+    x, x_dot = torch.randn(size, device=device).to(half)
+    bias = torch.randn(4 * shape.width, device=device).to(half)
+    tangents = _last((x_dot,), n)
+    y, *y_dot = outputs = _empty(x, *tangents)
+
+    def launches(config):
+        dots = (*tangents, *y_dot) if n else (None, None)
+        return (bias_gelu_op.forward_launch(x, bias, y, *dots, shape.batch - n, config),)
+
+    # a parameter: it has no tangent
+    fn = functools.partial(lambda x: plain.bias_gelu(x, bias.to(x.dtype)))
+    return Trial(launches, outputs, functools.partial(_results, fn, (x,), tangents))
+
+
+def bias_gelu_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    size = (2, shape.batch, shape.tokens, 4 * shape.width)
+    x, dy = torch.randn(size, device=device).to(half)
+    bias = torch.randn(4 * shape.width, device=device).to(half)
+    outputs = _empty(x, bias)
+
+    def launches(config):
+        return bias_gelu_op.backward_launches(x, bias, dy, *outputs, config)
+
+    return Trial(launches, outputs, functools.partial(_gradients, functools.partial(plain.bias_gelu), (x, bias), (dy,)))
+
+
+def sums(shape: Shape, half: torch.dtype, device: str, *, backward: Callable, config: object) -> Trial:
+    """The second stage of a backward: as many partial sums as a config of its first leaves."""
+    _, second = backward(shape, half, device).launches(config)
+    partial = second.args["partial_ptr"].normal_()
+    outputs = tuple(x for x in (second.args[f"sum{i}_ptr"] for i in range(3)) if x is not None)
+
+    def add_up(exact: bool) -> list[Tensor]:
+        x = partial.double() if exact else partial
+        return list(x.view(len(outputs), len(outputs[0]), -1, x.shape[-1]).sum(2))
+
+    return Trial(lambda config: (sum_partials(partial, list(outputs), config),), outputs, add_up)
+
+
+# --- attention ---
+
+
+def _packed(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """q, k and v where the projection left them: views of (B, L, 3, H, D)."""
+    size = (shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+    return torch.randn(size, device=device).to(half).unbind(2)
+
+
+def attention(shape: Shape, half: torch.dtype, device: str, *, dual: bool = False, beside: bool = False) -> Trial:
+    """The forward; ``beside`` others with a tangent, whose o is the same tensor."""
+    primals = _packed(shape, half, device)
+    tangents = _packed(shape, half, device) if dual else ()
+    o, o_dot = primals[0].new_empty(primals[0].shape), primals[0].new_empty(primals[0].shape) if dual else None
+    lse = o.new_empty((shape.batch, shape.heads, shape.tokens), dtype=torch.float32)
+    scale = shape.head_dim**-0.5
+
+    def launches(config):
+        return (forward_launch(primals, tangents or (None,) * 3, (o, o_dot, lse), scale, config),)
+
+    def library(backend):
+        _require(backend, primals[0])
+        with force_backend(forward=backend):
+            return attention_forward(*primals, scale, FORWARD, (o, lse) if beside else None)
+
+    def by_plain(exact):
+        q, k = (x.transpose(1, 2).double() if exact else x.transpose(1, 2) for x in primals[:2])
+        (o, *o_dot) = _results(functools.partial(plain.attention), primals, tangents, exact)
+        return [o, (q * scale @ k.mT).logsumexp(-1), *o_dot]
+
+    return Trial(launches, (o, lse, o_dot) if dual else (o, lse), by_plain, library)
+
+
+def attention_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    q, k, v = _packed(shape, half, device)
+    scale = shape.head_dim**-0.5
+    o, lse = (q.new_empty(q.shape), q.new_empty((shape.batch, shape.heads, shape.tokens), dtype=torch.float32))
+    if device != "meta":
+        o, lse = (x.contiguous() for x in attention_ref(q, k, v, scale=scale))
+    do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), _empty(q, k, v)
+
+    def launches(config):
+        return backward_launches(do, (q, k, v, o, lse), delta, outputs, scale, config)
+
+    def library(backend):
+        _require(backend, q)
+        with force_backend(backward=backend):
+            return attention_backward(do, q, k, v, o, lse, scale)
+
+    results = functools.partial(_gradients, functools.partial(plain.attention), (q, k, v), (do,))
+    return Trial(launches, outputs, results, library)
+
+
+def _require(backend: Backend, q: Tensor) -> None:
+    # raises Unserved where the back-end is not installed, or takes no such tensors
+    if not serves(backend, q, q):
+        raise Unserved("not installed, or it does not take this dtype on this device")
