@@ -73,6 +73,7 @@ def kind_of(row: dict) -> str:
         "regression": ("base", "ratio"),
         "inference": ("part", "steps", "model"),
         "kernel": ("op", "shape", "variant"),
+        "tune": ("table", "entry"),
         "optimizer": ("implementation",),
         "step": ("variant", "model", "images_per_second"),
         "breakdown": ("by", "ms"),

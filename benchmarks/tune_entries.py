@@ -31,8 +31,10 @@ def line(rows: list[dict]) -> str:
     rows = [row for row in rows if "same_as" not in row]
     timed = [row for row in rows if row["ms"]]
     words = [f"{row['ms']:.4f} ms shipped ({row['config']})" for row in timed if row["shipped"]]
-    if timed:
-        best = min(timed, key=lambda row: row["ms"])
+    best = min(timed, key=lambda row: row["ms"], default=None)
+    if best and best["shipped"]:
+        words.append("none is faster")
+    elif best:
         gain = f", {best['gain']['50']:.3f} times as fast" if best.get("gain") else ""
         words.append(f"{best['ms']:.4f} ms best ({best['config']}{gain})")
     return f"{rows[0]['op']} {rows[0]['shape']}: {'; '.join([*words, f'{len(timed)} of {len(rows)} timed'])}"

@@ -48,6 +48,12 @@ def kernel(op: str, variant: str, ms: float, *, flops: float, moved: float, shap
     return row | bound | {"tflops": 1.0, "gbps": 1.0} | GPU
 
 
+def tuned(config: str, ms: float | None, *, shipped: bool = False, gain: dict | None = None) -> dict:
+    row = {"kind": "tune", "op": "f", "shape": "XL/2 mixed", "dtype": "bfloat16", "table": "f/config.py, FORWARD"}
+    times = quantiles(ms) if ms else {"ms": None}
+    return GPU | row | times | {"config": config, "entry": f"Config({config})", "shipped": shipped, "gain": gain}
+
+
 def accounts() -> dict:
     parts = {"guidance": 1.25e12, "primal": 2e12, "tangent": 0.5e12, "backward": 4e12}
     row = {"preset": "imagenet-b4", "batch": 256, "precision": "bf16", "forward_flops": 2e12}
@@ -93,6 +99,13 @@ def made_up() -> list[dict]:
         kernel("adaln", "ours", 0.1, flops=0, moved=3e8),
         kernel("adaln", "func.jvp, compiled", 0.3, flops=0, moved=3e8),
         kernel("silu", "ours", 0.01, flops=0, moved=3e7, shape="B/4 256x64x12x64"),
+    ]
+    gains = {"20": 1.9, "50": 2.0, "80": 2.1}
+    found += [
+        tuned("old", 2.0, shipped=True, gain=dict.fromkeys(gains, 1.0)),
+        tuned("new", 1.0, gain=gains),
+        tuned("worse", 4.0, gain=dict.fromkeys(gains, 0.5)),
+        GPU | tuned("big", None) | {"missing": {"ms": "spills: [8]"}},
     ]
     parts = {"guidance": 20.0, "primal": 30.0, "tangent": -1.0, "backward": 60.0, "optimizer": 11.0}
     kinds = {"GEMM": 70.0, "attention": 10.0, "pointwise": 30.0, "idle": 10.0}
@@ -213,6 +226,17 @@ def test_every_section_has_its_rows(page):
     assert set(reader.sections) == {*report.SECTIONS, "parts", "environment"}
     assert all(tables for tables in reader.sections.values())
     assert "No rows" not in text
+
+
+def test_the_tuner_shows_the_fastest_config(page):
+    _, text, _ = page
+    section = html.unescape(text.partition('id="tune"')[2].partition("</section>")[0])
+    assert '<td class="words">new</td>' in section and '<td class="words">old</td>' in section
+    assert "worse" not in section and "3 of 4" in section
+    assert (
+        "f/config.py, FORWARD should read Config(new): 2.00 times as fast over 1 shapes, 2.00 at the least." in section
+    )
+    assert "Not timed: spills: [8]: f big." in section
 
 
 def test_speeds(page):

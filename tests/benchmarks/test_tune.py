@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the tuner launches Triton kernels")
 
-from benchmarks import report, tune, tune_entries  # noqa: E402
+from benchmarks import tune, tune_entries  # noqa: E402
 from benchmarks.tune_subjects import SHAPES, subjects  # noqa: E402
 from benchmarks.tune_trials import Trial  # noqa: E402
 
@@ -128,25 +128,6 @@ def test_an_entry_changes_where_all_its_shapes_gain_more_than_noise():
     (entry,) = tune_entries.entries(rows)
     assert (entry["table"], entry["entry"], entry["shapes"]) == ("a", "fast", 2)
     assert entry["50"] == pytest.approx(1.25)
-
-
-def test_the_report_shows_the_fastest_config(tmp_path):
-    columns = {"dtype": "bfloat16", "gpu": "NVIDIA H200", "device": "cuda", "commit": "abc", "date": "2030-01-02"}
-    found = []
-    for row, ms, config in (
-        (_row("a", "x", "old", 1, 1, 1), 2.0, "slow"),
-        (_row("a", "x", "new", 1.9, 2.0, 2.1), 1.0, "quick"),
-        (_row("a", "x", "worse", 0.4, 0.5, 0.6), 4.0, "slower"),
-    ):
-        found.append(columns | row | {"kind": "tune", "config": config, "ms": ms, "ms_20": ms, "ms_80": ms})
-    found.append(columns | _row("a", "x", "big") | {"kind": "tune", "config": "big", "ms": None})
-    found[-1]["missing"] = {"ms": "spills: [8]"}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    assert report.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "report.html").read_text()
-    assert "quick" in text and "slower" not in text and "3 of 4" in text
-    assert "a should read new: 2.00 times as fast over 1 shapes, 2.00 at the least." in text
-    assert "Not timed: spills: [8]: f big." in text
 
 
 COMPILE = """
