@@ -60,10 +60,12 @@ def device_ms(fn: Callable[[], object], cold: ColdCache, host_ms: float, samples
     return found
 
 
-def timed_ms(fn: Callable[[], object], cold: ColdCache, host_ms: float) -> float:
-    """One sample of :func:`device_ms`."""
+def timed_ms(fn: Callable[[], object], cold: ColdCache, host_ms: float, before: Callable | None = None) -> float:
+    """One sample of :func:`device_ms`; ``before`` runs between the flush and the clock's start."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cold.flush(math.ceil(1.5 * host_ms / cold.ms) + 1)
+    if before:
+        before()
     start.record()
     fn()
     end.record()

@@ -14,6 +14,7 @@ the shipped ones by more than the noise, over all shapes that an entry serves.
 
 import argparse
 import contextlib
+import enum
 import json
 import math
 import sys
@@ -42,6 +43,10 @@ SHARE = 0.1
 """Of the seconds: what the turns of one kernel may take."""
 FLOOR = {torch.bfloat16: 8e-4, torch.float16: 1e-4, torch.float32: 1e-6}
 """The tests' (tests/kernels/tolerances.py)."""
+
+
+LOST = ("illegal", "misaligned", "launch failure", "assert triggered")
+"""Words of CUDA's errors after which a process can ask nothing of its GPU any more."""
 
 
 class Refused(Exception):
@@ -120,8 +125,7 @@ def check(trial: Trial, bar: Bar, subject: Subject, config: object) -> tuple[Cal
     except Refused:
         raise
     except Exception as error:
-        if "CUDA error" in str(error):
-            # the context is lost, and with it everything after
+        if any(words in str(error) for words in LOST):
             raise
         words = (str(error).strip() or "no message").splitlines()[0][:200]
         raise Refused(f"does not run: {type(error).__name__}: {words}") from None
@@ -140,19 +144,23 @@ class Clock:
         """How long the host takes to enqueue a call: milliseconds."""
         return host_ms(call, self.device, samples=3) if self._cold else 0.0
 
-    def time(self, call: Callable, lead: float) -> float:
-        return timed_ms(call, self._cold, lead) if self._cold else wall_ms(call, samples=1)[0]
+    def time(self, call: Callable, lead: float, before: Callable | None) -> float:
+        return timed_ms(call, self._cold, lead, before) if self._cold else wall_ms(call, samples=1)[0]
 
 
-def in_turn(calls: dict[str, Callable], clock: Clock, until: float) -> dict[str, list[float]]:
+def in_turn(
+    calls: dict[str, Callable], clock: Clock, until: float, before: Callable | None = None
+) -> dict[str, list[float]]:
     """Samples of each call, one a round; every other round backwards, so that nobody always follows the same one."""
-    leads = {name: clock.lead(call) for name, call in calls.items()}
+    # what comes before a call is enqueued under the same flush
+    extra = clock.lead(before) if before else 0.0
+    leads = {name: clock.lead(call) + extra for name, call in calls.items()}
     samples = {name: [] for name in calls}
     for turn in range(ROUNDS):
         if turn >= FEWEST[clock.device] and arbiter.running_seconds() > until:
             break
         for name in list(calls) if turn % 2 else reversed(calls):
-            samples[name].append(clock.time(calls[name], leads[name]))
+            samples[name].append(clock.time(calls[name], leads[name], before))
     return samples
 
 
@@ -174,7 +182,8 @@ def sweep(subject: Subject, index: int, ahead: Ahead | None, clock: Clock, secon
         except Refused as error:
             rows[name] |= {"ms": None, "missing": {"ms": str(error)}}
     with arbiter.alone(clock.device):
-        samples = in_turn(calls, clock, min(until, arbiter.running_seconds() + seconds))
+        end = min(until, arbiter.running_seconds() + seconds)
+        samples = in_turn(calls, clock, end, trial.before and trial.before.run)
     shipped = samples.get(subject.label(subject.shipped))
     for name, found in samples.items():
         rows[name] |= dict(zip(("ms_20", "ms", "ms_80"), quantiles(found), strict=True)) | {"samples": len(found)}
@@ -196,7 +205,7 @@ def identity(subject: Subject, config: object) -> dict:
         "dtype": str(subject.half).removeprefix("torch."),
         "table": subject.table,
         "config": subject.label(config),
-        "entry": repr(config) if subject.compiles(config) else str(config),
+        "entry": str(config) if isinstance(config, enum.Enum) else repr(config),
         "shipped": config == subject.shipped,
         **asdict(subject.shape),
     }
@@ -211,7 +220,11 @@ def run(chosen: dict[int, Subject], arch: int, device: str, seconds: float, keep
             if arbiter.running_seconds() > until:
                 print(f"the {seconds:.0f} s are over: {len(chosen) - done} kernels are left out", flush=True)
                 break
-            rows = sweep(subject, index, ahead, clock, SHARE * seconds, until)
+            try:
+                rows = sweep(subject, index, ahead, clock, SHARE * seconds, until)
+            except torch.OutOfMemoryError:
+                print(f"{subject.title}: out of memory", flush=True)
+                continue
             print(line(rows), flush=True)
             keep([merge(row, clocks(device)) for row in rows])
 

@@ -13,6 +13,8 @@ from . import arbiter
 from .tune_subjects import Subject, subjects
 from .tune_trials import Trial
 
+MOST = 15
+"""Workers: a container's cores may be fewer than the machine's that it sees."""
 SECONDS = 60
 """After these a config is given up: one kernel takes 1 to 10."""
 
@@ -76,7 +78,7 @@ class Ahead:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         # one core is left to the process that times
-        self._pool = context.Pool(max(1, os.cpu_count() - 1))
+        self._pool = context.Pool(min(MOST, max(1, len(os.sched_getaffinity(0)) - 1)))
         every = subjects(arch, device)
         self._found = {
             (index, config): self._pool.apply_async(compile_one, (arch, device, index, config))

@@ -60,12 +60,12 @@ class Subject:
         return f"{self.op} {self.model} {self.part} {self.shape}"
 
     def compiles(self, config: object) -> bool:
-        """Whether a config is a kernel's, and no library."""
-        return not isinstance(config, enum.Enum)
+        """Whether a config is of kernels of ours, and no library."""
+        return config is Backend.TRITON or not isinstance(config, enum.Enum)
 
     def label(self, config: object) -> str:
         """A config in words: where it has none of its own, by the fields that are not the shipped one's."""
-        if not self.compiles(config):
+        if isinstance(config, enum.Enum):
             return config.value
         if isinstance(config, tuple):
             return ", ".join(map(str, config))
@@ -89,7 +89,8 @@ def _subject(op: str, model: str, part: str, shape: Shape, half: torch.dtype, ta
     build = functools.partial(build, shape, half)
     trial, same, first = build("meta"), {}, {}
     for config in (shipped, *candidates):
-        key = config if isinstance(config, enum.Enum) else _signature(trial.launches(config))
+        library = isinstance(config, enum.Enum) and config is not Backend.TRITON
+        key = config if library else _signature(trial.launches(config))
         same[config] = first.setdefault(key, config)
     return Subject(op, model, part, shape, half, table, shipped, same, build)
 
@@ -100,8 +101,10 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
     length = on(device, base).tokens
     dual, single = (choose(arch, half, d, length) for choose in (dual_config, plain_config))
     triton = backward_configs(arch, half, d, length)
-    forward = functools.partial(tune_trials.attention, dual=True)
-    beside = functools.partial(tune_trials.attention, beside=True)
+    forward = functools.partial(tune_trials.attention, shipped=single)
+    beside = functools.partial(forward, beside=True)
+    both = functools.partial(tune_trials.attention, shipped=dual, dual=True)
+    backward = functools.partial(tune_trials.attention_bwd, shipped=triton)
     duals, singles = attention_candidates.dual_candidates(arch, d), attention_candidates.plain_candidates(arch, d)
     pairs = attention_candidates.backward_candidates(arch)
 
@@ -110,18 +113,16 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
         return first, tuple(Backend)
 
     for op, part, batch, table, (shipped, candidates), build in (
-        ("attention_jvp", "mixed", some, "dual", (dual, duals), forward),
-        ("attention", "guidance", base.batch + some, "plain", (single, singles), tune_trials.attention),
-        ("attention", "mixed", base.batch - some, "plain", (single, singles), tune_trials.attention),
-        ("attention library", "guidance", base.batch + some, "FORWARD", library(FORWARD), tune_trials.attention),
+        ("attention_jvp", "mixed", some, "dual", (dual, duals), both),
+        ("attention", "guidance", base.batch + some, "plain", (single, singles), forward),
+        ("attention", "mixed", base.batch - some, "plain", (single, singles), forward),
+        ("attention library", "guidance", base.batch + some, "FORWARD", library(FORWARD), forward),
         ("attention library", "mixed", base.batch - some, "BESIDE", library(BESIDE), beside),
-        ("attention_bwd library", "backward", base.batch, "BACKWARD", library(BACKWARD), tune_trials.attention_bwd),
-        ("attention_bwd", "backward", base.batch, "backward", (triton, pairs), tune_trials.attention_bwd),
+        ("attention_bwd library", "backward", base.batch, "BACKWARD", library(BACKWARD), backward),
+        ("attention_bwd", "backward", base.batch, "backward", (triton, pairs), backward),
     ):
-        shape, place = (
-            on(device, replace(base, batch=batch)),
-            f"attention/config.py, {table}, head dim {d}, {length} tokens",
-        )
+        shape = on(device, replace(base, batch=batch))
+        place = f"attention/config.py, {table}, head dim {d}, {length} tokens"
         yield _subject(op, model, part, shape, half, place, shipped, candidates, build)
 
 
@@ -138,7 +139,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
     shape, more = on(device, base), on(device, replace(base, batch=base.batch + base.batch // 4))
     single, dual = functools.partial(forward, n=0), functools.partial(forward, n=max(1, shape.batch // 4))
     sums = functools.partial(tune_trials.sums, backward=backward, config=module.BACKWARD)
-    for name, part, shape, table, build in (
+    for name, part, size, table, build in (
         (f"{op}_jvp", "mixed", shape, "FORWARD", dual),
         (op, "guidance", more, "FORWARD", single),
         (f"{op}_bwd", "backward", shape, "BACKWARD", backward),
@@ -147,7 +148,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
         # adaln runs twice a step, and has no candidates for its sums
         if found := getattr(candidates, f"{table}_CANDIDATES", ()):
             place = f"{op}/config.py, {table}"
-            yield _subject(name, model, part, shape, half, place, getattr(module, table), found, build)
+            yield _subject(name, model, part, size, half, place, getattr(module, table), found, build)
 
 
 ORDER = (

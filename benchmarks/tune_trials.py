@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from meanflow_kernels.adaln import op as adaln_op
 from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
-from meanflow_kernels.attention.config import FORWARD, Backend
+from meanflow_kernels.attention.config import FORWARD, AttentionConfig, Backend
 from meanflow_kernels.attention.launches import backward_launches, forward_launch
 from meanflow_kernels.attention.reference import attention_ref
 from meanflow_kernels.bias_gelu import op as bias_gelu_op
@@ -41,6 +41,8 @@ class Trial:
     """The same by plain torch: in fp64 from the same rounded inputs, or as an ordinary user's would be."""
     library: Callable[[enum.Enum], tuple[Tensor, ...]] | None = None
     """The same by a library that stands where a config may."""
+    before: Launch | None = None
+    """What runs before the clock starts, and leaves in the cache what it wrote."""
 
 
 def _results(fn: functools.partial, primals: tuple, tangents: tuple, exact: bool) -> list[Tensor]:
@@ -161,16 +163,18 @@ def bias_gelu_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
 
 
 def sums(shape: Shape, half: torch.dtype, device: str, *, backward: Callable, config: object) -> Trial:
-    """The second stage of a backward: as many partial sums as a config of its first leaves."""
-    _, second = backward(shape, half, device).launches(config)
-    partial = second.args["partial_ptr"].normal_()
+    """The second stage of a backward, on the partial sums that a config of its first leaves."""
+    first, second = backward(shape, half, device).launches(config)
+    partial = second.args["partial_ptr"]
+    if device != "meta":
+        first.run()
     outputs = tuple(x for x in (second.args[f"sum{i}_ptr"] for i in range(3)) if x is not None)
 
     def add_up(exact: bool) -> list[Tensor]:
         x = partial.double() if exact else partial
         return list(x.view(len(outputs), len(outputs[0]), -1, x.shape[-1]).sum(2))
 
-    return Trial(lambda config: (sum_partials(partial, list(outputs), config),), outputs, add_up)
+    return Trial(lambda config: (sum_partials(partial, list(outputs), config),), outputs, add_up, before=first)
 
 
 # --- attention ---
@@ -182,8 +186,10 @@ def _packed(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, ...]:
     return torch.randn(size, device=device).to(half).unbind(2)
 
 
-def attention(shape: Shape, half: torch.dtype, device: str, *, dual: bool = False, beside: bool = False) -> Trial:
-    """The forward; ``beside`` others with a tangent, whose o is the same tensor."""
+def attention(
+    shape: Shape, half: torch.dtype, device: str, *, shipped: AttentionConfig, dual: bool = False, beside: bool = False
+) -> Trial:
+    """The forward; ``shipped`` is Triton's config, and ``beside`` others with a tangent o is a part of theirs."""
     primals = _packed(shape, half, device)
     tangents = _packed(shape, half, device) if dual else ()
     o, o_dot = primals[0].new_empty(primals[0].shape), primals[0].new_empty(primals[0].shape) if dual else None
@@ -191,6 +197,7 @@ def attention(shape: Shape, half: torch.dtype, device: str, *, dual: bool = Fals
     scale = shape.head_dim**-0.5
 
     def launches(config):
+        config = shipped if config is Backend.TRITON else config
         return (forward_launch(primals, tangents or (None,) * 3, (o, o_dot, lse), scale, config),)
 
     def library(backend):
@@ -206,7 +213,10 @@ def attention(shape: Shape, half: torch.dtype, device: str, *, dual: bool = Fals
     return Trial(launches, (o, lse, o_dot) if dual else (o, lse), by_plain, library)
 
 
-def attention_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+def attention_bwd(
+    shape: Shape, half: torch.dtype, device: str, *, shipped: tuple[AttentionConfig, AttentionConfig]
+) -> Trial:
+    """The backward; ``shipped`` are Triton's configs."""
     q, k, v = _packed(shape, half, device)
     scale = shape.head_dim**-0.5
     o, lse = (q.new_empty(q.shape), q.new_empty((shape.batch, shape.heads, shape.tokens), dtype=torch.float32))
@@ -215,6 +225,7 @@ def attention_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
     do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), _empty(q, k, v)
 
     def launches(config):
+        config = shipped if config is Backend.TRITON else config
         return backward_launches(do, (q, k, v, o, lse), delta, outputs, scale, config)
 
     def library(backend):
