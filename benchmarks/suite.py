@@ -216,6 +216,7 @@ def listing(parts: list[Part]) -> str:
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.suite", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("parts", nargs="*", metavar="PART", help="run these alone (default all of the run; see --list)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows, the logs and the report")
     parser.add_argument("--full", action="store_true", help="every part")
     parser.add_argument("--budget", type=float, metavar="SECONDS",
@@ -242,6 +243,9 @@ def main(args: list[str] | None = None) -> int:
     try:
         suite = Suite(options.out, device, options.commit, budget)
         parts = chosen(device, full=options.full, tests=not options.skip_tests)
+        if unknown := set(options.parts) - {part.name for part in parts}:
+            parser.error(f"PART: got {min(unknown)}, wanted some of {', '.join(part.name for part in parts)}")
+        parts = [part for part in parts if part.name in (options.parts or part.name)]
         return suite.run([rehearsed(part) for part in parts] if options.rehearse else parts)
     except UserError as error:
         print(f"benchmarks.suite: error: {error}", file=sys.stderr)
