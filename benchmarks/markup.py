@@ -41,6 +41,11 @@ def percent(value: float | None) -> str:
     return NONE if value is None else f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
 
 
+def power(value: float | None) -> str:
+    """Two digits and a power of ten."""
+    return NONE if value is None else re.sub(r"e([+-])0", r"e\1", f"{value:.1e}")
+
+
 def gib(row: dict) -> float | None:
     """A row's peak memory."""
     return row["peak_bytes"] / GIB if row.get("peak_bytes") else None

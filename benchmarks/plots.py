@@ -3,6 +3,7 @@
 import io
 import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ WIDTH = 6.4
 """Inches; a narrow window shows it at half of that."""
 OURS = ["#0072b2", "#56a5d8", "#9ccbe8", "#003f66", "#3d6b8c"]
 OTHERS = ["#999999", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#8c6d31", "#5254a3", "#b3b300", "#4d4d4d", "#7fbf9f"]
+NAMED = {"naive": OTHERS[0], "naive-compiled": OTHERS[1], "ours": OURS[0], "ours-captured": OURS[3]}
+"""The variants of most pictures, each in one colour."""
 DARK = {"#0072b2", "#003f66", "#3d6b8c", "#009e73", "#8c6d31", "#5254a3", "#4d4d4d"}
 """Colours on which words are white."""
 INK, FAINT = "#222222", "#767676"
@@ -34,18 +37,25 @@ INK, FAINT = "#222222", "#767676"
 
 def colours(names: list[str]) -> dict[str, str]:
     """A colour a name: ours are blue."""
-    found: dict[str, str] = {}
+    found = {name: NAMED[name] for name in names if name in NAMED}
     for name in dict.fromkeys(names):
-        own = name.startswith(("ours", "native"))
-        known = sum(other.startswith(("ours", "native")) == own for other in found)
-        palette = OURS if own else OTHERS
-        found[name] = palette[known % len(palette)]
+        palette = OURS if name.startswith(("ours", "native")) else OTHERS
+        free = [shade for shade in palette if shade not in found.values()]
+        found.setdefault(name, free[0] if free else palette[len(found) % len(palette)])
     return found
 
 
-def new(height: float, hardware: str, panels: int = 1, names: int = 0) -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side, ``height`` inches without what stands below: a legend of ``names`` names in
-    three columns, and the lines that name the hardware."""
+def two_colours(names: Iterable[str]) -> dict[str, str]:
+    """Ours blue, all others grey."""
+    return {name: OURS[0] if name.startswith("ours") else OTHERS[0] for name in names}
+
+
+def new(
+    height: float, hardware: str, panels: int = 1, names: int = 0, heights: tuple[float, ...] = ()
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, or one above the other where their relative ``heights`` are given; ``height``
+    inches without what stands below: a legend of ``names`` names in three columns, and the lines that name the
+    hardware."""
     lines = textwrap.wrap(hardware, 118)
     foot = 0.06 + 0.12 * len(lines)
     legend = 0.06 + 0.175 * -(-names // 3) if names else 0
@@ -54,6 +64,8 @@ def new(height: float, hardware: str, panels: int = 1, names: int = 0) -> tuple[
     below = (foot + legend) / height
     figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
     figure.text(0.01, 0.02 / height, "\n".join(lines), fontsize=7, color=FAINT, va="bottom")
+    if heights:
+        return figure, list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
@@ -70,28 +82,39 @@ def finish(figure: Figure, title: str) -> Figure:
 
 
 def bars(
-    title: str, hardware: str, unit: str, values: dict[str, tuple], words: dict[str, str], colour: str | None = None
+    title: str, hardware: str, unit: str, values: dict[str, tuple], words: dict[str, str], known: dict | None = None
 ) -> Figure:
-    """A bar a name with whiskers: ``values`` are (value, low, high), or (value,) without whiskers."""
+    """A bar a name with whiskers: ``values`` are (value, low, high), or (value,) without whiskers; ``known`` are the
+    names' colours."""
+    return panels_of_bars(title, hardware, unit, {"": (values, words)}, known)
+
+
+def panels_of_bars(
+    title: str, hardware: str, unit: str, panels: dict[str, tuple[dict, dict]], known: dict[str, str] | None = None
+) -> Figure:
+    """``bars`` one above the other: the (values, words) of each, by what stands above it."""
     with rc_context(STYLE):
-        labels = ["\n".join(textwrap.wrap(name, 40)) for name in values]
-        longest = max(len(line) for label in labels for line in label.split("\n"))
-        lines = max(1 + label.count("\n") for label in labels)
-        figure, (ax,) = new(1.0 + (0.16 + 0.14 * lines) * len(values), hardware)
-        of_name, right = colours(list(values)), 0.0
-        for y, (name, (value, *spread)) in enumerate(values.items()):
-            ax.barh(y, value, color=colour or of_name[name], height=0.7)
-            if spread:
-                ax.plot(spread, (y, y), color=INK, linewidth=1.2, marker="|", markersize=7)
-            end = max(value, *spread, 0)
-            ax.annotate(words[name], (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
-            # room for the words behind the bar, in inches of the axes' width
-            room = (0.15 + 0.07 * len(words[name])) / (WIDTH - 0.3 - 0.075 * longest)
-            right = max(right, end / (1 - min(0.8, room)))
-        ax.set_yticks(range(len(values)), labels)
-        ax.set_ylim(len(values) - 0.5, -0.5)
-        ax.set_xlim(0, right)
-        ax.set_xlabel(unit)
+        labels = {name: "\n".join(textwrap.wrap(name, 40)) for values, _ in panels.values() for name in values}
+        bar = 0.16 + 0.14 * max(1 + label.count("\n") for label in labels.values())
+        heights = tuple(bar * len(values) for values, _ in panels.values())
+        figure, axes = new(0.3 + 0.7 * len(panels) + sum(heights), hardware, heights=heights)
+        known = known or colours(list(labels))
+        # inches that the names leave to the bars
+        width = WIDTH - 0.3 - 0.075 * max(len(line) for label in labels.values() for line in label.split("\n"))
+        for ax, (above, (values, words)) in zip(axes, panels.items(), strict=True):
+            right = 0.0
+            for y, (name, (value, *spread)) in enumerate(values.items()):
+                ax.barh(y, value, color=known[name], height=0.7)
+                if spread:
+                    ax.plot(spread, (y, y), color=INK, linewidth=1.2, marker="|", markersize=7)
+                end, beside = max(value, *spread, 0), {"textcoords": "offset points", "va": "center", "fontsize": 8}
+                ax.annotate(words[name], (end, y), (5, 0), color=INK, **beside)
+                right = max(right, end / (1 - min(0.8, (0.15 + 0.062 * len(words[name])) / width)))
+            ax.set_yticks(range(len(values)), [labels[name] for name in values])
+            ax.set_ylim(len(values) - 0.5, -0.5)
+            ax.set_xlim(0, right)
+            ax.set_title(above)
+        axes[-1].set_xlabel(unit)
         return finish(figure, title)
 
 

@@ -3,7 +3,8 @@
 python -m benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows rows.jsonl      (measures)
 python -m benchmarks.projection rows.jsonl                                                       (projects)
 
-A recipe takes its steps of 256 images, on 256 / batch GPUs with the measured batch each. Data parallel GPUs sum fp32
+ROWS are files of JSON lines or folders of them; of a recipe and variant the newest row of a card counts. A recipe takes
+its steps of 256 images, on 256 / batch GPUs with the measured batch each. Data parallel GPUs sum fp32
 gradients by a ring: 2 (n - 1) / n times the parameters' bytes through each GPU's link. The shorter time hides that
 behind the backward, the longer one adds it; the real one lies between if nothing else (data, the slowest rank) is in
 the way.
@@ -18,6 +19,7 @@ from meanflow.errors import UserError
 from meanflow.presets import BATCH, preset
 
 from .accounting import META
+from .rows import newest, read
 from .table import table
 
 LINK_GBPS = 450.0
@@ -28,6 +30,16 @@ def parameter_bytes(name: str) -> int:
     """Of a preset's network, in fp32."""
     with META:
         return sum(p.nbytes for p in build_net(preset(name).model).parameters())
+
+
+def usable(rows: list[dict]) -> list[dict]:
+    """Of step rows those whose time says what a recipe takes: of ours, on a GPU, with a batch that divides a recipe's.
+
+    A variant that did not fit is a row without a time, and the same step of another preset is no row of this one.
+    """
+    found = [r for r in rows if r.get("preset") and r.get("gpu") and r.get("ms")]
+    found = [r for r in found if r["variant"].startswith("ours") and BATCH % r["batch"] == 0]
+    return newest(found, lambda r: (r["preset"], r["gpu"], r["batch"], r["variant"]))[0]
 
 
 def project(row: dict, link_gbps: float) -> dict:
@@ -57,26 +69,21 @@ def project(row: dict, link_gbps: float) -> dict:
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.projection", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("measured", type=Path, help="file of rows that benchmarks.step --preset wrote on a GPU")
+    parser.add_argument("measured", nargs="+", type=Path, metavar="ROWS",
+                        help="rows that benchmarks.step --preset wrote on a GPU")  # fmt: skip
     parser.add_argument("--link-gbps", type=float, default=LINK_GBPS, help=f"GB/s of a GPU's link ({LINK_GBPS:g})")
     parser.add_argument("--rows", type=Path, default=None, help="append the projections to this file of JSON lines")
     options = parser.parse_args(args)
     try:
-        found = [json.loads(line) for line in options.measured.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise SystemExit(f"measured: got {options.measured}, wanted a file of JSON lines ({error})") from None
-    # a variant that did not fit is a row without a time
-    steps = [r for r in found if r.get("kind") == "step" and r.get("preset") and r.get("gpu") and r.get("ms")]
-    usable = [r for r in steps if r["variant"].startswith("ours") and BATCH % r["batch"] == 0]
-    if not usable:
-        raise SystemExit(
-            f"measured: got {options.measured} without a step of a preset on a GPU, wanted one; "
-            "run benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows FILE on a GPU"
-        )
-    try:
-        rows = [project(row, options.link_gbps) for row in usable]
+        steps = usable(read(options.measured).by_kind["step"])
+        rows = [project(row, options.link_gbps) for row in steps]
     except UserError as error:
         raise SystemExit(f"benchmarks.projection: error: {error}") from None
+    if not rows:
+        raise SystemExit(
+            f"ROWS: got {', '.join(map(str, options.measured))} without a step of a preset on a GPU, wanted one; "
+            "run benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows FILE on a GPU"
+        )
     if options.rows:
         with options.rows.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

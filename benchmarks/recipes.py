@@ -1,8 +1,8 @@
 """What the paper's recipes ask of the hardware: ``python -m benchmarks.recipes --gpus 8 --mfu 0.4``.
 
-Work and memory are counted on the step's own code (benchmarks.accounting), in bf16. Hours are a PROJECTION: the counted
-work over the datasheet's peak and a supposed MFU, the share of that peak that a step reaches. Measured steps give
-better ones: benchmarks.projection.
+Work and memory are counted on the step's own code (benchmarks.accounting), in bf16. Hours are a PROJECTION. Those by
+card are the counted work over the datasheet's peak and a supposed MFU, the share of that peak that a step reaches.
+Where --rows has a measured step of a recipe, hours from the fastest of ours are beside them (benchmarks.projection).
 
     weights   fp32 weights, gradients, two moments, average, and the bf16 copies: 22 bytes a parameter
     saved     what a forward keeps for its backward, of a GPU's samples; --train.checkpoint-blocks and
@@ -12,21 +12,25 @@ better ones: benchmarks.projection.
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from meanflow.errors import UserError, require
 from meanflow.peaks import PEAKS
 from meanflow.presets import PRESETS, preset
 
 from .accounting import account
-from .table import table
+from .projection import LINK_GBPS, project, usable
+from .rows import read
+from .table import markdown_table, table
 
 RECIPES = [name for name in PRESETS if name.startswith("imagenet-")]
 CARDS = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
+RESULTS = Path(__file__).parent / "results"
 STATE_BYTES = 4 + 4 + 8 + 4 + 2
 BATCHES = 200
 
 
-def ask(name: str, gpus: int, mfu: float) -> dict:
+def demands(name: str, gpus: int, mfu: float) -> dict:
     """A recipe's demands, as plain values.
 
     Raises:
@@ -62,27 +66,65 @@ def ask(name: str, gpus: int, mfu: float) -> dict:
     }
 
 
-def text(rows: list[dict]) -> str:
-    """As a table."""
+def measured(steps: list[dict]) -> dict[str, dict]:
+    """By recipe the projection from its shortest measured step an image."""
+    found = sorted(usable(steps), key=lambda row: row["ms"] / row["batch"], reverse=True)
+    return {row["preset"]: project(row, LINK_GBPS) for row in found}
+
+
+def lines_of(rows: list[dict], projected: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table."""
     head = rows[0]
-    hours = [f"hours, {head['gpus']} {card}" for card in CARDS]
-    header = ["recipe", "parameters", "batch a GPU", "weights", "saved", "TFLOP a step", "steps", *hours, "FID (paper)"]
+    header = ["recipe", "parameters", "weights, optimizer, average", "kept for backward", "work of a step", "steps"]
+    header += [f"hours on {head['gpus']} {card} *" for card in CARDS] + ["hours, from a measured step", "FID (paper)"]
     lines = [
         [
             r["preset"],
             f"{r['parameters'] / 1e6:.0f} M",
-            r["batch_per_gpu"],
             f"{r['weights_gb']:.1f} GB",
             f"{r['saved_gb']:.1f} GB",
-            f"{r['step_tflop']:.0f} ({r['step_in_forwards']:.2f} F)",
+            f"{r['step_tflop']:.0f} TFLOP ({r['step_in_forwards']:.2f} F)",
             f"{r['steps']:,}",
-            *(f"{value:.0f}" for value in r["hours_projected"].values()),
+            *(hours_words(value) for value in r["hours_projected"].values()),
+            measured_words(projected.get(r["preset"])),
             "2.20 in 2 steps" if r["fid_paper"] is None else f"{r['fid_paper']:g}",
         ]
         for r in rows
     ]
-    note = f"hours: PROJECTION at a supposed MFU of {head['mfu_supposed']:.0%}, not measured; work and bytes: counted"
-    return f"{table(header, lines)}\n{note}"
+    return header, lines
+
+
+def hours_words(hours: float) -> str:
+    return f"{hours:.1f}" if hours < 10 else f"{hours:.0f}"
+
+
+def measured_words(row: dict | None) -> str:
+    """Hours from a measured step, and which."""
+    if row is None:
+        return "-"
+    low, high = (f"{row[name]:.1f}" for name in ("hours_hidden", "hours"))
+    card = row["gpu"].removeprefix("NVIDIA ")
+    return f"{low} to {high} on {row['gpus']} {card} ({row['variant']}, {row['measured_ms']:.1f} ms for {row['batch']})"
+
+
+def notes(rows: list[dict]) -> str:
+    head = rows[0]
+    return (
+        f"Hours are PROJECTIONS, no such run was made. * counted work at a supposed MFU of {head['mfu_supposed']:.0%}, "
+        f"{head['batch_per_gpu']} samples a GPU. From a measured step on one GPU: with the gradients' exchange hidden, "
+        "and with all of it added. Work and bytes are counted."
+    )
+
+
+def text(rows: list[dict], projected: dict[str, dict]) -> str:
+    """As a table."""
+    return f"{table(*lines_of(rows, projected))}\n{notes(rows)}"
+
+
+def markdown(rows: list[dict], projected: dict[str, dict]) -> str:
+    """As a table in Markdown."""
+    header, lines = lines_of(rows, projected)
+    return f"{markdown_table(header, [[f'`{name}`', *cells] for name, *cells in lines])}\n\n{notes(rows)}"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -91,13 +133,19 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=8, help="that share the batch of 256 (default 8)")
     parser.add_argument("--mfu", type=float, default=0.4, help="supposed for the hours (default 0.4)")
     parser.add_argument("--presets", nargs="+", default=RECIPES, help="recipes (default: the six of Table 4)")
+    parser.add_argument("--rows", nargs="+", type=Path, default=[RESULTS], metavar="ROWS",
+                        help="measured steps: files or folders of rows (default: those committed)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args(args)
     try:
-        rows = [ask(name, options.gpus, options.mfu) for name in options.presets]
+        projected = measured(read(options.rows).by_kind["step"])
+        rows = [demands(name, options.gpus, options.mfu) for name in options.presets]
     except UserError as error:
         parser.error(str(error))
-    print(json.dumps(rows, indent=2) if options.json else text(rows))
+    if options.json:
+        print(json.dumps([row | {"from_measured": projected.get(row["preset"])} for row in rows], indent=2))
+    else:
+        print(text(rows, projected))
 
 
 if __name__ == "__main__":

@@ -14,22 +14,22 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from . import kernel_table, sections, step_sections, tune_entries
+from . import kernel_table, peer_sections, sections, step_sections, tune_entries
 from .markup import NONE, Page, grid, notes, number
 from .rows import Rows, by_machine, clock_words, device_name, missing, read
 
 CSS = """
 :root { color-scheme: light }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff }
-body { max-width: 70rem; margin: auto; padding: 0 1rem 4rem }
+body { max-width: 72rem; margin: auto; padding: 0 1rem 4rem }
 h1 { font-size: 1.5rem } h3 { font-size: 1rem; margin: 1.6rem 0 .3rem }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: #555; font-size: 12px; padding: .2rem 0; caption-side: bottom }
-th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3.5rem; max-width: 7rem }
+th, td { padding: .15rem .45rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; min-width: 3rem; max-width: 6.5rem }
 td.words, th.words { text-align: left }
-td.long { white-space: normal; min-width: 12rem; max-width: 26rem }
+td.long { white-space: normal; min-width: 13rem; max-width: 26rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 .figures { margin: .8rem 0 }
@@ -48,8 +48,8 @@ class Section:
 
     title: str
     kind: str
-    command: str
-    """What makes its rows."""
+    command: str | None
+    """What makes its rows; None where they were taken by hand."""
     write: Callable[[Page, list[dict]], str]
     wanted: Callable[[dict], bool] = lambda row: True
     """Which rows of the kind it can show."""
@@ -74,7 +74,26 @@ SECTIONS = {
     "step-kernels": Section(
         "Kernels of a step", "step-kernel", "python -m benchmarks.breakdown --kernels FILE", kernel_table.section
     ),  # fmt: skip
-    "kernels": Section("Kernels", "kernel", "python -m pytest benchmarks/bench_*.py --rows FILE", sections.kernels),
+    "kernels": Section(
+        "Kernels",
+        "kernel",
+        "python -m pytest benchmarks/bench_*.py --rows FILE",
+        sections.kernels,
+        lambda row: not peer_sections.is_beside_others(row),
+    ),  # fmt: skip
+    "public": Section(
+        "Our dual attention beside public kernels",
+        "kernel",
+        None,
+        peer_sections.public_kernels,
+        peer_sections.is_beside_others,
+    ),  # fmt: skip
+    "products": Section(
+        "What cuBLAS reaches on the step's products",
+        "product",
+        None,
+        peer_sections.products,
+    ),  # fmt: skip
     "tune": Section("Launch configs against the shipped ones", "tune", "python -m benchmarks.tune", tune_entries.tuned),
     "memory": Section(
         "Memory",
@@ -156,12 +175,16 @@ def ignored(rows: Rows) -> list[str]:
 def write(rows: Rows, out: Path) -> Path:
     """Write the report and its figures; returns the path of the HTML file."""
     out.mkdir(parents=True, exist_ok=True)
-    page, body, links = Page(out), [], []
+    page, body, links, lacking = Page(out), [], [], []
     for name, section in SECTIONS.items():
         found = [row for row in rows.by_kind[section.kind] if section.wanted(row)]
-        text = section.write(page, found) if found else f"<p>No rows; made by <code>{section.command}</code></p>"
-        body.append(f'<section id="{name}"><h2>{section.title}</h2>{text}</section>')
+        if not found:
+            lacking += [f"<p>{section.title}: made by <code>{section.command}</code></p>"] if section.command else []
+            continue
+        body.append(f'<section id="{name}"><h2>{section.title}</h2>{section.write(page, found)}</section>')
         links.append(f'<a href="#{name}">{section.title}</a>')
+    if lacking:
+        body.append(f'<section id="lacking"><h2>No rows</h2>{"".join(lacking)}</section>')
     if rows.by_kind["part"]:
         body.append(f'<section id="parts"><h2>Parts of the suite</h2>{parts(rows.by_kind["part"])}</section>')
     left = notes(ignored(rows))

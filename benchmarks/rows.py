@@ -19,10 +19,11 @@ REQUIRED = {
     "inference": ("part", "variant", "model", "batch", "precision", "ms", "ms_20", "ms_80", "images_per_second"),
     "accounting": ("preset", "batch", "precision", "parts", "forward_flops", "step_in_forwards"),
     "projection": ("preset", "gpu", "hours"),
+    "product": ("step", "layer", "pass", "m", "k", "n", "dtype", "tflops"),
     "part": ("part", "outcome", "seconds"),
 }
 """The kinds of rows, and the columns without which one is not shown; a step, a way of sampling or a launch config without
-a time may say why instead."""
+a time, and a kernel without a measured ceiling, may say why instead."""
 TIMED = ("ms", "ms_20", "ms_80", "images_per_second")
 
 THROTTLE = {
@@ -57,7 +58,9 @@ class Rows:
 
 
 def explained(row: dict, kind: str, name: str) -> bool:
-    """Whether a row says why it lacks a column: a step or a way of sampling that was not timed."""
+    """Whether a row says why it lacks a column: what was not timed, a kernel beside no measured ceiling."""
+    if kind == "kernel" and name == "ceiling":
+        return name in (row.get("missing") or {})
     return kind in ("step", "inference", "tune") and name in TIMED and why_untimed(row) is not None
 
 
@@ -80,6 +83,7 @@ def kind_of(row: dict) -> str:
         "step-kernel": ("kernel", "launches"),
         "accounting": ("step_in_forwards",),
         "projection": ("preset", "hours"),
+        "product": ("layer", "pass", "tflops"),
     }
     return row.get("kind") or next((kind for kind, names in tells.items() if all(n in row for n in names)), "unknown")
 
@@ -186,11 +190,10 @@ def clock_words(rows: list[dict]) -> str:
     for name, title in (("sm_mhz", "SM"), ("memory_mhz", "memory")):
         if values := [row[name] for row in rows if row.get(name)]:
             words.append(f"{title} {' to '.join(str(v) for v in dict.fromkeys((min(values), max(values))))} MHz")
-    bits = 0
-    for row in rows:
-        bits |= row.get("throttle_bits") or 0
-    held = [reason for bit, reason in THROTTLE.items() if bits & bit]
-    return ", ".join(words or ["clocks unknown"]) + (f", throttled ({', '.join(held)})" if held else "")
+    held = [row for row in rows if (row.get("throttle_bits") or 0) & sum(THROTTLE)]
+    reasons = [reason for bit, reason in THROTTLE.items() if any(row["throttle_bits"] & bit for row in held)]
+    some = f" in {len(held)} of {len(rows)} rows" if len(held) < len(rows) else ""
+    return ", ".join(words or ["clocks unknown"]) + (f", throttled{some} ({', '.join(reasons)})" if held else "")
 
 
 def newest(rows: list[dict], name: Callable[[dict], object]) -> tuple[list[dict], int]:

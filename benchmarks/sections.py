@@ -1,15 +1,16 @@
 """The report's other sections, each from the rows of one kind: HTML, with the figures written beside it."""
 
 import html
+from itertools import compress
 
 from meanflow.peaks import PEAKS
 
 from . import plots
 from .markup import (
-    GIB, NONE, Page, by_workload, figures_of, gib, grid, notes, number, older, percent, spread, where, workload
+    GIB, NONE, Page, by_workload, figures_of, gib, grid, notes, number, older, percent, power, spread, where, workload
 )  # fmt: skip
+from .ratios import speed_words
 from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
-from .step_sections import speed_words
 
 ON_A_CPU = (
     "On a CPU kinds are of operators: attention is its batched products and softmax (its scaling and row sums stay "
@@ -69,8 +70,9 @@ def memory(page: Page, rows: list[dict]) -> str:
                 lines.append([title, row["variant"], number(gib(row)), number(reserved), ratio])
             peaks = {row["variant"]: (gib(row),) for row in found}
             words = {name: f"{number(value[0])} GiB" for name, value in peaks.items()}
-            figure = plots.bars(f"Peak memory: {title}", hardware(found), "GiB allocated at most", peaks, words)
-            figures.append(page.figure(f"memory {title} {device_name(found[0])}", figure))
+            if len(found) > 1:
+                figure = plots.bars(f"Peak memory: {title}", hardware(found), "GiB allocated at most", peaks, words)
+                figures.append(page.figure(f"memory {title} {device_name(found[0])}", figure))
         header = ["=step", "=variant", "peak, GiB", "reserved, GiB", "of naive's peak"]
         parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over)))
         parts.append(figures_of(figures))
@@ -124,6 +126,18 @@ def scaling_table(rows: list[dict], axis: str) -> str:
 # --- kernels ---
 
 
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FLUSHES = {
+    "write": "before each call the L2 cache was flushed by writing: a call pays for writing those lines back, and "
+    "small ones reach a smaller share than in the step. Not to be compared with rows of another flush",
+}
+
+
+def flush_note(rows: list[dict]) -> list[str]:
+    """How the L2 cache was made cold, where the rows say it."""
+    return [f"Flush: {FLUSHES.get(name, name)}." for name in dict.fromkeys(r["flush"] for r in rows if r.get("flush"))]
+
+
 def rate(row: dict) -> tuple[float, str]:
     """What a call reached at what bounds it, from its FLOPs or bytes and its time."""
     if row["bound"] == "gemm":
@@ -132,21 +146,26 @@ def rate(row: dict) -> tuple[float, str]:
 
 
 def kernel_table(rows: list[dict], caption: str) -> str:
-    lines = []
+    lines, units = [], list(dict.fromkeys(rate(row)[1] for row in rows))
     for row in rows:
         value, unit = rate(row)
         same = [r for r in rows if all(r.get(k) == row.get(k) for k in ("shape", "dtype", "call"))]
         ours = next((r["ms"] for r in same if r["variant"].startswith("ours")), None)
-        errors = (f"{row[name]:.1e}" if row.get(name) is not None else NONE for name in ("error", "error_dot"))
+        errors = (power(row.get(name)) for name in ("error", "error_dot"))
         lines.append(
-            [row["shape"], row["dtype"], row["variant"], number(row["ms"]), spread(row), number(row.get("host_ms"), 3)]
-            + [f"{number(value)} {unit}", percent(value / row["ceiling"]), percent(row.get("share_of_peak"))]
+            [row["shape"], DTYPES.get(row["dtype"], row["dtype"]), row["variant"], number(row["ms"]), spread(row)]
+            + [number(row.get("host_ms"), 3), number(value) if len(units) == 1 else f"{number(value)} {unit}"]
+            + [percent(row["ceiling"] and value / row["ceiling"]), percent(row.get("share_of_peak"))]
             + [number(row["flops"] / row["bytes"], 3) if row["flops"] else NONE]
             + [NONE if ours is None else f"{row['ms'] / ours:.2f}", *errors]
         )
-    header = ["=shape", "=dtype", "=variant", "ms", "20 to 80 %, ms", "host, ms", "rate", "of the measured ceiling"]
-    header += ["of the datasheet", "FLOP/byte", "ms over ours", "error", "error of the tangent"]
-    return grid(header, lines, caption)
+    header = ["=shape", "=dtype", "=variant", "ms", "20 to 80 %, ms", "host, ms"]
+    header += [units[0] if len(units) == 1 else "rate", "of the measured ceiling"]
+    header += ["of the datasheet", "FLOP/byte", "ms over ours", "error", "tangent's error"]
+    # a column that no row fills is room lost
+    filled = [any(line[place] != NONE for line in lines) for place in range(len(header))]
+    lines = [list(compress(line, filled)) for line in lines]
+    return grid(list(compress(header, filled)), lines, caption)
 
 
 def kernels(page: Page, rows: list[dict]) -> str:
@@ -154,7 +173,10 @@ def kernels(page: Page, rows: list[dict]) -> str:
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["variant"]))
         line, name = hardware(group), device_name(group[0])
-        copy, gemm = (max((r["ceiling"] for r in group if r["bound"] == b), default=None) for b in ("copy", "gemm"))
+        copy, gemm = (
+            max((r["ceiling"] for r in group if r["bound"] == b and r["ceiling"]), default=None)
+            for b in ("copy", "gemm")
+        )
         peak, figures = PEAKS.get(group[0].get("gpu")), []
         if products := [row for row in group if row["flops"]]:
             points: dict[str, list[tuple]] = {}
@@ -182,7 +204,7 @@ def kernels(page: Page, rows: list[dict]) -> str:
         )
         if peak:
             lines.append(f"Datasheet: {peak.tflops:g} TFLOP/s, {peak.gbps:g} GB/s ({peak.source}).")
-        lines += older(left_over) + missing(group)
+        lines += flush_note(group) + older(left_over) + missing(group)
         parts.append(where(group) + figures_of(figures) + notes(lines) + "".join(tables))
     return "".join(parts)
 

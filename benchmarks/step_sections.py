@@ -3,12 +3,15 @@
 import html
 from collections.abc import Callable
 
+from matplotlib.figure import Figure
+
 from meanflow.peaks import PEAKS
 
 from . import plots
 from .markup import (
     NONE, Page, by_workload, figures_of, gib, grid, notes, number, older, percent, spread, where, workload
 )  # fmt: skip
+from .ratios import mark, slowdown, speed, speed_words, uncompared_note
 from .regression import ITSELF, agrees
 from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
 from .variants import VARIANTS, left_out
@@ -16,27 +19,22 @@ from .variants import VARIANTS, left_out
 ORDER = {name: place for place, name in enumerate(VARIANTS)}
 
 
-def speed(row: dict, base: str, rows: list[dict]) -> tuple[float, ...] | None:
-    """How many times as fast as the variant ``base``: the pairs' median and quantiles, or a ratio of medians."""
-    if found := (row.get("times") or {}).get(base):
-        return found["50"], found["20"], found["80"]
-    other = next((r for r in rows if r["variant"] == base and r["ms"]), None)
-    return None if other is None else (other["ms"] / row["ms"],)
+def ordered(rows: list[dict]) -> list[dict]:
+    """Other programs first, then the variants as they are listed: ours last."""
+    return sorted(rows, key=lambda row: -1 if row.get("peer") else ORDER.get(row["variant"], len(ORDER)))
 
 
-def speed_words(found: tuple[float, ...] | None) -> str:
-    if found is None:
-        return NONE
-    value = f"{found[0]:.2f}"
-    return value if len(found) == 1 else f"{value} ({found[1]:.2f} to {found[2]:.2f})"
-
-
-def step_table(rows: list[dict], caption: str) -> str:
+def step_table(rows: list[dict], caption: str, *, several: bool = False) -> str:
+    """Steps of one workload with their ratios, or of ``several``, which have none."""
     named = [base for row in rows for base in row.get("times") or {}]
     present = [row["variant"] for row in rows]
-    bases = [b for b in dict.fromkeys(["naive", "naive-compiled", *named]) if b in present or b in named]
-    header = ["=variant", "ms a step", "20 to 80 %, ms", "images/s", *(f"times as fast as {base}" for base in bases)]
+    peers = [row["variant"] for row in rows if row.get("peer")]
+    bases = dict.fromkeys([*peers, "naive", "naive-compiled", *named])
+    bases = [] if several else [base for base in bases if base in present or base in named]
+    header = ["=step"] * several + ["=variant", "ms a step", "20 to 80 %, ms", "images/s"]
+    header += [f"times as fast as {base}" for base in bases]
     columns: dict[str, Callable[[dict], str]] = {
+        "peak, GiB": lambda row: number(gib(row), 3),
         "first step, s": lambda row: number(row.get("first_step_seconds"), 3),
         "MFU": lambda row: percent(row.get("mfu")),
         "J/image": lambda row: number(row.get("joules_per_image"), 3),
@@ -44,8 +42,9 @@ def step_table(rows: list[dict], caption: str) -> str:
     }
     filled = {name: cell for name, cell in columns.items() if any(cell(row) != NONE for row in rows)}
     lines = [
-        [row["variant"], number(row["ms"]), spread(row), number(row["images_per_second"])]
-        + [speed_words(speed(row, base, rows)) for base in bases]
+        [workload(row)] * several
+        + [row["variant"], number(row["ms"]), spread(row), number(row["images_per_second"])]
+        + [speed_words(speed(row, base, rows)) + mark(row, base, rows) for base in bases]
         + [cell(row) for cell in filled.values()]
         for row in rows
     ]
@@ -81,38 +80,51 @@ def headline(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (workload(row), row["variant"]))
-        tables, figures, ratios, words = [], [], {}, {}
+        tables, figures, ratios, words, alone = [], [], {}, {}, []
         for title, found in by_workload(group).items():
-            lacking, found = not_timed(found), timed(found)
-            if not found:
-                tables.append(f"<h3>{html.escape(title)}</h3>" + notes(lacking))
+            lacking, found = not_timed(found), ordered(timed(found))
+            if len(found) == 1 and not lacking:
+                alone += found
                 continue
-            tables.append(f"<h3>{html.escape(title)}</h3>" + step_table(found, hardware(found)) + notes(lacking))
-            labels = {}
+            tables.append(f"<h3>{html.escape(title)}</h3>")
+            if found:
+                tables.append(step_table(found, hardware(found)) + notes(uncompared_note(found)))
+                figures.append(page.figure(f"step {title} {device_name(found[0])}", step_figure(title, found)))
+            tables.append(notes(lacking))
             for row in found:
-                against = speed(row, "naive", found)
-                labels[row["variant"]] = f"{number(row['ms'])} ms"
-                if against and row["variant"] != "naive":
-                    labels[row["variant"]] += f", {against[0]:.2f} x naive"
-                    if row["variant"] == "ours":
-                        ratios[title], words[title] = against, f"{speed_words(against)} x"
-            bars = {row["variant"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in found}
-            figure = plots.bars(f"Training step: {title}", hardware(found), "ms a step (20 to 80 %)", bars, labels)
-            figures.append(page.figure(f"step {title} {device_name(found[0])}", figure))
+                if row["variant"] == "ours" and (against := speed(row, "naive", found)):
+                    ratios[title], words[title] = against, f"{speed_words(against)} x{mark(row, 'naive', found)}"
         if len(ratios) > 1:
-            title = "Speed of our step over the naive one"
-            figure = plots.bars(title, hardware(group), "times as fast (20 to 80 %)", ratios, words, plots.OURS[0])
+            title, line = "Speed of our step over the naive one", " ".join([hardware(group), *uncompared_note(group)])
+            known = dict.fromkeys(ratios, plots.OURS[0])
+            figure = plots.bars(title, line, "times as fast (20 to 80 %)", ratios, words, known)
             figures.insert(0, page.figure(f"speed {device_name(group[0])}", figure))
-        several = ["Speeds with a spread are of pairs of one run, those without one are ratios of medians."]
-        lines = several + mfu_note(group) + older(left_over) + missing(group)
+        if alone:
+            tables.append("<h3>Steps of one variant alone</h3>" + step_table(alone, hardware(alone), several=True))
+            tables.append(notes(uncompared_note(alone)))
+        lines = ["Speeds with a spread are of pairs of steps of the same inputs, those without are ratios of medians."]
+        lines += other_programs(group) + mfu_note(group) + older(left_over) + missing(group)
         parts.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
     return "".join(parts)
 
 
-def slowdown(row: dict) -> tuple[float, ...] | None:
-    """The time of a variant over that of the first of its run: the pairs' median and quantiles."""
-    found = (row.get("times") or {}).get(row["compared"][0])
-    return None if found is None else (1 / found["50"], 1 / found["80"], 1 / found["20"])
+def step_figure(title: str, rows: list[dict]) -> Figure:
+    """A bar a variant."""
+    labels = {}
+    for row in rows:
+        labels[row["variant"]] = f"{number(row['ms'])} ms"
+        against = speed(row, "naive", rows)
+        if against and row["variant"] != "naive" and not row.get("peer"):
+            labels[row["variant"]] += f", {against[0]:.2f} x naive{mark(row, 'naive', rows)}"
+    bars = {row["variant"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in rows}
+    line = " ".join([hardware(rows), *uncompared_note(rows)])
+    return plots.bars(f"Training step: {title}", line, "ms a step (20 to 80 %)", bars, labels)
+
+
+def other_programs(rows: list[dict]) -> list[str]:
+    """Whose steps are not ours, and how they were run."""
+    found = {row["variant"]: row for row in rows if row.get("peer")}
+    return [f"{name} (commit {row.get('peer_commit') or 'unknown'}): {row['note']}." for name, row in found.items()]
 
 
 def ablation(page: Page, rows: list[dict]) -> str:
@@ -123,11 +135,17 @@ def ablation(page: Page, rows: list[dict]) -> str:
         for title, of_step in by_workload(group).items():
             for first in dict.fromkeys(row["compared"][0] for row in of_step):
                 found = [row for row in of_step if row["compared"][0] == first]
-                found.sort(key=lambda row: ORDER.get(row["variant"], len(ORDER)))
+                found = ordered(found)
                 tables.append(f"<h3>{html.escape(title)}</h3>" + ablation_table(found, first))
-                ratios = {row["variant"]: ratio for row in timed(found) if (ratio := slowdown(row))}
+                tables.append(notes(uncompared_note(found)))
+                others = [row for row in timed(found) if row["variant"] != first]
+                ratios = {row["variant"]: ratio for row in others if (ratio := slowdown(row, first, found))}
                 if ratios:
-                    words = {name: f"{speed_words(ratio)} x" for name, ratio in ratios.items()}
+                    words = {
+                        row["variant"]: f"{speed_words(ratios[row['variant']])} x{mark(row, first, found)}"
+                        for row in others
+                        if row["variant"] in ratios
+                    }
                     unit = f"time over that of {first} (20 to 80 %)"
                     figure = plots.bars(f"Without an ingredient: {title}", hardware(found), unit, ratios, words)
                     figures.append(page.figure(f"ablation {first} {title} {device_name(found[0])}", figure))
@@ -145,7 +163,9 @@ def ablation_table(rows: list[dict], first: str) -> str:
             cells = ["not timed", NONE, NONE, NONE, NONE]
             without = f"{without}; not timed: {why}"
         else:
-            cells = [number(row["ms"]), spread(row), speed_words(slowdown(row)), number(gib(row))]
+            ratio = None if row["variant"] == first else slowdown(row, first, rows)
+            words = speed_words(ratio) + mark(row, first, rows)
+            cells = [number(row["ms"]), spread(row), words, number(gib(row))]
             cells.append(number(row.get("first_step_seconds"), 3))
         lines.append([row["variant"], without or NONE, *cells])
     header = ["=variant", "=left out", "ms a step", "20 to 80 %, ms", f"time over {first}", "peak, GiB"]

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from benchmarks import report, rows
+from benchmarks import ratios, report, rows
 
 GPU = {
     "device": "cuda", "gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0",
@@ -33,6 +33,7 @@ def quantiles(ms: float) -> dict:
 
 def step(variant: str, ms: float, where: dict = GPU, **columns) -> dict:
     row = STEP | quantiles(ms) | {"variant": variant, "first_step_seconds": 12.0, "times": {}}
+    row |= {"gradient_against": None if variant == "naive" else "naive"}
     return row | {"images_per_second": 32e3 / ms} | where | columns
 
 
@@ -142,6 +143,13 @@ def made_up() -> list[dict]:
                             "missing": {"ms": "no larger than a tile"}})  # fmt: skip
     projected = {"preset": "imagenet-xl2", "gpu": "NVIDIA H200", "gpus": 8, "hours": 1234.0, "measured_ms": 125.0}
     found += [accounts(), projected | {"note": "240 epochs of 5,004 steps"} | GPU]
+    beside = {"bench": "public kernels", "note": "as it is", "ceiling": None, "missing": {"ceiling": "not measured"}}
+    found += [
+        kernel("attention", "ours", 0.8, flops=2e11, moved=1e9) | beside,
+        kernel("attention", "theirs", 0.4, flops=2e11, moved=1e9) | beside | {"peer": "they/theirs"},
+    ]
+    product = GPU | {"kind": "product", "step": "XL/2", "layer": "fc1", "m": 8192, "k": 1152, "n": 4608}
+    found += [product | {"pass": name, "dtype": "bfloat16", "tflops": 700.0} for name in ("forward", "backward")]
     failed = {"kind": "part", "part": "step-xl2", "outcome": "failed", "seconds": 3.0, "rows": 0, "log": "logs/x.log"}
     return [*found, failed | GPU | {"tail": ["Traceback", "RuntimeError: <out of luck>"]}]
 
@@ -285,17 +293,18 @@ def test_agreement(page):
 def test_kernel_rates_are_work_over_time(page):
     reader, text, _ = page
     ours = {"variant": "ours", "ms": "0.5000"}
-    assert reader.cell("kernels", "rate", **ours) == "400.0 TFLOP/s"  # 2e11 / 0.5 ms
+    assert reader.cell("kernels", "TFLOP/s", **ours) == "400.0"  # 2e11 / 0.5 ms
     assert reader.cell("kernels", "of the measured ceiling", **ours) == "50%"
     assert reader.cell("kernels", "FLOP/byte", **ours) == "200"
     slow = {"variant": "sdpa math, func.jvp"}
-    assert reader.cell("kernels", "rate", **slow) == "50.00 TFLOP/s"
+    assert reader.cell("kernels", "TFLOP/s", **slow) == "50.00"
     assert reader.cell("kernels", "of the measured ceiling", **slow) == "6.2%"
     assert reader.cell("kernels", "ms over ours", **slow) == "8.00"
     bound = {"variant": "func.jvp, compiled"}
-    assert reader.cell("kernels", "rate", **bound) == "1,000 GB/s"  # 3e8 / 0.3 ms
+    assert reader.cell("kernels", "GB/s", **bound) == "1,000"  # 3e8 / 0.3 ms
     assert reader.cell("kernels", "of the measured ceiling", **bound) == "25%"
-    assert reader.cell("kernels", "FLOP/byte", **bound) == "–"
+    # a column that nothing fills is left out
+    assert all("FLOP/byte" not in table[0] for table in reader.sections["kernels"] if "GB/s" in table[0])
     assert "a copy's 4,000 GB/s and a product's 800.0 TFLOP/s" in html.unescape(text)
 
 
@@ -349,13 +358,14 @@ def test_no_number_without_hardware(page):
 def test_a_throttled_gpu_says_so(tmp_path):
     found = [step("ours", 9.0, throttle_bits=0x4 | 0x1, sm_mhz=1200), step("naive", 9.0, sm_mhz=1980)]
     _, text = build(tmp_path, found)
-    assert "SM 1200 to 1980 MHz, memory 3201 MHz, throttled (software power cap)" in text
+    assert "SM 1200 to 1980 MHz, memory 3201 MHz, throttled in 1 of 2 rows (software power cap)" in text
 
 
 def test_no_rows_say_what_makes_them(tmp_path):
     _, text = build(tmp_path, [step("ours", 9.0, CPU)])
-    assert text.count("No rows; made by") == len(report.SECTIONS) - 1
-    assert all(section.command in text for name, section in report.SECTIONS.items() if name != "headline")
+    others = [section for name, section in report.SECTIONS.items() if name != "headline"]
+    assert all(f"{s.title}: made by <code>{s.command}</code>" in text for s in others if s.command)
+    assert text.count(": made by") == sum(section.command is not None for section in others)
 
 
 def test_the_newest_of_several_rows_is_shown(tmp_path):
@@ -404,7 +414,68 @@ def test_kinds_are_inferred(kind):
     assert found and all(row.get("kind", kind) == kind for row in found)
 
 
-def test_committed_rows_make_a_report(tmp_path):
-    folder = rows.Path(report.__file__).parent / "results" / "cpu"
+def test_pairs_of_steps_of_two_processes(tmp_path):
+    one, other = [100.0, 200.0, 150.0, 120.0, 400.0], [50.0, 80.0, 100.0, 60.0, 100.0]
+    found = [step("naive", 150.0, step_ms=one), step("ours", 80.0, step_ms=other), step("ours-eager", 75.0)]
+    reader, _ = build(tmp_path, found)
+    # 2, 2.5, 1.5, 2 and 4, and not 150 / 80
+    assert reader.cell("headline", "times as fast as naive", variant="ours") == "2.00 (1.90 to 2.80)"
+    assert reader.cell("headline", "times as fast as naive", variant="ours-eager") == "2.00"
+    assert reader.cell("headline", "times as fast as naive", variant="naive") == "1.00"
+
+
+@pytest.mark.parametrize("elsewhere", [{"commit": "a" * 40}, {"gpu": "NVIDIA H100 80GB HBM3"}, {"kappa": 0.0}])
+def test_no_pairs_across_commits_cards_and_steps(elsewhere):
+    one, other = step("naive", 3.0, step_ms=[1.0, 2.0, 3.0]), step("ours", 1.0, step_ms=[1.0, 1.0, 1.0])
+    assert ratios.paired(other, one) == [1.0, 2.0, 3.0]
+    assert ratios.paired(other | elsewhere, one) == []
+
+
+def test_pairs_in_the_ablation(tmp_path):
+    compared = ["ours", "ours-no-kernels"]
+    found = [step("ours", 1.0, compared=compared, step_ms=[1.0, 2.0, 4.0])]
+    found += [step("ours-no-kernels", 3.0, compared=compared, step_ms=[3.0, 6.0, 12.0])]
+    reader, _ = build(tmp_path, found)
+    assert reader.cell("ablation", "time over ours", variant="ours-no-kernels") == "3.00 (3.00 to 3.00)"
+
+
+def test_a_gradient_that_was_not_compared_is_marked(tmp_path):
+    # nobody compared with ours, for what came after it failed; naive was compared with
+    found = [step("naive", 300.0), step("naive-compiled", 150.0), step("ours", 100.0, gradient_against=None)]
+    found.append(step("theirs", 600.0, gradient_against=None, peer="they/theirs", peer_commit="abc", note="as it is"))
+    reader, text = build(tmp_path, found)
+    speeds = [reader.cell("headline", "times as fast as naive", variant=name) for name in ("naive-compiled", "ours")]
+    assert speeds == ["2.00", "3.00 †"]
+    assert reader.cell("headline", "times as fast as theirs", variant="naive") == "2.00 †"
+    assert reader.cell("headline", "times as fast as naive-compiled", variant="naive") == "0.50"
+    assert "† Timed without a compared gradient: theirs (another program), ours." in text
+    assert "3.00 x naive †" in text and "theirs (commit abc): as it is." in text
+    # once a run has compared, the mark is gone
+    reader, text = build(tmp_path, [*found[:2], found[2] | {"gradient_against": "naive"}])
+    assert "†" not in text
+    reader, text = build(tmp_path, [*found[:3], step("ours-captured", 90.0, gradient_against="ours")])
+    assert "†" not in text
+
+
+def test_public_kernels_are_beside_ours(page):
+    reader, text, _ = page
+    assert reader.cell("public", "TFLOP/s", variant="theirs") == "500.0"
+    assert reader.cell("public", "ms over our fastest", variant="theirs") == "0.50"
+    assert "theirs: they/theirs (revision not recorded)" in text
+    # among our own benches there is no second "ours", and no kernel without a ceiling
+    assert reader.cell("kernels", "ms", variant="ours", **{"TFLOP/s": "400.0"}) == "0.5000"
+    assert not any("theirs" in line for table in reader.sections["kernels"] for line in table)
+    assert reader.cell("products", "forward, TFLOP/s", layer="fc1") == "700.0"
+
+
+def test_flush_is_said(tmp_path):
+    _, text = build(tmp_path, [kernel("adaln", "ours", 0.1, flops=0, moved=3e8) | {"flush": "write"}])
+    assert "flushed by writing" in text
+
+
+@pytest.mark.parametrize("name", ["cpu", "h200"])
+def test_committed_rows_make_a_report(tmp_path, name):
+    folder = rows.Path(report.__file__).parent / "results" / name
     assert report.main([str(folder), "--out", str(tmp_path)]) == 0
-    assert "No rows" not in (tmp_path / "report.html").read_text().split('id="ablation"')[0]
+    text = (tmp_path / "report.html").read_text()
+    assert 'id="headline"' in text and 'id="kernels"' in text and "lacks" not in text

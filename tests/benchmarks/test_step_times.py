@@ -261,6 +261,7 @@ def test_scaling(tmp_path, monkeypatch, capsys):
 def test_projection(tmp_path, capsys):
     measured, out = tmp_path / "measured.jsonl", tmp_path / "projected.jsonl"
     row = {"kind": "step", "preset": "imagenet-xl2", "variant": "ours", "batch": 32, "ms": 90.0, "gpu": "a GPU"}
+    row |= {"model": "XL/2", "precision": "bf16", "ms_20": 89.0, "ms_80": 91.0, "images_per_second": 356.0}
     # one on a CPU, and one of a variant that did not fit
     others = [row | {"gpu": None}, row | {"variant": "ours-captured", "ms": None, "missing": {"ms": "out of memory"}}]
     measured.write_text("".join(json.dumps(each) + "\n" for each in [row, *others]))

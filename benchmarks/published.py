@@ -1,0 +1,187 @@
+"""What is shown of the committed rows, made from them anew: ``python -m benchmarks.published``.
+
+Every folder of benchmarks/results with rows gets its report.html and, where it has the steps of HEADLINE, step.png; the
+tables of README.md that stand between the marks of a block are written again. Nothing is measured. ``--check`` writes
+nothing: exit code 1 where README.md says something else than the rows.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from . import plots, recipes, report
+from .markup import NONE, gib, number
+from .ratios import MARK, STEP, speed, uncompared, uncompared_note
+from .rows import hardware, newest, read
+from .step_sections import ordered, other_programs, timed
+from .table import markdown_table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+GUIDED = {"omega": 1.0, "kappa": 0.5, "interval": [0.0, 1.0], "share": 0.25}
+HEADLINE = {
+    "cuda": [
+        {"model": "XL/2", "batch": 32, "tokens": 256, "precision": "bf16"} | GUIDED,
+        {"model": "B/4", "batch": 256, "tokens": 64, "precision": "bf16"} | GUIDED,
+    ],
+    "cpu": [{"model": "S/4", "batch": 32, "tokens": 64, "precision": "fp32"} | GUIDED],
+}
+"""The steps that stand for all, by device."""
+NAMES = {
+    "naive": "eager `torch.func.jvp`, whole batch (`naive`)",
+    "naive-compiled": "the same under `torch.compile` (`naive-compiled`)",
+    "ours": "ours, compiled (`ours`)",
+    "ours-captured": "ours, compiled and captured (`ours-captured`)",
+}
+"""The variants of the table, in words."""
+
+
+def of_step(steps: list[dict], wanted: dict) -> list[dict]:
+    """The newest row with a time of each variant of a step."""
+    found = [row for row in timed(steps) if all(row.get(name) == wanted[name] for name in STEP)]
+    found = [row for row in found if row.get("peer") or row["variant"] in NAMES]
+    return ordered(newest(found, lambda row: row["variant"])[0])
+
+
+def headline(steps: list[dict]) -> str:
+    """The table of a card's headline steps, with what has to be said beside it, in Markdown."""
+    lines, words, shown = [], [], []
+    for wanted in HEADLINE["cuda"]:
+        found = of_step(steps, wanted)
+        lines.append([f"**{wanted['model']}, batch {wanted['batch']}**", *[""] * 4])
+        for row in found:
+            name = NAMES.get(row["variant"]) or f"{row['variant']} {row.get('peer_commit') or ''}"
+            mark = f" {MARK}" if uncompared(row, steps) else ""
+            cells = [number(row["ms"]), number(row["images_per_second"]), number(gib(row), 3)]
+            lines.append([name + mark, *cells, f"{row['mfu']:.1%}" if row.get("mfu") else NONE])
+        lacking = [name for name in NAMES if all(row["variant"] != name for row in found)]
+        lines += [[NAMES[name], "not measured", *[NONE] * 3] for name in lacking]
+        words.append(speeds(wanted["model"], found, steps))
+        shown += found
+    table = markdown_table(["training step", "ms", "images/s", "peak, GiB", "MFU"], lines)
+    machines = dict.fromkeys(hardware([r for r in shown if r["commit"] == commit]) for commit in commits(shown))
+    said = [derivative(steps), *uncompared_note(shown, steps), *other_programs(shown)]
+    below = "\n".join(f"- {line}" for line in [*words, *said] if line)
+    return f"{'; '.join(machines)}:\n\n{table}\n\n{below}"
+
+
+def commits(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["commit"] for row in rows))
+
+
+def speeds(model: str, rows: list[dict], steps: list[dict]) -> str:
+    """How many times as fast our fastest step is as each of the others, which came before it."""
+    ours = min((row for row in rows if row["variant"].startswith("ours")), key=lambda row: row["ms"], default=None)
+    if ours is None:
+        return ""
+    words = []
+    for row in rows:
+        if not row["variant"].startswith("ours"):
+            # pairs of steps where one run made both
+            found = speed(ours, row["variant"], rows)
+            unsure = f" {MARK}" if uncompared(row, steps) or uncompared(ours, steps) else ""
+            words.append(f"{found[0]:.2f}{unsure} times as fast as {row['variant']}")
+    return f"{model}: {ours['variant']} is {', '.join(words)}." if words else ""
+
+
+def derivative(steps: list[dict]) -> str:
+    """What du/dt of a quarter of the samples adds to XL/2's step without guidance."""
+    with_it, without = (
+        of_step(steps, HEADLINE["cuda"][0] | {"kappa": 0.0, "share": share}) for share in (GUIDED["share"], 0.0)
+    )
+    for row in with_it:
+        for other in without:
+            if row["variant"] == other["variant"] == "ours-captured" and row["commit"] == other["commit"]:
+                unsure = f" {MARK}" if uncompared(row, steps) or uncompared(other, steps) else ""
+                added = f"{row['ms'] / other['ms'] - 1:.1%}{unsure}"
+                return (
+                    f"XL/2 without guidance, ours-captured: the derivative of {GUIDED['share']:.0%} of the samples adds "
+                    f"{added} to a step ({row['ms']:.1f} ms against {other['ms']:.1f})."
+                )
+    return ""
+
+
+def picture(steps: list[dict], device: str, stem: Path) -> None:
+    """The headline steps as bars."""
+    panels, shown = {}, []
+    for wanted in HEADLINE[device]:
+        if found := of_step(steps, wanted):
+            memory = {row["variant"]: f", {number(gib(row), 3)} GiB" if gib(row) else "" for row in found}
+            words = {row["variant"]: f"{number(row['ms'])} ms{memory[row['variant']]}" for row in found}
+            values = {row["variant"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in found}
+            panels[f"{wanted['model']}, batch {wanted['batch']}, {wanted['precision']}"] = values, words
+            shown += found
+    where = [hardware([row for row in shown if row["commit"] == commit]) for commit in commits(shown)]
+    title = "A training step, guided (kappa 0.5), r != t for 25%; optimizer and average included"
+    figure = plots.panels_of_bars(title, "; ".join(where), "ms a step (20 to 80 %)", panels)
+    plots.save(figure, stem, "training step")
+
+
+def folders() -> list[Path]:
+    """The results with rows."""
+    return sorted({path.parent for path in RESULTS.glob("*/*.jsonl")})
+
+
+def blocks() -> dict[str, str]:
+    """What stands in README.md, by the name of the block."""
+    steps = {folder: read([folder]).by_kind["step"] for folder in folders()}
+    tables = [
+        f"{headline(found)}\n\n![Training steps]({folder.relative_to(ROOT)}/step.png)"
+        for folder, found in steps.items()
+        if any(row.get("gpu") and of_step(found, wanted) for row in found for wanted in HEADLINE["cuda"])
+    ]
+    projected = recipes.measured([row for found in steps.values() for row in found])
+    demands = [recipes.demands(name, gpus=8, mfu=0.4) for name in recipes.RECIPES]
+    return {"headline": "\n\n".join(tables), "recipes": recipes.markdown(demands, projected)}
+
+
+def filled(text: str, found: dict[str, str]) -> str:
+    """A Markdown text with its blocks written anew.
+
+    Raises:
+        ValueError: a block is not there, or is not closed.
+    """
+    for name, words in found.items():
+        begin, end = f"<!-- {name}: python -m benchmarks.published -->", f"<!-- end of {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md: got no block {name!r}, wanted the lines {begin} and {end}; put them there")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n\n{words}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def make(folder: Path) -> None:
+    """The report and the picture of a folder."""
+    rows = read([folder])
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copy(report.write(rows, Path(scratch)), folder / "report.html")
+        steps = rows.by_kind["step"]
+        device = next((row["device"] for row in steps), None)
+        if device and any(of_step(steps, wanted) for wanted in HEADLINE[device]):
+            picture(steps, device, Path(scratch) / "headline")
+            shutil.copy(Path(scratch) / "headline.png", folder / "step.png")
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.published", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where README.md differs")
+    options = parser.parse_args(args)
+    text = README.read_text()
+    wanted = filled(text, blocks())
+    if options.check:
+        print("README.md says what the rows say" if wanted == text else "README.md differs from the rows")
+        return int(wanted != text)
+    README.write_text(wanted)
+    for folder in folders():
+        make(folder)
+        print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
