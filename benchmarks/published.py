@@ -47,19 +47,25 @@ def of_step(steps: list[dict], wanted: dict) -> list[dict]:
     return ordered(newest(found, lambda row: row["variant"])[0])
 
 
+def line(variant: str, row: dict | None, steps: list[dict]) -> list[str]:
+    """A variant's line of the table."""
+    if row is None:
+        return [NAMES[variant], "not measured", *[NONE] * 3]
+    name = NAMES.get(variant) or f"{variant} {row.get('peer_commit') or ''}"
+    cells = [number(row["ms"]), number(row["images_per_second"]), number(gib(row), 3)]
+    mfu = f"{row['mfu']:.1%}" if row.get("mfu") else NONE
+    return [f"{name} {MARK}" if uncompared(row, steps) else name, *cells, mfu]
+
+
 def headline(steps: list[dict]) -> str:
     """The table of a card's headline steps, with what has to be said beside it, in Markdown."""
     lines, words, shown = [], [], []
     for wanted in HEADLINE["cuda"]:
         found = of_step(steps, wanted)
         lines.append([f"**{wanted['model']}, batch {wanted['batch']}**", *[""] * 4])
-        for row in found:
-            name = NAMES.get(row["variant"]) or f"{row['variant']} {row.get('peer_commit') or ''}"
-            mark = f" {MARK}" if uncompared(row, steps) else ""
-            cells = [number(row["ms"]), number(row["images_per_second"]), number(gib(row), 3)]
-            lines.append([name + mark, *cells, f"{row['mfu']:.1%}" if row.get("mfu") else NONE])
-        lacking = [name for name in NAMES if all(row["variant"] != name for row in found)]
-        lines += [[NAMES[name], "not measured", *[NONE] * 3] for name in lacking]
+        of_variant = {row["variant"]: row for row in found}
+        for variant in [row["variant"] for row in found if row.get("peer")] + list(NAMES):
+            lines.append(line(variant, of_variant.get(variant), steps))
         words.append(speeds(wanted["model"], found, steps))
         shown += found
     table = markdown_table(["training step", "ms", "images/s", "peak, GiB", "MFU"], lines)

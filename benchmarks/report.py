@@ -53,6 +53,8 @@ class Section:
     write: Callable[[Page, list[dict]], str]
     wanted: Callable[[dict], bool] = lambda row: True
     """Which rows of the kind it can show."""
+    beside: Callable[[dict], bool] = lambda row: False
+    """Which others it holds them against, where there are any to show."""
 
 
 SECTIONS = {
@@ -69,6 +71,7 @@ SECTIONS = {
         "python -m benchmarks.step --compare ours,ours-no-kernels,ours-eager",
         step_sections.ablation,
         step_sections.is_ablation,
+        step_sections.may_be_whole,
     ),  # fmt: skip
     "breakdown": Section("Where the time goes", "breakdown", "python -m benchmarks.breakdown", sections.breakdown),
     "step-kernels": Section(
@@ -181,6 +184,7 @@ def write(rows: Rows, out: Path) -> Path:
         if not found:
             lacking += [f"<p>{section.title}: made by <code>{section.command}</code></p>"] if section.command else []
             continue
+        found = [row for row in rows.by_kind[section.kind] if section.wanted(row) or section.beside(row)]
         body.append(f'<section id="{name}"><h2>{section.title}</h2>{section.write(page, found)}</section>')
         links.append(f'<a href="#{name}">{section.title}</a>')
     if lacking:

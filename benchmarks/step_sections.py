@@ -1,7 +1,7 @@
 """The report's sections on the step: time by variant, the ablation, and how far two runs of one version agree."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from matplotlib.figure import Figure
 
@@ -16,6 +16,8 @@ from .regression import ITSELF, agrees
 from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
 from .variants import VARIANTS, left_out
 
+WHOLE = ("ours", "ours-eager")
+"""The steps that have every ingredient."""
 ORDER = {name: place for place, name in enumerate(VARIANTS)}
 
 
@@ -61,7 +63,7 @@ def mfu_note(rows: list[dict]) -> list[str]:
     return [words + f"datasheet's dense 16-bit peak{sheet}."]
 
 
-def timed(rows: list[dict]) -> list[dict]:
+def timed(rows: Iterable[dict]) -> list[dict]:
     return [row for row in rows if row.get("ms")]
 
 
@@ -71,9 +73,20 @@ def not_timed(rows: list[dict]) -> list[str]:
 
 
 def is_ablation(row: dict) -> bool:
-    """Whether a row's run compares our step with itself without an ingredient."""
+    """Whether a row's run compares our step with itself without an ingredient, or is of such a step alone."""
+    first, *others = row.get("compared") or [""]
+    return bool(left_out(first)) if not others else first in WHOLE and any(left_out(name) for name in others)
+
+
+def may_be_whole(row: dict) -> bool:
+    """Whether a row can be what steps without an ingredient, each of a run of its own, are compared with."""
+    return row["variant"] in WHOLE
+
+
+def whole_of(row: dict) -> str:
+    """The variant that an ablation's row is compared with."""
     first, *others = row.get("compared") or [row["variant"]]
-    return first in ("ours", "ours-eager") and any(left_out(name) for name in others)
+    return first if others else WHOLE[-1] if row["variant"].startswith(f"{WHOLE[-1]}-") else WHOLE[0]
 
 
 def headline(page: Page, rows: list[dict]) -> str:
@@ -130,11 +143,18 @@ def other_programs(rows: list[dict]) -> list[str]:
 def ablation(page: Page, rows: list[dict]) -> str:
     parts = []
     for group in by_machine(rows):
-        group, left_over = newest(group, lambda row: (workload(row), row["compared"][0], row["variant"]))
+        whole, _ = newest(timed(filter(may_be_whole, group)), lambda row: (workload(row), row["variant"]))
+        group, left_over = newest(
+            [row for row in group if is_ablation(row)], lambda row: (workload(row), whole_of(row), row["variant"])
+        )
+        if not group:
+            continue
         tables, figures = [], []
         for title, of_step in by_workload(group).items():
-            for first in dict.fromkeys(row["compared"][0] for row in of_step):
-                found = [row for row in of_step if row["compared"][0] == first]
+            for first in dict.fromkeys(whole_of(row) for row in of_step):
+                found = [row for row in of_step if whole_of(row) == first]
+                if all(row["variant"] != first for row in found):
+                    found += [row for row in whole if (workload(row), row["variant"]) == (title, first)]
                 found = ordered(found)
                 tables.append(f"<h3>{html.escape(title)}</h3>" + ablation_table(found, first))
                 tables.append(notes(uncompared_note(found)))

@@ -52,7 +52,7 @@ def significant(value: float, digits: int) -> str:
 
 
 def test_the_table_at_the_top():
-    assert cards()
+    compared = []
     for card, (header, *lines), _ in cards():
         assert header == ["training step", "ms", "images/s", "peak, GiB", "MFU"]
         shown = {}
@@ -69,8 +69,8 @@ def test_the_table_at_the_top():
             wanted = [significant(row["ms"], 4), significant(rate, 4), significant(row["peak_bytes"] / 2**30, 3)]
             assert cells == [*wanted, f"{mfu:.1%}"], (card, model, variant)
             shown.setdefault(model, []).append(variant)
-        wanted = {"zhuyu-cs/MeanFlow", "naive", "naive-compiled", "ours-captured"}
-        assert wanted <= set(shown["XL/2"]) & set(shown["B/4"])
+        compared.append(set(shown["XL/2"]) & set(shown["B/4"]))
+    assert any({"zhuyu-cs/MeanFlow", "naive", "naive-compiled", "ours-captured"} <= both for both in compared)
 
 
 def ratio(row: dict, base: dict) -> float:

@@ -439,6 +439,23 @@ def test_pairs_in_the_ablation(tmp_path):
     assert reader.cell("ablation", "time over ours", variant="ours-no-kernels") == "3.00 (3.00 to 3.00)"
 
 
+def test_an_ablation_of_processes_of_their_own(tmp_path):
+    found = [step(name, ms, compared=[name]) for name, ms in (("ours-no-kernels", 3.0), ("ours-eager", 4.0))]
+    found += [
+        step("ours", 2.0, compared=["ours-captured", "ours"], step_ms=[2.0, 2.0, 2.0]),
+        step("ours", 9.0, batch=8),
+    ]
+    found += [step("ours-eager-whole-batch", 5.0, compared=["ours-eager-whole-batch"])]
+    reader, _ = build(tmp_path, found)
+    compiled, eager = reader.sections["ablation"]
+    assert [line[0] for line in compiled[1:]] == ["ours", "ours-no-kernels", "ours-eager"]
+    assert reader.cell("ablation", "time over ours", variant="ours-no-kernels") == "1.50"
+    assert [line[0] for line in eager[1:]] == ["ours-eager", "ours-eager-whole-batch"]
+    assert reader.cell("ablation", "time over ours-eager", variant="ours-eager-whole-batch") == "1.25"
+    # without such steps there is no ablation of ours alone
+    assert "ablation" not in build(tmp_path, found[2:4])[0].sections
+
+
 def test_a_gradient_that_was_not_compared_is_marked(tmp_path):
     # nobody compared with ours, for what came after it failed; naive was compared with
     found = [step("naive", 300.0), step("naive-compiled", 150.0), step("ours", 100.0, gradient_against=None)]
