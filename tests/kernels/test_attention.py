@@ -115,19 +115,6 @@ def test_lse_is_the_natural_logarithm(head_dim, dtype, device):
         assert lse.dtype == FP32 and (lse.double() - exact).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("head_dim", "bar"), [(64, 4e-4), (72, 5e-5)], ids=("summed", "from the column of ones"))
-def test_tangent_hardly_depends_on_a_shift_of_v(head_dim, bar, device):
-    # sum_n p_dot = 0, so a shift of v cancels where l_dot sums the very products that multiply v. It cancels entirely
-    # with l from the same column of ones; summed in fp32 before rounding, l leaves the rounding of p times l_dot
-    (q, k, v), tangents = make_inputs("iid", 1, 64, 64, 1, head_dim, FP16, device)
-    tangents = (*tangents[:2], None)
-    v = (v * 8).round() / 8
-    shifted = v + 4
-    assert torch.equal(shifted - 4, v)
-    o_dot, o_dot_shifted = (attention_jvp((q, k, x), tangents)[1] for x in (v, shifted))
-    assert relative_error(o_dot_shifted, o_dot) < bar
-
-
 def _layout(name, batch, length, heads, head_dim, device):
     """A (B, L, H, D) fp32 view with the strides of ``name``."""
     if name == "packed":
@@ -196,6 +183,14 @@ PATHS = {
 }
 
 
+def _forward(primals, tangents, config):
+    q = primals[0]
+    o, o_dot = (q.new_empty(q.shape) for _ in range(2))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=FP32)
+    forward_launch(primals, tangents, (o, o_dot, lse), q.shape[-1] ** -0.5, config).run()
+    return o, o_dot
+
+
 @pytest.mark.parametrize("present", [(True, True, True), (True, True, False), (False, False, True)], ids=str)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, FP16), (72, FP16), (72, FP32)], ids=["64", "72", "ieee"])
 @pytest.mark.parametrize("config", PATHS.values(), ids=PATHS.keys())
@@ -203,9 +198,29 @@ def test_every_code_path(config, head_dim, dtype, present, device):
     primals, tangents = make_inputs("shifted v", 1, 33, 47, 2, head_dim, dtype, device)
     some = tuple(x if p else None for x, p in zip(tangents, present, strict=True))
     zeros = tuple(x if p else torch.zeros_like(x) for x, p in zip(tangents, present, strict=True))
-    o, o_dot = torch.empty_like(primals[0]), torch.empty_like(primals[0])
-    lse = o.new_empty((1, 2, 33), dtype=FP32)
-    forward_launch(primals, some, (o, o_dot, lse), head_dim**-0.5, config).run()
+    o, o_dot = _forward(primals, some, config)
     exact, plain = exact_jvp(primals, zeros), torch.func.jvp(plain_attention, primals, zeros)
     assert_error(o, exact[0], plain[0], "o")
     assert_error(o_dot, exact[1], plain[1], "o_dot")
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dim", "bar"),
+    [
+        (AttentionConfig(64, 64, 4, 2), 64, 4e-4),
+        (AttentionConfig(64, 64, 4, 2), 72, 5e-5),
+        (PATHS["summed"], 72, 4e-4),
+        (PATHS["separate, summed"], 72, 4e-4),
+    ],
+    ids=("summed", "from the column of ones", "summed beside a free column", "separate"),
+)
+def test_tangent_hardly_depends_on_a_shift_of_v(config, head_dim, bar, device):
+    # sum_n p_dot = 0, so a shift of v cancels where l_dot sums the very products that multiply v. It cancels entirely
+    # with l from the same column of ones; summed in fp32 before rounding, l leaves the rounding of p times l_dot
+    (q, k, v), tangents = make_inputs("iid", 1, 64, 64, 1, head_dim, FP16, device)
+    tangents = (*tangents[:2], torch.zeros_like(v))
+    v = (v * 8).round() / 8
+    shifted = v + 4
+    assert torch.equal(shifted - 4, v)
+    o_dot, o_dot_shifted = (_forward((q, k, x), tangents, config)[1] for x in (v, shifted))
+    assert relative_error(o_dot_shifted, o_dot) < bar
