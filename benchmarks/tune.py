@@ -14,7 +14,6 @@ the shipped ones by more than the noise, over all shapes that an entry serves.
 
 import argparse
 import contextlib
-import enum
 import json
 import math
 import sys
@@ -205,7 +204,7 @@ def identity(subject: Subject, config: object) -> dict:
         "dtype": str(subject.half).removeprefix("torch."),
         "table": subject.table,
         "config": subject.label(config),
-        "entry": str(config) if isinstance(config, enum.Enum) else repr(config),
+        "entry": subject.entry(config),
         "shipped": config == subject.shipped,
         **asdict(subject.shape),
     }

@@ -63,6 +63,15 @@ class Subject:
         """Whether a config is of kernels of ours, and no library."""
         return config is Backend.TRITON or not isinstance(config, enum.Enum)
 
+    def entry(self, config: object) -> str:
+        """A config as its table would have it."""
+        if isinstance(config, enum.Enum):
+            return str(config)
+        if isinstance(config, tuple):
+            return f"({', '.join(map(self.entry, config))})"
+        given = (f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default)
+        return f"{type(config).__name__}({', '.join(f'{f.name}={getattr(config, f.name)!r}' for f in given)})"
+
     def label(self, config: object) -> str:
         """A config in words: where it has none of its own, by the fields that are not the shipped one's."""
         if isinstance(config, enum.Enum):

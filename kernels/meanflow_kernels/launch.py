@@ -4,7 +4,8 @@ Contract of an op's folder:
 
 - ``config.py`` holds frozen dataclasses of tile sizes, warps and stages, keyed by architecture (80, 90; ``ANY`` for all
   others, within 99 KB of shared memory), each with the reason in a comment.
-- a launcher builds :class:`Launch` objects from tensors and calls ``.run()``.
+- ``candidates.py`` holds configs worth timing beside those, as data too.
+- a launcher builds :class:`Launch` objects from tensors and a config, the shipped one by default, and calls ``.run()``.
 - ``compile_cases(arch)``, exported by the folder's ``__init__.py``, returns a :class:`CompileCase` for each shipped
   config and dtype. It builds the launches by the same launcher, from meta tensors, so that a test compiles what runs.
 

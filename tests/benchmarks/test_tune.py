@@ -15,6 +15,10 @@ pytest.importorskip("triton", reason="the tuner launches Triton kernels")
 from benchmarks import tune, tune_entries  # noqa: E402
 from benchmarks.tune_subjects import SHAPES, subjects  # noqa: E402
 from benchmarks.tune_trials import Trial  # noqa: E402
+from meanflow_kernels.adaln.config import RowConfig  # noqa: E402
+from meanflow_kernels.attention import config  # noqa: E402
+from meanflow_kernels.bias_gelu.config import StripConfig  # noqa: E402
+from meanflow_kernels.tiling import TileConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = "op shape dtype table config entry shipped batch tokens heads head_dim device gpu commit date".split()
@@ -45,6 +49,14 @@ def test_candidates_launch_different_things():
         assert len({subject.label(config) for config in subject.same}) == len(subject.same)
         # what launches the same is timed once
         assert set(subject.same.values()) == set(subject.configs)
+
+
+def test_entries_are_python():
+    names = {name: getattr(config, name) for name in ("AttentionConfig", "Backend")}
+    names |= {"RowConfig": RowConfig, "StripConfig": StripConfig, "TileConfig": TileConfig}
+    for subject in subjects(90, "cuda"):
+        for value in subject.same:
+            assert eval(subject.entry(value), names) == value
 
 
 def test_an_unknown_kernel_is_refused(capsys):
