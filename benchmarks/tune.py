@@ -214,7 +214,8 @@ def run(chosen: dict[int, Subject], arch: int, device: str, seconds: float, keep
     """Sweep the subjects until the seconds are over; ``keep`` gets each one's rows as soon as they are known."""
     until = arbiter.running_seconds() + seconds
     with Ahead(arch, device, chosen) if device == "cuda" else contextlib.nullcontext() as ahead:
-        clock = Clock(device)
+        with arbiter.alone(device):
+            clock = Clock(device)
         for done, (index, subject) in enumerate(chosen.items()):
             if arbiter.running_seconds() > until:
                 print(f"the {seconds:.0f} s are over: {len(chosen) - done} kernels are left out", flush=True)
