@@ -34,10 +34,8 @@ from .tune_entries import line, summary
 from .tune_subjects import Subject, subjects
 from .tune_trials import Trial, Unserved
 
-ROUNDS = 40
-"""Turns of the configs of a kernel."""
-FEWEST = {"cuda": 5, "cpu": 1}
-"""Turns that are taken however long they last."""
+ROUNDS, FEWEST = {"cuda": 40, "cpu": 1}, 5
+"""Turns of the configs of a kernel, and those that are taken however long they last."""
 SHARE = 0.1
 """Of the seconds: what the turns of one kernel may take."""
 FLOOR = {torch.bfloat16: 8e-4, torch.float16: 1e-4, torch.float32: 1e-6}
@@ -155,8 +153,8 @@ def in_turn(
     extra = clock.lead(before) if before else 0.0
     leads = {name: clock.lead(call) + extra for name, call in calls.items()}
     samples = {name: [] for name in calls}
-    for turn in range(ROUNDS):
-        if turn >= FEWEST[clock.device] and arbiter.running_seconds() > until:
+    for turn in range(ROUNDS[clock.device]):
+        if turn >= FEWEST and arbiter.running_seconds() > until:
             break
         for name in list(calls) if turn % 2 else reversed(calls):
             samples[name].append(clock.time(calls[name], leads[name], before))
