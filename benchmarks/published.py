@@ -14,7 +14,7 @@ from pathlib import Path
 from . import plots, recipes, report
 from .markup import NONE, gib, number
 from .ratios import MARK, STEP, speed, uncompared, uncompared_note
-from .rows import hardware, newest, read
+from .rows import hardware, machine, newest, read, short_commit
 from .step_sections import ordered, other_programs, timed
 from .table import markdown_table
 
@@ -47,11 +47,13 @@ def of_step(steps: list[dict], wanted: dict) -> list[dict]:
     return ordered(newest(found, lambda row: row["variant"])[0])
 
 
-def line(variant: str, row: dict | None, steps: list[dict]) -> list[str]:
-    """A variant's line of the table."""
+def line(variant: str, row: dict | None, steps: list[dict], newest_commit: str) -> list[str]:
+    """A variant's line of the table; an older commit than most is named."""
     if row is None:
         return [NAMES[variant], "not measured", *[NONE] * 3]
     name = NAMES.get(variant) or f"{variant} {row.get('peer_commit') or ''}"
+    if not row.get("peer") and row["commit"] != newest_commit:
+        name += f", at {short_commit(row)}"
     cells = [number(row["ms"]), number(row["images_per_second"]), number(gib(row), 3)]
     mfu = f"{row['mfu']:.1%}" if row.get("mfu") else NONE
     return [f"{name} {MARK}" if uncompared(row, steps) else name, *cells, mfu]
@@ -59,24 +61,27 @@ def line(variant: str, row: dict | None, steps: list[dict]) -> list[str]:
 
 def headline(steps: list[dict]) -> str:
     """The table of a card's headline steps, with what has to be said beside it, in Markdown."""
-    lines, words, shown = [], [], []
+    lines, words, shown = [], [], [row for wanted in HEADLINE["cuda"] for row in of_step(steps, wanted)]
+    last = max(shown, key=lambda row: row["date"])["commit"]
     for wanted in HEADLINE["cuda"]:
         found = of_step(steps, wanted)
         lines.append([f"**{wanted['model']}, batch {wanted['batch']}**", *[""] * 4])
         of_variant = {row["variant"]: row for row in found}
         for variant in [row["variant"] for row in found if row.get("peer")] + list(NAMES):
-            lines.append(line(variant, of_variant.get(variant), steps))
+            lines.append(line(variant, of_variant.get(variant), steps, last))
         words.append(speeds(wanted["model"], found, steps))
-        shown += found
     table = markdown_table(["training step", "ms", "images/s", "peak, GiB", "MFU"], lines)
-    machines = dict.fromkeys(hardware([r for r in shown if r["commit"] == commit]) for commit in commits(shown))
     said = [derivative(steps), *uncompared_note(shown, steps), *other_programs(shown)]
     below = "\n".join(f"- {line}" for line in [*words, *said] if line)
-    return f"{'; '.join(machines)}:\n\n{table}\n\n{below}"
+    return f"{machines(shown)}:\n\n{table}\n\n{below}"
 
 
-def commits(rows: list[dict]) -> list[str]:
-    return list(dict.fromkeys(row["commit"] for row in rows))
+def machines(rows: list[dict]) -> str:
+    """Hardware, versions and commits of rows."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(machine(row | {"commit": None}), []).append(row)
+    return "; ".join(map(hardware, groups.values()))
 
 
 def speeds(model: str, rows: list[dict], steps: list[dict]) -> str:
@@ -121,9 +126,8 @@ def picture(steps: list[dict], device: str, stem: Path) -> None:
             values = {row["variant"]: (row["ms"], row["ms_20"], row["ms_80"]) for row in found}
             panels[f"{wanted['model']}, batch {wanted['batch']}, {wanted['precision']}"] = values, words
             shown += found
-    where = [hardware([row for row in shown if row["commit"] == commit]) for commit in commits(shown)]
     title = "A training step, guided (kappa 0.5), r != t for 25%; optimizer and average included"
-    figure = plots.panels_of_bars(title, "; ".join(where), "ms a step (20 to 80 %)", panels)
+    figure = plots.panels_of_bars(title, machines(shown), "ms a step (20 to 80 %)", panels)
     plots.save(figure, stem, "training step")
 
 

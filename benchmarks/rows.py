@@ -171,17 +171,22 @@ def device_name(row: dict) -> str:
 
 
 def hardware(rows: list[dict]) -> str:
-    """Hardware, driver, clocks, versions, commit and dates of rows of one machine, in a line."""
+    """Hardware, driver, clocks, versions, commits and dates of rows of one machine, in a line."""
     row, words = rows[0], [device_name(rows[0])]
     if row.get("gpu"):
         words.append(f"driver {row.get('driver') or 'unknown'}")
         words.append(clock_words(rows))
     words += [f"{name} {row.get(name) or 'none'}" for name in ("torch", "triton")]
-    commit, dash, state = (row.get("commit") or "unknown").partition("-")
-    words.append(f"commit {commit[:12]}{dash}{state}")
+    words.append(f"commit {' and '.join(dict.fromkeys(short_commit(row) for row in rows))}")
     dates = sorted({str(r["date"])[:10] for r in rows if r.get("date")})
     words.append(" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "date unknown")
     return ", ".join(words)
+
+
+def short_commit(row: dict) -> str:
+    """Twelve digits, and whether the tree was modified."""
+    commit, dash, state = (row.get("commit") or "unknown").partition("-")
+    return f"{commit[:12]}{dash}{state}"
 
 
 def clock_words(rows: list[dict]) -> str:

@@ -127,6 +127,17 @@ def test_hours_from_measured_steps():
         assert float(low) == pytest.approx(hours, abs=0.051) and float(high) > float(low)
 
 
+def test_rows_of_a_later_commit_take_their_place():
+    later = {"commit": "abc1234", "date": "2030-01-01T00:00:00", "gradient_against": "ours-eager", "times": {}}
+    row = newest("H200", "ours-captured", model="XL/2", batch=32, **GUIDED)
+    text = published.headline([*STEPS, row | later | {"ms": 50.0, "mfu": 0.5, "images_per_second": 640.0}])
+    lines = {line.split(" |")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert lines["| ours, compiled and captured (`ours-captured`)"].endswith("| 50.00 | 640.0 | 24.1 | 50.0% |")
+    assert any(line.endswith("(`naive`), at 0ceb693") for line in lines)
+    speed = newest("H200", "naive", model="XL/2", batch=32, **GUIDED)["ms"] / 50.0
+    assert f"{speed:.2f} times as fast as naive," in text and "0ceb693 and abc1234" in text
+
+
 def test_nothing_else_at_the_top_is_a_figure_of_a_gpu():
     """Beyond the block the file has no ms, GiB or MFU of a GPU: those that it names are of a CPU, or no measurement."""
     rest = README.replace(block("headline"), "").replace(block("recipes"), "")
