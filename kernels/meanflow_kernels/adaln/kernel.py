@@ -194,18 +194,26 @@ def load_factor(scale_row, C: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _program():
+    """This program's number, from the end: the last samples of a training batch have a tangent, take longest and start
+    first.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def rows_of_program(L, rows_per_program):
     """The sample of this program, its first row and the end of its rows; a program never straddles samples."""
     chunks = tl.cdiv(L, rows_per_program)
-    first = tl.program_id(0) % chunks * rows_per_program
-    return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + rows_per_program, L)
+    first = _program() % chunks * rows_per_program
+    return (_program() // chunks).to(tl.int64), first, tl.minimum(first + rows_per_program, L)
 
 
 @triton.jit
 def store_partial(partial_ptr, index, total, C: tl.constexpr):
     """This program's sum over its rows, as its row of the index-th block of partial sums (programs, C)."""
-    program = index * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
-    store_row(row_at(partial_ptr, program, C), total, C)
+    row = index * tl.num_programs(0).to(tl.int64) + _program()
+    store_row(row_at(partial_ptr, row, C), total, C)
 
 
 @triton.jit
