@@ -78,9 +78,9 @@ OPERATORS = {  # by the name of a share: the kernels or operators that serve it;
 }  # fmt: skip
 
 SECOND_STAGES: dict[str, Callable] = {
-    "adaln_bwd": lambda args, out: adaln._backward(*args[:3], *out, args[3]),
-    "gate_adaln_bwd": lambda args, out: gate_adaln._backward(*args[:6], *out[:2], [*out[3:], out[2]], args[6]),
-    "bias_gelu_bwd": lambda args, out: bias_gelu._backward(*args, *out),
+    "adaln_bwd": lambda args, out: adaln.backward_launches(*args[:3], *out, args[3]),
+    "gate_adaln_bwd": lambda args, out: gate_adaln.backward_launches(*args[:6], *out[:2], [*out[3:], out[2]], args[6]),
+    "bias_gelu_bwd": lambda args, out: bias_gelu.backward_launches(*args, *out),
 }
 """Builds the two launches of a backward call from its arguments and results: the second adds up the first's sums."""
 
