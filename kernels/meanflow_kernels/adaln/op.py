@@ -75,7 +75,7 @@ def backward_launches(
 @torch.library.custom_op("meanflow_kernels::adaln", mutates_args=())
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    forward_launch(x, shift, scale, y, None, None, None, None, 0, eps).run()
+    forward_launch(x, shift, scale, y, None, None, None, None, 0, eps, FORWARD).run()
     return y
 
 
@@ -99,7 +99,7 @@ def _adaln_jvp(
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype)
     y_dot = x.new_empty((samples, *x.shape[1:]), dtype=out_dtype)
-    forward_launch(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start, eps).run()
+    forward_launch(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start, eps, FORWARD).run()
     return y, y_dot
 
 
@@ -111,7 +111,7 @@ def _(x, shift, scale, x_dot, shift_dot, scale_dot, start, samples, eps, out_dty
 @torch.library.custom_op("meanflow_kernels::adaln_bwd", mutates_args=())
 def _adaln_bwd(x: Tensor, scale: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dx, dshift, dscale = x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    for launch in backward_launches(x, scale, dy, dx, dshift, dscale, eps):
+    for launch in backward_launches(x, scale, dy, dx, dshift, dscale, eps, BACKWARD, SUMS):
         launch.run()
     return dx, dshift, dscale
 

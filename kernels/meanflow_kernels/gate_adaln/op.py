@@ -83,7 +83,7 @@ def _gate_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(x, x.shape[0], out_dtype)
-    forward_launch((x, y, gate, shift, scale), (None,) * 5, out, (None, None), 0, eps).run()
+    forward_launch((x, y, gate, shift, scale), (None,) * 5, out, (None, None), 0, eps, FORWARD).run()
     return out
 
 
@@ -111,7 +111,7 @@ def _gate_adaln_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, samples, out_dtype)
     primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    forward_launch(primals, tangents, out, out_dot, start, eps).run()
+    forward_launch(primals, tangents, out, out_dot, start, eps, FORWARD).run()
     return *out, *out_dot
 
 
@@ -126,7 +126,8 @@ def _gate_adaln_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
     dshift, dscale, dgate = (gate.new_empty(gate.shape) for _ in range(3))
-    for launch in backward_launches(x_out, y, gate, scale, dx_out, dh, dx, dy, [dshift, dscale, dgate], eps):
+    sums = [dshift, dscale, dgate]
+    for launch in backward_launches(x_out, y, gate, scale, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS):
         launch.run()
     return dx, dy, dgate, dshift, dscale
 
