@@ -35,6 +35,24 @@ def rows_per_program(strips: int, rows: int, *, programs: int, fewest: int, most
     return min(max(-(-rows // programs_per_strip), fewest), most)
 
 
+@dataclass(frozen=True)
+class StripConfig(TileConfig):
+    """A program's tile, and how many of them, one below the other, it takes."""
+
+    warps_per_sm: int
+    """Warps that a multiprocessor holds at once, by registers: the grid fills it in whole waves."""
+    fewest_rows: int
+    """Rows a program takes at least: what its partial sum is spread over."""
+    most_rows: int
+    """Rows a program takes at most."""
+
+    def rows_per_program(self, strips: int, rows: int, device: torch.device) -> int:
+        """Rows that a program takes of one of `strips` strips of so many rows: whole tiles."""
+        resident = multiprocessors(device) * max(1, self.warps_per_sm // self.num_warps)
+        share = rows_per_program(strips, rows, programs=resident, fewest=self.fewest_rows, most=self.most_rows)
+        return -(-share // self.block_r) * self.block_r
+
+
 def variations(config, **fields: tuple) -> tuple:
     """``config`` with every combination of these values of its fields."""
     return tuple(replace(config, **dict(zip(fields, values, strict=True))) for values in product(*fields.values()))

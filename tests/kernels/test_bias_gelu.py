@@ -90,8 +90,9 @@ def test_the_sum_over_rows_is_cut_into_chunks(kernel_route, device, monkeypatch,
     bias = torch.randn(40, device=device)
     dx, dbias = torch.ops.meanflow_kernels.bias_gelu_bwd(x, bias, dy)
     assert relative_error(dbias, dx.sum(0)) < 1e-6
-    assert module._rows_per_chunk(x, BACKWARD) % BACKWARD.block_r == 0
-    assert module._rows_per_chunk(torch.empty(10**6, 4608, device="meta"), BACKWARD) <= BACKWARD.most_rows
+    for strips, height in ((1, rows), (9, 10**6)):
+        share = BACKWARD.rows_per_program(strips, height, x.device)
+        assert share % BACKWARD.block_r == 0 and BACKWARD.fewest_rows <= share <= BACKWARD.most_rows
 
 
 def test_the_bias_carries_its_tangent_in_forward_mode(each_route, device):

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from itertools import product
 
-from ..tiling import TileConfig, variations
-from .config import BACKWARD, FORWARD, SUMS, StripConfig
+from ..tiling import StripConfig, TileConfig, variations
+from .config import BACKWARD, FORWARD, SUMS
 
 FORWARD_CANDIDATES: tuple[TileConfig, ...] = tuple(
     replace(FORWARD, block_r=r, block_c=c, num_warps=w) for r, c, w in ((4, 512, 4), (4, 512, 2), (8, 512, 8))

@@ -3,22 +3,7 @@
 Figures are those of the cross-compiled kernels, bf16, sm_90; run times are not measured.
 """
 
-from dataclasses import dataclass
-
-from ..tiling import TileConfig
-
-
-@dataclass(frozen=True)
-class StripConfig(TileConfig):
-    """A program's tile, and how many of them, one below the other, it takes."""
-
-    warps_per_sm: int
-    """Warps that a multiprocessor holds at once, by registers: the grid fills it in whole waves."""
-    fewest_rows: int
-    """Rows a program takes at least: what its partial sum is spread over."""
-    most_rows: int
-    """Rows a program takes at most."""
-
+from ..tiling import StripConfig, TileConfig
 
 # all four hidden widths of the DiT family (1536, 3072, 4096, 4608) are multiples of 512. Four 16-byte loads a thread
 # and tensor are on their way at once; the bias is fetched once for eight rows

@@ -7,8 +7,8 @@ from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangent
 from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
-from ..tiling import TileConfig, multiprocessors, rows_per_program
-from .config import BACKWARD, FORWARD, SUMS, StripConfig
+from ..tiling import StripConfig, TileConfig
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import bias_gelu_ref, bias_gelu_tangent_ref
 
 
@@ -70,14 +70,6 @@ def forward_launch(
     )
 
 
-def _rows_per_chunk(x: Tensor, config: StripConfig) -> int:
-    """Rows of x (..., C) that a program of the backward takes: whole tiles."""
-    resident = multiprocessors(x.device) * max(1, config.warps_per_sm // config.num_warps)
-    bounds = {"fewest": config.fewest_rows, "most": config.most_rows}
-    rows = rows_per_program(-(-x.shape[-1] // config.block_c), _rows(x), programs=resident, **bounds)
-    return -(-rows // config.block_r) * config.block_r
-
-
 def backward_launches(
     x: Tensor,
     bias: Tensor,
@@ -92,7 +84,7 @@ def backward_launches(
     from .kernel import _bias_gelu_bwd_kernel
 
     rows, width = _rows(x), x.shape[-1]
-    rows_per_chunk = _rows_per_chunk(x, config)
+    rows_per_chunk = config.rows_per_program(-(-width // config.block_c), rows, x.device)
     partial = x.new_empty((1, -(-rows // rows_per_chunk), width), dtype=torch.float32)
     first = Launch(
         kernel=_bias_gelu_bwd_kernel,
@@ -116,7 +108,7 @@ def backward_launches(
 @torch.library.custom_op("meanflow_kernels::bias_gelu", mutates_args=())
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    forward_launch(x, bias, y, None, None, 0).run()
+    forward_launch(x, bias, y, None, None, 0, FORWARD).run()
     return y
 
 
@@ -128,7 +120,7 @@ def _(x, bias):
 @torch.library.custom_op("meanflow_kernels::bias_gelu_jvp", mutates_args=())
 def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    forward_launch(x, bias, y, x_dot, y_dot, start).run()
+    forward_launch(x, bias, y, x_dot, y_dot, start, FORWARD).run()
     return y, y_dot
 
 
@@ -140,7 +132,7 @@ def _(x, bias, x_dot, start):
 @torch.library.custom_op("meanflow_kernels::bias_gelu_bwd", mutates_args=())
 def _bias_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dx, dbias = x.new_empty(x.shape), bias.new_empty(bias.shape)
-    for launch in backward_launches(x, bias, dy, dx, dbias):
+    for launch in backward_launches(x, bias, dy, dx, dbias, BACKWARD, SUMS):
         launch.run()
     return dx, dbias
 
