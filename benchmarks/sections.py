@@ -130,6 +130,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLUSHES = {
     "write": "before each call the L2 cache was flushed by writing: a call pays for writing those lines back, and "
     "small ones reach a smaller share than in the step. Not to be compared with rows of another flush",
+    "write, read": "before each call a buffer larger than the L2 cache was written, then another one read",
 }
 
 

@@ -58,6 +58,7 @@ class Stopwatch:
     def _row(self, name: dict, work: Work, samples: list[float]) -> dict:
         low, ms, high = timing.quantiles(samples)
         row = name | {"ms": ms, "ms_20": low, "ms_80": high, "samples": len(samples)}
+        row |= {"flush": timing.FLUSH if self.device == "cuda" else None}
         row |= {"flops": work.flops, "bytes": work.bytes}
         row |= {"tflops": work.flops / ms / 1e9, "gbps": work.bytes / ms / 1e6}
         bound = "gemm" if work.flops else "copy"

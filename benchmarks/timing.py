@@ -19,6 +19,10 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
     return tuple(torch.tensor(samples, dtype=torch.float64).quantile(levels).tolist())
 
 
+FLUSH = "write, read"
+"""How ColdCache evicts, in a row's words: rows of different flushes are not to be compared."""
+
+
 class ColdCache:
     """Two buffers larger than the L2 cache, one written, then the other read: that evicts what the last call left there
     and keeps the GPU busy. Were it written alone, its own dirty lines would be left to the timed call to write back.

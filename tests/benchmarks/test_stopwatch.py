@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import environment as environment_module
-from benchmarks import measuring
+from benchmarks import measuring, timing
 from benchmarks.bench_silu import VARIANTS, Case, measure
 from benchmarks.environment import _nvml, clocks, energy, environment
 from benchmarks.measuring import joules
@@ -73,6 +73,14 @@ def test_unknown_gpu_gets_no_share_of_a_peak(gpu):
     watch = _stopwatch(gpu)
     watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(1, 1), errors={})
     assert "share_of_peak" not in watch.rows[0]
+
+
+def test_a_gpus_row_says_how_its_cache_was_flushed():
+    watch, work = _stopwatch("NVIDIA H200"), Work(flops=0, bytes=10**6)
+    # on a CPU nothing is
+    assert watch._row({"op": "x"}, work, [1.0])["flush"] is None
+    watch.device = "cuda"
+    assert watch._row({"op": "x"}, work, [1.0])["flush"] == timing.FLUSH != "write"
 
 
 def test_row_says_where_and_when(tmp_path):
