@@ -28,7 +28,7 @@ from meanflow_kernels.launch import arch_of
 from . import arbiter
 from .environment import clocks, environment, merge
 from .stopwatch import relative_error
-from .timing import ColdCache, host_ms, quantiles, timed_ms, wall_ms
+from .timing import FLUSH, ColdCache, host_ms, quantiles, timed_ms, wall_ms
 from .tune_ahead import Ahead
 from .tune_entries import line, summary
 from .tune_subjects import Subject, subjects
@@ -252,7 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         for subject in chosen.values():
             print(f"{subject.title}, {subject.table}: {'; '.join(map(subject.label, subject.configs))}")
         return 0
-    found, where = [], environment(device, options.commit)
+    found = []
+    where = {"flush": FLUSH if device == "cuda" else None} | environment(device, options.commit)
 
     def keep(rows: list[dict]) -> None:
         found.extend(merge(row, where) for row in rows)
