@@ -1,8 +1,8 @@
 """Launch config of the kernels that hold a row in registers, and that of adaln.
 
 One for all architectures: registers are the same to a few, and shared memory is far below what any of them has.
-Figures are those of the cross-compiled kernels at C = 1152, fp32 stream and bf16 branches, sm_90; run times are not
-measured.
+Registers are those of the cross-compiled kernels at C = 1152, fp32 stream and bf16 branches, sm_90. Gains are those of
+``benchmarks.tune`` on an H200, mean and range over the steps of S/2, B/4, L/2 and XL/2 (benchmarks/results/h200).
 """
 
 from dataclasses import dataclass
@@ -35,14 +35,13 @@ class RowConfig:
         return min(128 * self.num_warps(width), 1 << (width - 1).bit_length())
 
 
-# 384 columns a warp are twelve a thread: one, two and four warps hold the rows of the DiT family (384, 768, 1024 and
-# 1152), in 38 to 72 registers, 32 warps on an SM and more: 74 KB of the dual kernel's rows on their way, where an
-# H200's SM needs 29 KB (36 GB/s x 0.8 us). A program's later rows find shift and scale in L1
-FORWARD = RowConfig(columns_per_warp=384, warps_per_sm=32, fewest_rows=1, most_rows=8)
+# one warp a row up to 768 columns, two up to 1536; a program takes two rows, so that many small programs share the SMs.
+# H200: 1.07 (1.00 to 1.12) times as fast as 384 columns a warp and eight rows a program
+FORWARD = RowConfig(columns_per_warp=768, warps_per_sm=32, fewest_rows=1, most_rows=2)
 
-# two sums and a vector in registers: 96 at most, 20 warps on an SM. A program leaves two fp32 sums a column: 6 % of the
-# rows' bytes at 13 rows a program
-BACKWARD = RowConfig(columns_per_warp=384, warps_per_sm=20, fewest_rows=8, most_rows=64)
+# two sums and a vector in registers, so few warps; the next two rows are on their way while one is worked on. H200: 1.09
+# (1.02 to 1.18) times as fast as 384 columns a warp, 20 warps and no prefetch
+BACKWARD = RowConfig(columns_per_warp=768, warps_per_sm=12, fewest_rows=8, most_rows=64, stages=3)
 
 # 512 contiguous bytes a row of partial sums, of which each sample has 8 to 32
 SUMS = TileConfig(block_r=32, block_c=128, num_warps=4)

@@ -1,7 +1,8 @@
 """Choices of attention, as data: which implementation serves a call, and the launch configs of the Triton kernels.
 
-The reasons of the launch configs are static: registers a thread, spills and shared memory from cross-compilation, which
-the static report prints for every one. Their length is that of q.
+Where a comment gives milliseconds or a gain, ``benchmarks.tune`` measured it on an H200 (benchmarks/results/h200). The
+other reasons are static: registers a thread, spills and shared memory from cross-compilation, which the static report
+prints for every config. A row's length is that of q.
 """
 
 import enum
@@ -31,19 +32,22 @@ shorter of M and N.
 """
 
 _LIBRARIES = (Backend.FLASH, Backend.FLASH_ATTN, Backend.XFORMERS)
-_CUDNN_FIRST = (Backend.CUDNN, *_LIBRARIES)
 
-# H200, N 256, B H 4096, bf16: cuDNN 1.21 ms, flash 1.83 at hd 72; 0.87 and 1.07 at hd 64. Nothing else was timed
+# H200, bf16, ms of one layer of a step: Triton 0.107, cuDNN 0.122, flash 0.148 at hd 64 and N 256 (L/2, batch 32); 0.091,
+# 0.180 and 0.308 at N 64 (B/4, batch 256); 0.160, 0.158 and 0.226 at hd 72 (XL/2, batch 32), where Triton's is
+# repeatable, and writes where its reader wants it
 BACKWARD: Backends = {
-    90: ((56, 0, _LIBRARIES), (72, 128, _CUDNN_FIRST), (128, 0, _LIBRARIES)),
+    90: ((56, 0, _LIBRARIES), (72, 0, ()), (128, 0, _LIBRARIES)),
     ANY: ((128, 0, _LIBRARIES),),
 }
-# the same: cuDNN 0.29 ms, Triton 0.43, flash 0.52 at hd 72; 0.20, 0.27 and 0.30 at hd 64
+# the same, guidance pass: cuDNN 0.054, Triton 0.060, flash 0.081 at hd 72; 0.038, 0.041 and 0.054 at hd 64; at N 64
+# 0.073, 0.037 and 0.100
 FORWARD: Backends = {
     90: ((56, 0, ()), (72, 128, (Backend.CUDNN,)), (128, 0, ())),
     ANY: ((128, 0, ()),),
 }
-# the samples of a batch beside those with a tangent: a library's o is copied to its place, which takes what it saves
+# the samples of a batch beside those with a tangent, where a library's o is copied to its place: cuDNN 0.048, Triton
+# 0.038 at hd 72; 0.053 and 0.027 at hd 64
 BESIDE: Backends = {ANY: ((128, 0, ()),)}
 
 
@@ -79,14 +83,36 @@ class AttentionConfig:
         return " ".join(words + ["summed"] * (not self.ones))
 
 
-# wgmma needs 64 rows a warp group. Two programs fit an SM at hd 64 and 72 (170 and 219 registers, 80 and 100 KB of
-# shared memory) and hide each other's waits; four warps on 64 rows of k give the 16-wide column tile of hd 72 its
-# 16-byte loads; 128 rows with 4 warps spill
-_DUAL_90: Rows = ((80, 0, AttentionConfig(64, 64, 4, 2)), (128, 0, AttentionConfig(64, 32, 4, 2)))
-# three programs an SM at hd 64 and 72 (about 164 registers)
-_PLAIN_90: Rows = ((96, 0, AttentionConfig(64, 128, 4, 2)), (128, 0, AttentionConfig(64, 64, 4, 2)))
-_BWD_DQ_90: Rows = ((128, 0, AttentionConfig(64, 64, 4, 2)),)
-_BWD_DKDV_90: Rows = ((80, 0, AttentionConfig(64, 64, 4, 2)), (128, 0, AttentionConfig(32, 64, 4, 2)))
+# wgmma needs 64 rows a warp group; wide heads stay within two programs an SM
+_DUAL_90: Rows = (
+    # 1.05 to 1.35 times as fast as 64x64 w4 s2 (L/2, S/2): no conversion of single values, copies of a step ahead
+    (64, 128, AttentionConfig(128, 32, 8, 3, packed=True)),
+    # 1.10 (B/4, N 64)
+    (64, 0, AttentionConfig(64, 32, 4, 2, packed=True)),
+    # 1.04 (XL/2): its sums leave v's second tile alone
+    (72, 128, AttentionConfig(128, 64, 8, 3, packed=True, separate=True, ones=False)),
+    (80, 0, AttentionConfig(64, 64, 4, 2)),
+    (128, 0, AttentionConfig(64, 32, 4, 2)),
+)
+_PLAIN_90: Rows = (
+    # 1.07 times as fast as 64x128 w4 s2 at N 256 (L/2, S/2), 1.65 at N 64 (B/4)
+    (64, 0, AttentionConfig(64, 64, 4, 3)),
+    # 1.22 (XL/2)
+    (72, 128, AttentionConfig(128, 64, 8, 3)),
+    (96, 0, AttentionConfig(64, 128, 4, 2)),
+    (128, 0, AttentionConfig(64, 64, 4, 2)),
+)
+# 1.06 to 1.08 times as fast as 64x64 w4 s2 at hd 64, 1.04 at hd 72
+_BWD_DQ_90: Rows = (
+    (64, 0, AttentionConfig(64, 32, 4, 3)),
+    (72, 0, AttentionConfig(64, 32, 4, 2)),
+    (128, 0, AttentionConfig(64, 64, 4, 2)),
+)
+_BWD_DKDV_90: Rows = (
+    (64, 0, AttentionConfig(32, 64, 4, 3)),
+    (80, 0, AttentionConfig(64, 64, 4, 2)),
+    (128, 0, AttentionConfig(32, 64, 4, 2)),
+)
 
 # mma.sync keeps q and q_dot in registers: smaller tiles. These fit 99 KB of shared memory, so they serve every other
 # architecture too
