@@ -281,7 +281,9 @@ def find_rates(
     rates = []
     of_bounds = (("gemm", gemm_tflops, peak and peak.tflops), ("copy", copy_gbps, peak and peak.gbps))
     for bound, given, datasheet in of_bounds:
-        measured = max((row["ceiling"] for row in rows if row.get("bound") == bound), default=None)
+        # rows of other programs are beside no ceiling
+        ceilings = (row.get("ceiling") for row in rows if row.get("bound") == bound)
+        measured = max((x for x in ceilings if x is not None), default=None)
         known = {"given": given, "measured": measured, "datasheet": datasheet}
         found = next((Rate(value, source) for source, value in known.items() if value is not None), None)
         require(

@@ -88,12 +88,12 @@ def tune(*ops: str) -> str:
 
 def tests(name: str, *arguments: str, seconds: int) -> Part:
     """Tests of what is timed, as a part like others: a failure stops only the timing of what they test."""
-    return Part(f"tests-{name}", "cuda", f"{PYTEST} {{workers}} {' '.join(arguments)}", seconds=seconds, gib=20)
+    return Part(f"tests-{name}", "cuda", f"{PYTEST} {{workers}} {' '.join(arguments)}", seconds=seconds, gib=12)
 
 
 ATTENTION = {"tests": ("tests-attention",), "needs": ("pytest_benchmark",)}
 OTHERS = {"tests": ("tests-operators",), "needs": ("pytest_benchmark",)}
-ATTENTION_TESTS = [f"tests/kernels/test_attention{what}.py" for what in ("", "_backward", "_properties")]
+ATTENTION_TESTS = [f"tests/kernels/test_attention{what}.py" for what in ("", "_backends", "_backward", "_properties")]
 ELSEWHERE = [
     *(f"tests/meanflow/test_{name}.py" for name in ("step", "training", "sampling", "prefetch", "pipeline")),
     "tests/benchmarks/test_inference.py",
@@ -125,14 +125,15 @@ CUDA_PARTS = [
     tests("operators", "tests/kernels", "--ignore=tests/kernels/test_static_report.py",
           *(f"--ignore={path}" for path in ATTENTION_TESTS), seconds=80),  # fmt: skip
     variant("b4-naive-compiled", "naive-compiled", 150, 16),
-    Part("tune", "cuda", tune(), seconds=170, tests=("tests-attention", "tests-operators")),
+    # it holds each config against fp64 itself
+    Part("tune", "cuda", tune(), seconds=60),
     variant("b4-naive", "naive", 25, 26),
     variant("xl2-naive", "naive", 40, 66),
     Part("kernels-xl2", "cuda", breakdown("xl2", "XL/2", 32, KERNELS), seconds=90, gib=34),
     Part("attention", "cuda", bench("attention"), seconds=60, gib=24, **ATTENTION),
     Part("pointwise", "cuda", bench(*OPS), seconds=90, gib=16, **OTHERS),
-    Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", seconds=28, gib=60,
-         tests=("tests-operators",)),  # fmt: skip
+    # as the step's, its results are compared before it is timed
+    Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", seconds=28, gib=60),
     *(
         Part(f"recipe-{name}", "cuda", recipe(name), seconds=60, gib=34)
         for name in ("m2", "l2", "b2", "xl2", "b4", "xl2-plus")

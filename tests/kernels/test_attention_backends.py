@@ -106,10 +106,10 @@ def _flash_attn_in_torch() -> types.ModuleType:
     return module
 
 
-def test_a_library_serves_the_op(kernel_route, all_serve, strict, monkeypatch):
+def test_a_library_serves_the_op(kernel_route, all_serve, strict, monkeypatch, device):
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", _flash_attn_in_torch())
-    primals, tangents = make_inputs("iid", 3, 17, 33, 2, 24, FP32, "cpu")
+    primals, tangents = make_inputs("iid", 3, 17, 33, 2, 24, FP32, device)
     some = tuple(x[1:2] for x in tangents)
     leaves = tuple(x.clone().requires_grad_() for x in primals)
     expected = torch.autograd.grad(attention_ref(*leaves, scale=24**-0.5)[0].sum(), leaves)
