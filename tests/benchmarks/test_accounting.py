@@ -199,7 +199,7 @@ def test_rates_are_given_measured_or_the_datasheets(tmp_path):
     assert found() == [(peak.tflops, "datasheet"), (peak.gbps, "datasheet")]
     write_rows(tmp_path / "other", "NVIDIA B200", gemm=[1500.0], copy=[7000.0])
     assert found() == [(peak.tflops, "datasheet"), (peak.gbps, "datasheet")]
-    write_rows(tmp_path / "h200", gpu, gemm=[700.0, 720.0])
+    write_rows(tmp_path / "h200", gpu, gemm=[700.0, None, 720.0])
     assert found() == [(720.0, "measured"), (peak.gbps, "datasheet")]
     assert found(copy_gbps=4000.0) == [(720.0, "measured"), (4000.0, "given")]
     assert found("mine", gemm_tflops=1.0, copy_gbps=2.0) == [(1.0, "given"), (2.0, "given")]
