@@ -21,11 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .entries import NAMED, UNREADABLE, account, reason, shown
 from .errors import UserError, require
 
 FORMAT, VERSION = "meanflow-latents", 1
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 REPEAT = "repeat the command that prepared it"
+ABSENT = {"exif": "ignore", "alpha": "drop"}
+"""What a job was that does not say it."""
 
 
 # --- files ---
@@ -142,7 +145,7 @@ class Builder:
         """Raise UserError unless the folder's job is this one; where source and VAE lie may differ."""
         found = _read_json(self.folder / "job.json", "remove the folder and prepare it anew")
         for name in sorted(found.keys() | self.job.keys()):
-            theirs, ours = _content(found.get(name)), _content(self.job.get(name))
+            theirs, ours = (_content(job.get(name, ABSENT.get(name))) for job in (found, self.job))
             if theirs != ours:
                 raise UserError(
                     f"{name}: got {_short(ours)}, wanted {_short(theirs)} as {self.folder} was begun with; "
@@ -168,9 +171,18 @@ class Builder:
         try:
             entry = json.loads((self.folder / f"shard_{shard:05d}.json").read_bytes())
             damaged = any(_damage(self.folder, entry[part], read=read) for part in ("latents", "labels"))
-        except (OSError, ValueError, KeyError, TypeError):
+            fits = self._fits(entry, shard)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        return None if damaged else entry
+        return None if damaged or not fits else entry
+
+    def _fits(self, entry: dict, shard: int) -> bool:
+        """Whether an entry says what put wrote: it has no checksum of its own."""
+        files = [(entry["latents"], f"shard_{shard:05d}.npy"), (entry["labels"], f"labels_{shard:05d}.npy")]
+        named = all(file["file"] == name and isinstance(file["sha256"], str) for file, name in files)
+        skipped = all(isinstance(x, str) for name, why in entry["skipped"] for x in (name, why))
+        counted = all(type(count) is int for count in entry["converted"].values())
+        return named and skipped and counted and entry["rows"] == len(self.members(shard)) - len(entry["skipped"])
 
     def put(self, shard: int, latents: np.ndarray, labels: np.ndarray, skipped: list, converted: dict) -> None:
         """Write a shard.
@@ -189,16 +201,24 @@ class Builder:
         }
         _write_json(self.folder / f"shard_{shard:05d}.json", entry)
 
-    def finish(self) -> dict:
-        """Write the manifest; every shard must be whole."""
+    def finish(self, left_out: dict | None = None) -> dict:
+        """Write the manifest; every shard must be whole.
+
+        Args:
+            left_out: of the source's entries before they were read, see meanflow.entries.Entries.left_out.
+        """
         shards = [self._entry(shard, read=False) for shard in range(self.shards)]
         converted: dict[str, int] = {}
         for entry in shards:
             for mode, count in entry.pop("converted").items():
                 converted[mode] = converted.get(mode, 0) + count
         skipped = [image for entry in shards for image in entry.pop("skipped")]
+        rows = sum(entry["rows"] for entry in shards)
+        unreadable = {"count": len(skipped), "names": [name for name, _ in skipped[:NAMED]]}
+        left_out = (left_out or {}) | ({UNREADABLE: unreadable} if skipped else {})
         manifest = self.job | {
-            "rows": sum(entry["rows"] for entry in shards),
+            "rows": rows,
+            "entries": account(left_out, rows),
             "converted": dict(sorted(converted.items())),
             "skipped": skipped,
             "shards": shards,
@@ -225,10 +245,10 @@ def _read_json(path: Path, hint: str) -> dict:
         values = json.loads(path.read_bytes())
         if isinstance(values, dict):
             return values
-        reason = "it is no JSON object"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise UserError(f"cache: got {path}, which cannot be read ({reason}), wanted a whole one; {hint}")
+        why = "it is no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        why = reason(error)
+    raise UserError(f"cache: got {path}, which cannot be read ({why}), wanted a whole one; {hint}")
 
 
 def read_manifest(folder: Path) -> dict:

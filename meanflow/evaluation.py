@@ -251,6 +251,7 @@ def evaluate(
         for times, name in tqdm(asked, desc="scores", unit="protocol", dynamic_ncols=True)
     ]
     report = identity | {"count": plan.count, "results": rows, "notes": list(NOTES), "environment": environment()}
+    report["reference_entries"] = {r.source: r.entries for r in references.values() if r.entries}
     write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 

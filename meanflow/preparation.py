@@ -1,6 +1,7 @@
 """Images to latents: decode, crop, encode, and fill a cache's shards, in any number of processes, after any kill."""
 
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cache import DTYPES, Builder
+from .decoding import Alpha, Exif, centre_crop, decode
+from .entries import UNCHOSEN, account, describe, describe_classes, reason, shown
 from .errors import UserError, require
 from .features import Extractor, ImageStatistics
-from .sources import Source, centre_crop, decode, fingerprint, open_source
+from .sources import Source, fingerprint, open_source
 from .vae import identity, load_vae
 from .world import World
 
@@ -44,6 +47,10 @@ class Options:
     """Take so many images only, evenly spread over the source."""
     bad_images: Literal["fatal", "skip"] = "fatal"
     """What an image that cannot be read does: stop, or be left out and listed in the manifest."""
+    exif: Exif = "ignore"
+    """EXIF's orientation: ignored, or applied."""
+    alpha: Alpha = "drop"
+    """Transparency: dropped, so that the stored colours show, or laid over white or black."""
     batch: int = 32
     """Images encoded at a time."""
     workers: int = 4
@@ -148,8 +155,13 @@ def in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[Sequenc
         yield [future.result() for future in pending.popleft()]
 
 
-def fill(folder: Path, job: dict, world: World, repair: bool, make: Callable[[Builder, list[int]], Any]) -> dict | None:
+def fill(
+    folder: Path, job: dict, world: World, repair: bool, make: Callable[[Builder, list[int]], Any], left_out: dict
+) -> dict | None:
     """Complete a cache: every process makes its share of the shards that are not whole; the manifest, in the first.
+
+    Args:
+        left_out: of the source's entries, see meanflow.entries.Entries.left_out.
 
     Raises:
         UserError: for a folder that holds another job.
@@ -166,7 +178,7 @@ def fill(folder: Path, job: dict, world: World, repair: bool, make: Callable[[Bu
             print(f"{folder}: {done} of {builder.shards} shards are whole, {len(missing)} are made")
         make(builder, missing[world.rank :: world.size])
         world.gather(None)  # when all have come here, all shards are there
-        return builder.finish() if world.is_main else None
+        return builder.finish(left_out) if world.is_main else None
 
 
 def progress(builder: Builder, shards: list[int], world: World) -> tqdm:
@@ -185,6 +197,8 @@ class Preparation:
         available, limit = len(self.source.names), options.limit
         wanted = available if limit is None else min(limit, available)
         self.chosen = np.arange(wanted) * available // wanted
+        for i in sorted(set(range(available)) - set(self.chosen.tolist())):
+            self.source.entries.leave_out(self.source.names[i], UNCHOSEN)
         vae = load_vae(options.vae, world.device, "vae")
         self.encoder = Encoder(vae, options.image_size, options.flipped, world.device)
         self.job = self._job(name, vae)
@@ -203,6 +217,8 @@ class Preparation:
             "classes": source.classes,
             "vae": identity(options.vae, vae),
             "crop": CROP,
+            "exif": options.exif,
+            "alpha": options.alpha,
             "image_size": options.image_size,
             "pixels": "symmetric",
             "latent_shape": self.encoder.shape,
@@ -220,7 +236,12 @@ class Preparation:
         Raises:
             UserError: for an image that cannot be read, latents that are not finite, a folder that holds another job.
         """
-        return fill(self.folder, self.job, self.world, self.options.repair, self._make)
+        left_out = self.source.entries.left_out()
+        if self.world.is_main:
+            # before hours of encoding
+            classes = describe_classes(self.source.labels[self.chosen].tolist(), self.source.classes)
+            print("\n".join([*describe(account(left_out, len(self.chosen))), classes]))
+        return fill(self.folder, self.job, self.world, self.options.repair, self._make, left_out)
 
     def measure(self, extractor: Extractor) -> None:
         """Write the FID's statistics of all images that can be read to reference.npz. All processes together."""
@@ -243,11 +264,10 @@ class Preparation:
     def _decode(self, member: int) -> Decoded:
         start = time.perf_counter()
         try:
-            image, mode = decode(self.source.read(int(self.chosen[member])))
+            image, mode = decode(self.source.read(int(self.chosen[member])), self.options.exif, self.options.alpha)
             crop = np.asarray(centre_crop(image, self.options.image_size))
-        # what Pillow raises for damaged files
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            crop, mode = None, " ".join(str(error).split())
+        except Exception as error:  # of the file system, the package datasets or the decoder
+            crop, mode = None, reason(error)
         return Decoded(crop, mode, time.perf_counter() - start)
 
     def _make_shard(self, builder: Builder, shard: int, decoded: Iterator[list[Decoded]], bar: tqdm) -> None:
@@ -263,7 +283,7 @@ class Preparation:
             skipped += [[self._name(m), i.mode] for m, i in zip(part, images, strict=True) if i.crop is None]
             if skipped and self.options.bad_images == "fatal":
                 raise UserError(
-                    f"source: got {skipped[0][0]}, which cannot be read ({skipped[0][1]}), wanted an image; "
+                    f"source: got {shown(skipped[0][0])}, which cannot be read ({skipped[0][1]}), wanted an image; "
                     "repair it, or leave such images out by --bad-images skip"
                 )
             converted.update(image.mode for _, image in good if image.mode != "RGB")
@@ -286,7 +306,7 @@ class Preparation:
         if not good.all():
             name = self._name(members[int(np.argmin(good))])
             raise UserError(
-                f"vae: got latents of {name} that are not finite in {self.options.dtype}, wanted numbers; "
+                f"vae: got latents of {shown(name)} that are not finite in {self.options.dtype}, wanted numbers; "
                 f"name another autoencoder than {self.options.vae!r}, or take --dtype fp32"
             )
         return encoded
@@ -303,6 +323,7 @@ def prepare(source: str, folder: Path, options: Options) -> dict | None:
     """
     # a GPU would otherwise round convolutions to TF32, and differently from run to run
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decoding.py bounds what large images take
     with World(options.device) as world:
         # weights that are refused are found before hours of encoding
         extractor = Extractor(options.inception, world.device) if options.inception else None

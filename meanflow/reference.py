@@ -1,5 +1,6 @@
 """What samples are compared with: a file of statistics, or images, whose features are then computed and kept."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .decoding import decode
+from .entries import IMAGE_ENDINGS, Entries, account, describe, read_file, reason, shown, walk
 from .errors import UserError, require
 from .features import Extractor, ImageStatistics
 from .frechet import Gaussian, read_statistics
@@ -21,7 +24,8 @@ HINTS = {
     "adm": f"fetch {ADM}{ADM_FILE} and pass it by --reference FILE",
     "data": "pass a statistics file, an .npz of images or a folder of images by --data-reference PATH",
 }
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LARGEST = 2**23
+"""Pixels of an image of a folder: samples are smaller, and a batch of images has to fit into the memory."""
 NEIGHBOURHOOD = 10_000
 """Real images that precision and recall look at, as many as ADM's file holds; of more, evenly spaced ones."""
 
@@ -35,6 +39,8 @@ class Reference:
     """By the features' names; those that are absent cannot be scored."""
     features: Tensor | None
     """pool3 (M, 2048) of real images for precision and recall, where the source holds images."""
+    entries: dict | None
+    """What of a folder is used and left out, see meanflow.entries.account."""
 
 
 class ArrayImages:
@@ -46,9 +52,11 @@ class ArrayImages:
                 self.array = arrays["arr_0"]
         except Exception as error:  # whatever a broken archive makes its reader raise
             raise UserError(
-                f"reference: got {path}, whose images cannot be read ({error}), wanted arr_0 uint8"
+                f"reference: got {path}, whose images cannot be read ({reason(error)}), wanted arr_0 uint8; "
+                "fetch it again or name another"
             ) from None
         fits = self.array.ndim == 4 and self.array.shape[-1] in (1, 3) and self.array.dtype == np.uint8
+        fits = fits and self.array.size > 0
         wanted = "images uint8 (N, H, W, 1 or 3)"
         require(fits, f"reference {path}", f"arr_0 {self.array.shape} {self.array.dtype}", wanted, "name another")
 
@@ -61,31 +69,41 @@ class ArrayImages:
 
 
 class FolderImages:
-    """The images of a folder and those below it, by name; all of one size, cropped as the samples are."""
+    """The images of a folder and those below it, by name; all of one size, cropped as the samples are.
+
+    What an entry is and how an image is decoded is as in the training data, see meanflow/entries.py and decoding.py.
+    """
 
     def __init__(self, path: Path):
-        self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
-        require(bool(self.paths), "reference", str(path), "a folder with images " + " ".join(ENDINGS), HINTS["data"])
+        self.path, self.entries = path, Entries()
+        self.names = sorted(walk(path, "", self.entries), key=lambda name: name.split("/"))
+        self.entries.close(len(self.names))
+        require(bool(self.names), "reference", str(path), "a folder with images " + " ".join(IMAGE_ENDINGS),
+                HINTS["data"])  # fmt: skip
         self.shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def read(self, indices: list[int]) -> Tensor:
         """uint8 (B, 3, H, W)."""
-        return torch.stack([self._read(self.paths[i]) for i in indices])
+        return torch.stack([self._read(self.names[i]) for i in indices])
 
-    def _read(self, path: Path) -> Tensor:
-        from PIL import Image
-
+    def _read(self, name: str) -> Tensor:
         try:
-            with Image.open(path) as image:
-                x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except OSError as error:
-            raise UserError(f"reference: got {path}, which cannot be read ({error}), wanted an image") from None
+            image, _ = decode(read_file(self.path / name))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"reference: got {shown(self.path / name)}, which cannot be read ({reason(error)}), wanted an image; "
+                "repair or remove it"
+            ) from None
+        hint = "crop the images to the samples' size first"
+        pixels = image.width * image.height
+        require(pixels <= LARGEST, f"reference {shown(name)}", f"{pixels} pixels", f"at most {LARGEST}", hint)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         self.shape = self.shape or tuple(x.shape)
-        require(tuple(x.shape) == self.shape, f"reference {path}", tuple(x.shape), f"{self.shape} as of the others",
-                "crop the images to the samples' size first")  # fmt: skip
+        require(tuple(x.shape) == self.shape, f"reference {shown(self.path / name)}", tuple(x.shape),
+                f"{self.shape} as of the others", hint)  # fmt: skip
         return x
 
 
@@ -105,22 +123,26 @@ def load_reference(
     """
     require(path is not None and path.exists(), f"reference {kind}", str(path) if path else "no file",
             ADM_FILE if kind == "adm" else "data of your own", HINTS[kind])  # fmt: skip
+    features, entries = None, None
     if path.is_dir():
         statistics, images = {}, FolderImages(path)
+        entries = account(images.entries.left_out(), len(images))
+        if world.is_main:
+            # standard output is the report's
+            print(f"reference {shown(path)}:", "\n".join(describe(entries)), file=sys.stderr)
     else:
         statistics = read_statistics(path, extractor.device)
         held = _check(path, extractor, resize)
         require(held or "pool3" in statistics, f"reference {kind}", str(path), "mu and sigma, or images arr_0",
                 HINTS[kind])  # fmt: skip
         images = ArrayImages(path) if held else None
-    features = None
     if images is not None:
         stat = path.stat()
         identity = {"source": str(path.resolve()), "size": str(stat.st_size), "time": str(stat.st_mtime_ns),
                     "count": str(len(images)), **{k: str(v) for k, v in extractor.identity().items()}}  # fmt: skip
         measured, features = _measured(images, extractor, resize, kept / f"{kind}-{resize}", identity, batch, world)
         statistics = measured | statistics
-    return Reference(str(path), statistics, features)
+    return Reference(str(path), statistics, features, entries)
 
 
 def _check(path: Path, extractor: Extractor, resize: str) -> bool:
@@ -128,7 +150,10 @@ def _check(path: Path, extractor: Extractor, resize: str) -> bool:
     wanted = {"resize": resize, "inception_sha256": extractor.identity()["inception_sha256"]}
     with np.load(path, allow_pickle=False) as arrays:
         for name, value in wanted.items():
-            got = str(arrays[name]) if name in arrays else value
+            try:
+                got = str(arrays[name]) if name in arrays else value
+            except Exception as error:  # whatever a broken archive makes its reader raise
+                got = reason(error)
             hint = "it must be that of the samples; compute the statistics again"
             require(got == value, f"reference {path}, {name}", got, value, hint)
         return "arr_0" in arrays

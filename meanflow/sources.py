@@ -1,20 +1,35 @@
-"""Labelled images to be encoded: class folders, tar files, Hugging Face image sets, in an order that never changes."""
+"""Labelled images to be encoded: class folders, tar files, Hugging Face image sets, in an order that never changes.
+
+What an entry of a source is, meanflow/entries.py says for all of them.
+"""
 
 import hashlib
-import io
 import os
-import tarfile
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
+from .decoding import centre_crop, decode
+from .entries import HIDDEN, NO_DATA, Entries, holds_images, is_hidden, is_image, read_file, reason, shown, walk
 from .errors import UserError, require
+from .labels import read_label
+from .tars import TarFiles
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+__all__ = ["ClassFolders", "HuggingFace", "Source", "TarFiles", "centre_crop", "decode", "fingerprint", "open_source"]
+
 HUB = "hub:"
+KINDS = "class folders of images, tar files of KEY.jpg and KEY.cls, or a Hugging Face image set"
+DEFAULT_SPLIT = "train"
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Words that name a split, and what they mean."""
+NO_CLASS, OTHER_SPLIT = "an image in no class folder", "of another split"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 class Source(Protocol):
@@ -27,6 +42,8 @@ class Source(Protocol):
     """(N,) int64."""
     classes: list[str] | None
     """Their names by label, where they are known."""
+    entries: Entries
+    """What is used and what is left out."""
 
     def read(self, index: int) -> bytes:
         """An image's file. Called from several threads."""
@@ -34,76 +51,41 @@ class Source(Protocol):
 
 
 class ClassFolders:
-    """A folder for each class; labels count the sorted folders' names, as torchvision's ImageFolder does."""
+    """A folder for each class; labels count the sorted folders' names, as torchvision's ImageFolder does.
+
+    A class without images keeps its label, and is named: a download that failed does not move those of the others.
+    """
 
     kind = "class folders"
 
     def __init__(self, path: Path):
-        self.path = path
-        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        self.names, labels = [], []
+        self.path, self.entries = path, Entries()
+        self.classes, self.names, labels = [], [], []
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                self.entries.leave_out(entry.name, HIDDEN)
+            elif entry.is_dir():
+                self.classes.append(entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                self.entries.refuse(f"source: got {shown(entry.name)}, a link to nothing, wanted a folder; correct it")
+            else:
+                self.entries.leave_out(entry.name, NO_CLASS if is_image(entry.name) else NO_DATA)
         for label, name in enumerate(self.classes):
-            files = sorted(self._images(path / name))
+            files = sorted(walk(path, name, self.entries))
             self.names += files
             labels += [label] * len(files)
-        self.labels = np.array(labels, np.int64)
-
-    def _images(self, folder: Path) -> Iterable[str]:
-        for root, _, files in os.walk(folder, followlinks=True):
-            relative = Path(root).relative_to(self.path)
-            yield from (str(relative / name) for name in files if name.lower().endswith(IMAGE_ENDINGS))
-
-    def read(self, index: int) -> bytes:
-        return (self.path / self.names[index]).read_bytes()
-
-
-class TarFiles:
-    """WebDataset's layout: in uncompressed tar files, KEY.jpg beside KEY.cls, which holds the label as a number.
-
-    The images keep the tar files' order, files sorted by name.
-    """
-
-    kind = "tar files"
-    classes = None
-
-    def __init__(self, files: list[Path]):
-        self.names, self._places, labels = [], [], []
-        for path in files:
-            images, classes = {}, {}
-            try:
-                with tarfile.open(path, "r:") as tar:  # plain tar only: reading in any order needs seeking
-                    for member in tar:
-                        folder, _, name = member.name.rpartition("/")
-                        key, _, ending = name.partition(".")
-                        key = f"{folder}/{key}" if folder else key
-                        if not member.isfile():
-                            continue
-                        if f".{ending.lower()}".endswith(IMAGE_ENDINGS):
-                            images[key] = (path, member.offset_data, member.size)
-                        elif ending == "cls":
-                            classes[key] = int(tar.extractfile(member).read())
-            except (OSError, tarfile.TarError, ValueError) as error:
-                raise UserError(
-                    f"source: got {path}, which cannot be read ({error}), wanted a plain tar file of KEY.jpg and "
-                    "KEY.cls (a number); unpack it if it is compressed"
-                ) from None
-            missing = next((key for key in images if key not in classes), None)
-            if missing is not None:
-                raise UserError(f"source: got {missing} of {path} without a label, wanted {missing}.cls; add it")
-            self.names += [f"{path.name}:{key}" for key in images]
-            self._places += images.values()
-            labels += [classes[key] for key in images]
+        self.entries.close(len(self.names))
         self.labels = np.array(labels, np.int64)
 
     def read(self, index: int) -> bytes:
-        path, offset, size = self._places[index]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return read_file(self.path / self.names[index])
 
 
 class HuggingFace:
-    """An image set of the package `datasets`, saved on disk or of the hub: its column of images and one of labels."""
+    """An image set of the package `datasets`, saved on disk or of the hub: its column of images and one of labels.
+
+    Of several such columns those that are called "image" and "label" are taken.
+    """
 
     kind = "Hugging Face datasets"
 
@@ -120,53 +102,172 @@ class HuggingFace:
                 data = datasets.load_dataset(name.removeprefix(HUB), split=split)
             else:
                 data = datasets.load_from_disk(name)
-                data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            alone = isinstance(data, datasets.Dataset) and not name.startswith(HUB)
+            data = (data[split] if isinstance(data, datasets.DatasetDict) else data).with_format(None)
         except Exception as error:  # of a dozen packages, from the network's to the file system's
-            reason = " ".join(str(error).split()[:40])
             raise UserError(
-                f"source: got {name}, split {split}, which cannot be loaded ({reason}), wanted an image set; "
-                f"name a folder written by save_to_disk, or {HUB}NAME, and its --split"
+                f"source: got {name}, split {split}, which cannot be loaded ({' '.join(str(error).split()[:40])}), "
+                f"wanted an image set; name a folder written by save_to_disk, or {HUB}NAME, and its --split"
             ) from None
-        columns = data.features.items()
-        image = next((name for name, feature in columns if isinstance(feature, datasets.Image)), None)
-        label = next((name for name, feature in columns if isinstance(feature, datasets.ClassLabel)), None)
-        require(
-            image is not None and label is not None,
-            f"source {name}", list(data.features), "a column of type Image and one of type ClassLabel", "cast them",
-        )  # fmt: skip
-        self.classes = list(data.features[label].names)
-        self.labels = np.array(data[label], np.int64)
+        there = re.split(r"[^\w.-]", str(data.split or DEFAULT_SPLIT))[0]  # "train" of "train[:10%]"
+        fits = not alone or _meaning(there) == _meaning(split)
+        require(fits, f"source {name}, split", split, f"{there}, the only one there", "name it by --split")
+        image = self._column(name, data, datasets.Image, "image")
+        label = self._column(name, data, datasets.ClassLabel, "label")
+        self.classes, self.entries = list(data.features[label].names), Entries()
         self.names = [f"{split}:{i}" for i in range(len(data))]
-        self._column, self._images = (
-            image,
-            data.cast_column(image, datasets.Image(decode=False)).select_columns([image]),
-        )
+        self.labels = np.array(self._labels(data[label][:], label), np.int64)
+        self._image = image
+        self._images = data.cast_column(image, datasets.Image(decode=False)).select_columns([image])
+
+    @staticmethod
+    def _column(source: str, data, kind: type, wanted: str) -> str:
+        found = [name for name, feature in data.features.items() if isinstance(feature, kind)]
+        found = [wanted] if wanted in found else found
+        hint = f"cast a column to that type, or rename the one to learn from to {wanted!r}"
+        require(len(found) == 1, f"source {source}", found or list(data.features),
+                f"one column of type {kind.__name__}", hint)  # fmt: skip
+        return found[0]
+
+    def _labels(self, values: Iterable, column: str) -> list[int]:
+        labels = []
+        for name, value in zip(self.names, values, strict=True):
+            try:
+                labels.append(read_label(value, f"{column} of {name}").value)
+                require(labels[-1] < len(self.classes), f"source: {column} of {name}", value,
+                        f"one of {len(self.classes)} classes", "correct the label")  # fmt: skip
+            except UserError as error:
+                self.entries.refuse(str(error))
+        self.entries.close(len(labels))
+        return labels
 
     def read(self, index: int) -> bytes:
-        image = self._images[index][self._column]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        image = self._images[index][self._image]
+        if image is None or image["bytes"] is None and image["path"] is None:
+            raise ValueError("there is no image in this row")
+        return image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]))
 
 
-def open_source(name: str, split: str = "train") -> Source:
+def _meaning(word: str) -> str:
+    return SPLITS.get(word.lower(), word.lower())
+
+
+def _folder_of_split(path: Path, split: str) -> Path:
+    """The folder that holds a split: one of its name where the folder has splits, or the folder itself.
+
+    Raises:
+        UserError: where there is no such split, or a folder could be a split as well as a class.
+    """
+    folders = sorted(e.name for e in os.scandir(path) if e.is_dir() and not is_hidden(e.name))
+    splits = [name for name in folders if name.lower() in SPLITS or name == split]
+    classes = [name for name in folders if name not in splits and holds_images(path / name, depth=1)]
+    whole = [name for name in splits if _holds_source(path / name)]
+    if whole and classes:
+        raise UserError(
+            f"source: got {shown(path)}, where {whole[0]} looks like a split, it holds folders or tar files, and "
+            f"{shown(classes[0])} like a class, wanted the one or the other; name {shown(path / whole[0])}, or move "
+            f"{whole[0]} away"
+        )
+    if split in whole or split in splits and not classes:
+        return path / split
+    if _meaning(path.name) == _meaning(split) or split == DEFAULT_SPLIT and (classes or not splits):
+        return path
+    raise UserError(
+        f"source: got the split {split!r} of {shown(path)}, which has "
+        f"{'the splits ' + ', '.join(splits) if splits else 'no splits'}, wanted one that is there; "
+        f"{'name it by --split' if splits else 'leave out --split'}"
+    )
+
+
+def _holds_source(path: Path) -> bool:
+    """Whether a folder holds class folders or tar files."""
+    return any(_is_tar(e.name) or e.is_dir() and holds_images(Path(e.path), depth=2) for e in os.scandir(path))
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not is_hidden(name)
+
+
+def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
+    """The tar files of a folder that are of a split, which their names may tell."""
+    found = []
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            entries.leave_out(entry.name, HIDDEN)
+        elif entry.name.lower().endswith(COMPRESSED):
+            raise UserError(f"source: got {shown(entry.name)} beside tar files, wanted plain tar files; unpack it")
+        elif entry.is_dir() and (holds_images(path / entry.name, depth=2) or _holds_source(path / entry.name)):
+            raise UserError(
+                f"source: got {shown(path)}, which holds tar files and the folder {shown(entry.name)} with images, "
+                "wanted the ones or the others; name the folder, or move the tar files to one of their own"
+            )
+        elif _is_tar(entry.name):
+            found.append(Path(entry.path))
+        else:
+            entries.leave_out(entry.name, NO_DATA)
+    return _of_split(found, split, entries)
+
+
+def _of_split(files: list[Path], split: str, entries: Entries) -> list[Path]:
+    """Those tar files whose names do not tell of another split."""
+    told = {file: {_meaning(word) for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS or word == split}
+            for file in files}  # fmt: skip
+    told = {file: words.pop() if len(words) == 1 else None for file, words in told.items()}
+    there = sorted({word for word in told.values() if word})
+    mine = [file for file in files if told[file] == _meaning(split)]
+    if not there and (split == DEFAULT_SPLIT or _meaning(files[0].parent.name) == _meaning(split)):
+        return files
+    untold = next((file for file in files if told[file] is None), None)
+    if not mine or len(there) > 1 and untold:
+        wanted = "one that is there" if not mine else "each tar file to tell its split beside those that do"
+        raise UserError(
+            f"source: got the split {split!r} of tar files {'of ' + ', '.join(there) if there else 'without splits'}"
+            f"{f' and {shown(untold.name)}' if mine else ''}, wanted {wanted}; "
+            f"{'name it by --split, or leave it out' if not mine else 'rename it, or move it away'}"
+        )
+    for file in files:
+        if told[file] not in (None, _meaning(split)):
+            entries.leave_out(file.name, OTHER_SPLIT)
+    return [file for file in files if told[file] in (None, _meaning(split))]
+
+
+def open_source(name: str, split: str = DEFAULT_SPLIT) -> Source:
     """The images of a path, or of `hub:NAME`.
 
     Raises:
-        UserError: for a path that is not there, or holds no labelled images.
+        UserError: for a path that is not there, has no such split, holds no labelled images or entries that have no
+            certain meaning.
     """
-    path, kinds = Path(name), "class folders of images, tar files of KEY.jpg and KEY.cls, or a Hugging Face image set"
+    path = Path(name)
     if name.startswith(HUB) or (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         source = HuggingFace(name, split)
     elif path.is_dir():
-        path = path / split if (path / split).is_dir() else path
-        tars = sorted(path.glob("*.tar"))
-        source = TarFiles(tars) if tars else ClassFolders(path)
+        source = _open_folder(path, split)
     elif path.is_file():
-        source = TarFiles([path])
+        source = TarFiles([path], Entries())
     else:
-        raise UserError(f"source: got {name}, which is not there, wanted {kinds}; correct the path")
+        raise UserError(f"source: got {shown(name)}, which is not there, wanted {KINDS}; correct the path")
     if not source.names:
-        raise UserError(f"source: got {path}, which holds no images, wanted {kinds}; name another folder")
+        left = "".join(f"; {account['count']} entries are left out: {why}"
+                       for why, account in source.entries.left_out().items())  # fmt: skip
+        raise UserError(f"source: got {shown(path)}, which holds no images{left}, wanted {KINDS}; name another folder")
     return source
+
+
+def _open_folder(path: Path, split: str) -> Source:
+    try:
+        has_tars = any(_is_tar(entry.name) for entry in os.scandir(path))
+        if not (has_tars and not (path / split).is_dir()):
+            path = _folder_of_split(path, split)
+            has_tars = any(_is_tar(entry.name) for entry in os.scandir(path))
+        if not has_tars:
+            return ClassFolders(path)
+        entries = Entries()
+        return TarFiles(_shards(path, split, entries), entries)
+    except OSError as error:
+        raise UserError(
+            f"source: got {shown(path)}, which cannot be read ({reason(error)}), wanted {KINDS}; correct its rights"
+        ) from None
 
 
 def fingerprint(names: Iterable[str], labels: Iterable[int]) -> str:
@@ -175,27 +276,3 @@ def fingerprint(names: Iterable[str], labels: Iterable[int]) -> str:
     for name, label in zip(names, labels, strict=True):
         digest.update(f"{name}\t{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def decode(file: bytes) -> tuple[Image.Image, str]:
-    """An image file as RGB, and the mode that it was stored in.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: where it cannot be decoded.
-    """
-    image = Image.open(io.BytesIO(file))
-    return image.convert("RGB"), image.mode
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (Dhariwal & Nichol, arXiv 2105.05233, appendix; guided-diffusion's image_datasets.py).
-
-    Halved by box filters while the shorter side is at least twice the size, then resized by a bicubic filter until it
-    is the size, then cut out of the middle.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))

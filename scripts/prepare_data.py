@@ -13,7 +13,8 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from meanflow import cli
-from meanflow.cache import read_manifest, verify
+from meanflow.cache import Cache, read_manifest, verify
+from meanflow.entries import describe, describe_classes, shown
 from meanflow.errors import require
 
 
@@ -75,13 +76,15 @@ def _report(folder: Path, manifest: dict | None) -> None:
         return  # the first process reports
     shape = "x".join(map(str, manifest["latent_shape"]))
     print(f"{folder}: {manifest['rows']} latents {shape} {manifest['dtype']} in {len(manifest['shards'])} shards")
+    print(f"{folder}: {describe_classes(Cache(folder).labels.tolist(), manifest['classes'])}")
     if manifest["converted"]:
         modes = ", ".join(f"{count} {mode}" for mode, count in manifest["converted"].items())
-        print(f"{folder}: converted to RGB: {modes}")
+        print(f"{folder}: converted{' to RGB' if manifest['crop'] else ''}: {modes}")
+    print(f"{folder}: " + "\n".join(describe(manifest["entries"])))
     if manifest["skipped"]:
         print(f"{folder}: left out {len(manifest['skipped'])} images, listed in manifest.json:")
         for name, reason in manifest["skipped"][:10]:
-            print(f"  {name}: {reason}")
+            print(f"  {shown(name)}: {reason}")
 
 
 VERBS = {"encode": encode, "import": import_, "verify": check}
