@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .entries import NAMED, UNREADABLE, account, reason, shown
+from .entries import NAMED, UNREADABLE, account, reason
 from .errors import UserError, require
 
 FORMAT, VERSION = "meanflow-latents", 1

@@ -1,6 +1,7 @@
 """Image files to RGB, as they are stored or not at all, in bounded memory.
 
-deep grey   of 9 to 16 bits is scaled so that white is 255; pixels of 32 bits or of floats state no white and are refused
+deep grey   of 9 to 16 bits is scaled so that white is 255; pixels of 32 bits or floats do not say what white is, and
+            are refused
 alpha       is dropped, or laid over white or black
 EXIF        orientation is ignored, or applied (TIFF's own tag always is, by Pillow)
 size        up to LARGE pixels come out as they are. Of more, the centre square is taken, which a centre crop looks at

@@ -52,8 +52,8 @@ def shown(name: object) -> str:
 def reason(error: Exception) -> str:
     """Why something cannot be read, in one line that is the same on every machine: without paths and addresses."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|\b0x[0-9a-fA-F]{6,}\b", "", text)
-    text = re.sub(r"(?<![\w.])(/[^\s/'\"]+)+/?", "a path", text)
+    text = re.sub(r"( at)? \b0x[0-9a-fA-F]{6,}\b", "", text)
+    text = re.sub(r"(?<![\w.])(/[^\s/'\":,)]+)+/?", "a path", text)
     words = [shown(word) for word in text.split()[:40]] or [type(error).__name__]
     return " ".join(words)[:200]
 
@@ -117,9 +117,7 @@ class Entries:
         return {why: {"count": count, "names": names} for why, (count, names) in sorted(self._left_out.items())}
 
 
-def walk(
-    root: Path, below: str, entries: Entries, endings: str | tuple[str, ...] = IMAGE_ENDINGS
-) -> Iterator[str]:
+def walk(root: Path, below: str, entries: Entries, endings: str | tuple[str, ...] = IMAGE_ENDINGS) -> Iterator[str]:
     """Names, relative to root, of the files in a folder of it and the folders below that are data by their endings."""
     waiting: list[tuple[str, tuple]] = [(below, ())]
     while waiting:
@@ -169,15 +167,15 @@ def holds_images(path: Path, depth: int) -> bool:
 
 
 def account(left_out: dict[str, dict], used: int) -> dict:
-    """Numbers of entries, and what is left out by reason: {reason: {"count", "names"}}. A source with refused ones ends."""
+    """Numbers of entries, and those left out by reason: {reason: {"count", "names"}}. None is refused, or all are."""
     left = sum(those["count"] for those in left_out.values())
     return {"count": used + left, "used": used, "left_out": left, "refused": 0, "reasons": left_out}
 
 
 def describe(entries: dict) -> list[str]:
     """Lines for a terminal, of an :func:`account`."""
-    lines = [f"{entries['count']} entries: {entries['used']} used, {entries['left_out']} left out, "
-             f"{entries['refused']} refused"]  # fmt: skip
+    counts = ", ".join(f"{entries[key]} {key.replace('_', ' ')}" for key in ("used", "left_out", "refused"))
+    lines = [f"{entries['count']} entries: {counts}"]
     for why, those in entries["reasons"].items():
         more = ", ..." if those["count"] > 3 else ""
         lines.append(f"  left out {those['count']}, {why}: {', '.join(map(shown, those['names'][:3]))}{more}")
@@ -192,7 +190,8 @@ def describe_classes(labels: Iterable[int], classes: list[str] | None) -> str:
     """
     used = set(labels)
     names = range(max(used, default=-1) + 1) if classes is None else [shown(name) for name in classes]
-    text = f"{len(names)} classes: " + ", ".join(map(str, names if len(names) <= 20 else [*names[:4], "...", names[-1]]))
+    some = names if len(names) <= 20 else [*names[:4], "...", names[-1]]
+    text = f"{len(names)} classes: {', '.join(map(str, some))}"
     if without := len(names) - len(used):
         first = itertools.islice((str(names[i]) for i in range(len(names)) if i not in used), 8)
         text += f"; {without} of them without an image: {', '.join(first)}{', ...' if without > 8 else ''}"

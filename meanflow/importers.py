@@ -230,7 +230,7 @@ class Arrays:
     def __init__(self, path: Path):
         self.mean, self.std, self.labels = (self._open(path / f"{name}.npy") for name in ("mean", "std", "labels"))
         shapes = (self.mean.shape, self.std.shape, self.labels.shape)
-        fits = self.mean.ndim == 4 and self.mean.shape == self.std.shape and self.labels.shape[:1] == self.mean.shape[:1]
+        fits = self.mean.ndim == 4 and shapes[0] == shapes[1] and shapes[2][:1] == shapes[0][:1]
         require(fits, shown(path), shapes, "mean and std (N, C, S, S) and labels (N,)", "prepare the folder again")
         types = self.mean.dtype.kind + self.std.dtype.kind
         require(types == "ff", shown(path), f"mean {self.mean.dtype}, std {self.std.dtype}", "floating-point numbers",

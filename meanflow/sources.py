@@ -208,11 +208,16 @@ def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
     return _of_split(found, split, entries)
 
 
+def _told(file: Path, split: str) -> str | None:
+    """The split that a file's name tells."""
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    found = {_meaning(word) for word in words if word in SPLITS or word == split}
+    return found.pop() if len(found) == 1 else None
+
+
 def _of_split(files: list[Path], split: str, entries: Entries) -> list[Path]:
     """Those tar files whose names do not tell of another split."""
-    told = {file: {_meaning(word) for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS or word == split}
-            for file in files}  # fmt: skip
-    told = {file: words.pop() if len(words) == 1 else None for file, words in told.items()}
+    told = {file: _told(file, split) for file in files}
     there = sorted({word for word in told.values() if word})
     mine = [file for file in files if told[file] == _meaning(split)]
     if not there and (split == DEFAULT_SPLIT or _meaning(files[0].parent.name) == _meaning(split)):

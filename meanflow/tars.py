@@ -205,7 +205,7 @@ def _keys(name: str) -> Iterator[str]:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Raise ReadError unless a tar file ends in zeros after its members: tarfile stops in silence at a damaged header."""
+    """Raise ReadError unless zeros alone follow the members: tarfile stops in silence at a damaged header."""
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)

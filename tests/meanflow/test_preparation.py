@@ -324,7 +324,7 @@ NO_IMAGES = {
     "no tar": (lambda path: path.write_bytes(b"x" * 1024), "wanted a plain tar file"),
     "compressed": (lambda path: tar_of(path, {"a.jpg": b"", "a.cls": b"1"}, "w:gz"), "wanted a plain tar file"),
     "no label": (lambda path: tar_of(path, {"a/b.jpg": b""}), "got a/b of .* without a label"),
-    "no number": (lambda path: tar_of(path, {"b.jpg": b"", "b.cls": b"cat"}), "b.cls of .* = b.cat., wanted a whole number"),
+    "no number": (lambda path: tar_of(path, {"b.jpg": b"", "b.cls": b"cat"}), "b.cls of .* = b'cat', wanted a whole"),
 }
 
 
