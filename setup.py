@@ -95,7 +95,7 @@ setup(
         "tyro",
     ],
     extras_require={
-        "test": ["hypothesis", "kernels", "pytest", "pytest-xdist"],
+        "test": ["accelerate", "datasets", "hypothesis", "kernels", "pytest", "pytest-xdist"],
         "orbax": ["tensorstore"],
         "datasets": ["datasets"],
         "fdd": ["transformers"],

@@ -319,8 +319,10 @@ class Cache:
         path = self.folder / file["file"]
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cache: got {path}, which cannot be read ({error}), wanted an array; {REPEAT}") from None
+        except Exception as error:  # numpy passes on what Python's parser thinks of a damaged header
+            raise UserError(
+                f"cache: got {path}, which cannot be read ({reason(error)}), wanted an array; {REPEAT}"
+            ) from None
         got = (array.shape, str(array.dtype))
         require(got == (shape, str(dtype)), str(path), got, f"{(shape, str(dtype))}", REPEAT)
         return array.view(np.ndarray)  # np.memmap costs a microsecond an access

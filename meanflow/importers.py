@@ -15,6 +15,7 @@ All are unscaled. A file of log-variances, or of drawn or scaled latents without
 
 import io
 import json
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -94,20 +95,23 @@ def read_latent(layout: Layout, index: int) -> Latent:
 
 def _moments(stored: object, name: str) -> tuple[np.ndarray, str | None]:
     """(2C, S, S) -> (2, C, S, S), checked; what was converted."""
-    converted = None
-    if isinstance(stored, torch.Tensor) and stored.layout == torch.strided and stored.is_floating_point():
+    converted, fits = None, isinstance(stored, np.ndarray) and stored.dtype.kind == "f"
+    if isinstance(stored, torch.Tensor):
+        fits = stored.is_floating_point() and stored.layout == torch.strided and not stored.is_meta
+    if not fits:
+        got = f"{type(stored).__name__} {getattr(stored, 'dtype', '')}".strip()
+        raise UserError(f"source: got {name}, {got}, wanted floating-point numbers in the memory; prepare it again")
+    shape = tuple(stored.shape)
+    if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2] or not 0 < math.prod(shape) <= LARGEST:
+        raise UserError(
+            f"source: got {name} of shape {shape}, wanted mean and std (2C, S, S); means alone lack the posterior: "
+            "encode the images anew"
+        )
+    if isinstance(stored, torch.Tensor):
         stored = stored.detach()
         if stored.dtype not in (torch.float16, torch.float32, torch.float64):
             stored, converted = stored.float(), f"latents stored in {stored.dtype}".replace("torch.", "")
         stored = stored.numpy()
-    if not isinstance(stored, np.ndarray) or stored.dtype.kind != "f":
-        got = f"{type(stored).__name__} {getattr(stored, 'dtype', '')}".strip()
-        raise UserError(f"source: got {name}, {got}, wanted an array of floating-point numbers; prepare it again")
-    if stored.ndim != 3 or stored.shape[0] % 2 or stored.shape[1] != stored.shape[2] or not 0 < stored.size <= LARGEST:
-        raise UserError(
-            f"source: got {name} of shape {stored.shape}, wanted mean and std (2C, S, S); means alone lack the "
-            "posterior: encode the images anew"
-        )
     if not np.isfinite(stored).all():
         raise UserError(f"source: got {name}, which is not finite, wanted numbers; prepare it again")
     moments = stored.reshape(2, -1, *stored.shape[1:])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .entries import HIDDEN, IMAGE_ENDINGS, NO_FILE, NO_DATA, Entries, check_size, is_hidden, is_image, reason, shown
+from .entries import HIDDEN, IMAGE_ENDINGS, NO_DATA, NO_FILE, Entries, check_size, is_hidden, is_image, reason, shown
 from .errors import UserError
 from .labels import read_label
 
