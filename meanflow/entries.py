@@ -160,10 +160,14 @@ def holds_images(path: Path, depth: int) -> bool:
     """Whether a folder that is not hidden holds images, itself or in folders so many levels below it."""
     if is_hidden(path.name):
         return False
-    found = [(entry, entry.is_dir()) for entry in os.scandir(path)]
-    return any(not is_folder and is_image(e.name) and not is_hidden(e.name) for e, is_folder in found) or (
-        depth > 0 and any(holds_images(Path(e.path), depth - 1) for e, is_folder in found if is_folder)
-    )
+    folders = []
+    with os.scandir(path) as found:
+        for entry in found:
+            if entry.is_dir():
+                folders.append(Path(entry.path))
+            elif is_image(entry.name) and not is_hidden(entry.name):
+                return True
+    return depth > 0 and any(holds_images(folder, depth - 1) for folder in folders)
 
 
 def account(left_out: dict[str, dict], used: int) -> dict:

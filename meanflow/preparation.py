@@ -42,7 +42,8 @@ class Options:
     flipped: bool = False
     """Store the encoding of each mirrored image too: twice the room, and what --data.flip then reads."""
     split: str = "train"
-    """Subfolder or split of the source that is taken, if it has one of this name."""
+    """Subfolder, split or, by their names, tar files of the source that are taken; where it has no splits, train is all
+    of it. Empty: all folders are classes, whatever they are called."""
     limit: int | None = None
     """Take so many images only, evenly spread over the source."""
     bad_images: Literal["fatal", "skip"] = "fatal"

@@ -155,26 +155,31 @@ def _meaning(word: str) -> str:
 def _folder_of_split(path: Path, split: str) -> Path:
     """The folder that holds a split: one of its name where the folder has splits, or the folder itself.
 
+    A folder that is called as a split is a class where it holds images, but no folders or tar files with images, and
+    others beside it are classes.
+
     Raises:
         UserError: where there is no such split, or a folder could be a split as well as a class.
     """
+    if not split:
+        return path
     folders = sorted(e.name for e in os.scandir(path) if e.is_dir() and not is_hidden(e.name))
     splits = [name for name in folders if name.lower() in SPLITS or name == split]
-    classes = [name for name in folders if name not in splits and holds_images(path / name, depth=1)]
     whole = [name for name in splits if _holds_source(path / name)]
-    if whole and classes:
+    beside = next((name for name in folders if name not in splits and holds_images(path / name, depth=1)), None)
+    if whole and beside is not None:
         raise UserError(
-            f"source: got {shown(path)}, where {whole[0]} looks like a split, it holds folders or tar files, and "
-            f"{shown(classes[0])} like a class, wanted the one or the other; name {shown(path / whole[0])}, or move "
-            f"{whole[0]} away"
+            f"source: got {shown(path)}, where {shown(whole[0])} looks like a split, for it holds folders or tar "
+            f"files, and {shown(beside)} like a class, wanted splits or classes; name {shown(path / whole[0])}, or take "
+            "all folders as classes by --split ''"
         )
-    if split in whole or split in splits and not classes:
+    if split in whole or split in splits and beside is None:
         return path / split
-    if _meaning(path.name) == _meaning(split) or split == DEFAULT_SPLIT and (classes or not splits):
+    if _meaning(path.name) == _meaning(split) or split == DEFAULT_SPLIT and (beside is not None or not splits):
         return path
     raise UserError(
         f"source: got the split {split!r} of {shown(path)}, which has "
-        f"{'the splits ' + ', '.join(splits) if splits else 'no splits'}, wanted one that is there; "
+        f"{'the splits ' + ', '.join(map(shown, splits)) if splits else 'no splits'}, wanted one that is there; "
         f"{'name it by --split' if splits else 'leave out --split'}"
     )
 
@@ -217,6 +222,8 @@ def _told(file: Path, split: str) -> str | None:
 
 def _of_split(files: list[Path], split: str, entries: Entries) -> list[Path]:
     """Those tar files whose names do not tell of another split."""
+    if not split:
+        return files
     told = {file: _told(file, split) for file in files}
     there = sorted({word for word in told.values() if word})
     mine = [file for file in files if told[file] == _meaning(split)]

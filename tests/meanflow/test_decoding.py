@@ -148,6 +148,11 @@ def test_what_cannot_be_read_says_so(tmp_path, file):
     assert str(error.value).isprintable()
 
 
+def test_no_other_program_is_started():
+    with pytest.raises(Unreadable, match="cannot identify image file"):  # and not that Ghostscript is missing
+        decode(BROKEN["PostScript"])
+
+
 @pytest.mark.parametrize(
     "raised", [RuntimeError, KeyError, MemoryError, ZeroDivisionError, struct.error, AssertionError]
 )
@@ -234,7 +239,10 @@ def test_the_middle_is_that_of_the_whole(monkeypatch):
     image = PHOTO.resize((900, 31))
     whole = np.asarray(centre_crop(image, 64)).astype(int)
     monkeypatch.setattr(decoding, "LARGE", 2**10)
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
     middle = np.asarray(centre_crop(image, 64)).astype(int)
+    assert sizes == [(64, 64)]
     assert np.abs(middle - whole).mean() < 3  # half a pixel of phase, and the filter's edge
 
 

@@ -260,12 +260,13 @@ def test_a_tar_file_that_is_not_whole_is_refused(tmp_path, damage, words):
 
 
 def test_a_header_that_goes_back_is_refused(tmp_path):
-    path = tar(tmp_path / "0.tar", ("a.jpg", b""), ("a.cls", b"1"))
+    path = tar(tmp_path / "0.tar", ("a.jpg", b""), ("a.cls", b""))
     data = bytearray(path.read_bytes())
-    data[124:136] = b"\xff" * 10 + (-1024 & 0xFFFF).to_bytes(2, "big")
-    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
-    path.write_bytes(data)
-    assert "cannot be read" in refusal(path)
+    header = data[512:1024]
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)  # back to itself, for ever
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    path.write_bytes(data[:512] + header + data[1024:])
+    assert "a header with a negative size" in refusal(path)
 
 
 def test_one_block_of_zeros_is_an_end(tmp_path):
@@ -391,6 +392,14 @@ def test_splits_that_do_not_exist_are_refused(tmp_path, files, split, words):
     with pytest.raises(UserError, match=words) as error:
         open_source(str(put(tmp_path / "set", *files)), split)
     assert "\n" not in str(error.value)
+
+
+def test_no_split_takes_all_folders_as_classes(tmp_path):
+    put(tmp_path / "folders", "bird/2019/1.jpg", "train/2019/1.jpg", "val/1.jpg")
+    assert open_source(str(tmp_path / "folders"), "").classes == ["bird", "train", "val"]
+    for name in ("train-0.tar", "val-0.tar"):
+        tar(tmp_path / "tars" / name, "a.jpg", "a.cls")
+    assert names(tmp_path / "tars", "") == ["train-0.tar:a", "val-0.tar:a"]
 
 
 def test_the_folder_of_a_split_may_be_named_itself(tmp_path):
