@@ -170,8 +170,8 @@ def _folder_of_split(path: Path, split: str) -> Path:
     if whole and beside is not None:
         raise UserError(
             f"source: got {shown(path)}, where {shown(whole[0])} looks like a split, for it holds folders or tar "
-            f"files, and {shown(beside)} like a class, wanted splits or classes; name {shown(path / whole[0])}, or take "
-            "all folders as classes by --split ''"
+            f"files, and {shown(beside)} like a class, wanted splits or classes; name {shown(path / whole[0])}, or "
+            "take all folders as classes by --split ''"
         )
     if split in whole or split in splits and beside is None:
         return path / split

@@ -2,11 +2,14 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import caches
 import numpy as np
 import pytest
+from fresh import environment
 from PIL import Image
 
 from meanflow import decoding
@@ -244,6 +247,33 @@ def test_the_middle_is_that_of_the_whole(monkeypatch):
     middle = np.asarray(centre_crop(image, 64)).astype(int)
     assert sizes == [(64, 64)]
     assert np.abs(middle - whole).mean() < 3  # half a pixel of phase, and the filter's edge
+
+
+HUGE = {
+    "PNG": lambda: file_of(Image.new("RGBA", (13_000, 13_000), (200, 0, 0, 255)), "PNG", compress_level=1),
+    "one bit": lambda: file_of(Image.new("1", (13_000, 13_000)), "PNG"),
+    "progressive": lambda: file_of(Image.new("RGB", (13_000, 13_000)), "JPEG", progressive=True, subsampling=0),
+    "a scroll": lambda: file_of(Image.new("RGB", (65_000, 2000)), "JPEG"),
+    "WebP": lambda: file_of(Image.new("RGB", (8000, 8000)), "WEBP", method=0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", HUGE.values(), ids=HUGE)
+def test_huge_images_take_bounded_memory(tmp_path, make):
+    (tmp_path / "file").write_bytes(make())
+    program = f"""
+import pathlib, resource
+from meanflow.decoding import centre_crop, decode
+image, _ = decode(pathlib.Path({str(tmp_path / "file")!r}).read_bytes())
+assert centre_crop(image, 256).size == (256, 256)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**21  # KiB
 
 
 def test_fid_images_are_not_reduced(tmp_path):
