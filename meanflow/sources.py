@@ -260,8 +260,8 @@ def open_source(name: str, split: str = DEFAULT_SPLIT) -> Source:
     else:
         raise UserError(f"source: got {shown(name)}, which is not there, wanted {KINDS}; correct the path")
     if not source.names:
-        left = "".join(f"; {account['count']} entries are left out: {why}"
-                       for why, account in source.entries.left_out().items())  # fmt: skip
+        left = "".join(f"; {those['count']} entries are left out, {why}: {shown(those['names'][0])}"
+                       for why, those in source.entries.left_out().items())  # fmt: skip
         raise UserError(f"source: got {shown(path)}, which holds no images{left}, wanted {KINDS}; name another folder")
     return source
 

@@ -114,9 +114,10 @@ class _Tar:
             key = next((key for key in _keys(name) if key in labels), next(_keys(name)))
             images.setdefault(key, []).append(name)
         for key, names in images.items():
+            beside = labels.pop(key, [])
             try:
                 image = self._image(key, names)
-                place, label = self._place(image), self._label(image, labels.pop(key, []))
+                place, label = self._place(image), self._label(image, beside)
             except UserError as error:
                 self.entries.refuse(str(error), len(names))
                 continue

@@ -133,6 +133,8 @@ def test_every_entry_is_accounted_for(tmp_path, capsys):
 def test_refused_entries_are_counted(tmp_path):
     text = refusal(tar(tmp_path / "0.tar", "a.jpg", "b.jpg", "c.jpg", "c.cls", "d.txt", "e.cls"))
     assert "got a of" in text and "3 of 5 entries are refused" in text
+    text = refusal(tar(tmp_path / "1.tar", "a.jpg", "a.JPG", "a.cls", "b.jpg", "b.cls"))
+    assert "2 of 3 entries are refused" in text
 
 
 def test_the_summary_names_the_classes():
@@ -383,7 +385,7 @@ NO_SPLITS = {
     "a class of classes": (["n1/1.jpg", "val/n1/1.jpg"], "train", "val looks like a split.*n1 like a class"),
     "train beside classes": (["n1/1.jpg", "train/n1/1.jpg"], "train", "train looks like a split.*n1 like a class"),
     "deeper classes": (["bird/2019/1.jpg", "train/2019/1.jpg"], "train", "train looks like a split.*bird like a"),
-    "flat": (["train/1.jpg", "val/1.jpg"], "train", "holds no images.*an image in no class folder"),
+    "flat": (["train/1.jpg", "val/1.jpg"], "train", "holds no images; 1 entries .* an image in no class folder: 1.jpg"),
 }  # fmt: skip
 
 
