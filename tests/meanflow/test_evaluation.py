@@ -58,7 +58,8 @@ class Features:
         self.shown.append((resize, images.clone()))
         x = images.float() + {"tensorflow": 0, "pytorch": 1, "clean": 2}[resize]
         mixing = torch.randn(x[0].numel(), 6, generator=torch.Generator().manual_seed(0))
-        pool = (x.flatten(1) / 255) @ mixing
+        # in fp64, for in fp32 the last bits depend on how many images there are beside
+        pool = ((x.flatten(1).double() / 255) @ mixing.double()).float()
         return {"pool3": pool, "spatial": pool[:, :3].square()}
 
     def probabilities(self, pool3):
