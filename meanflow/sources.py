@@ -110,7 +110,7 @@ class HuggingFace:
                 f"wanted an image set; name a folder written by save_to_disk, or {HUB}NAME, and its --split"
             ) from None
         there = re.split(r"[^\w.-]", str(data.split or DEFAULT_SPLIT))[0]  # "train" of "train[:10%]"
-        fits = not alone or _meaning(there) == _meaning(split)
+        fits = not alone or not split or _meaning(there) == _meaning(split)
         require(fits, f"source {name}, split", split, f"{there}, the only one there", "name it by --split")
         image = self._column(name, data, datasets.Image, "image")
         label = self._column(name, data, datasets.ClassLabel, "label")
@@ -161,8 +161,8 @@ def _folder_of_split(path: Path, split: str) -> Path:
     Raises:
         UserError: where there is no such split, or a folder could be a split as well as a class.
     """
-    if not split:
-        return path
+    if not split or "/" in split and (path / split).is_dir():
+        return path / split
     folders = sorted(e.name for e in os.scandir(path) if e.is_dir() and not is_hidden(e.name))
     splits = [name for name in folders if name.lower() in SPLITS or name == split]
     whole = [name for name in splits if _holds_source(path / name)]
@@ -175,7 +175,11 @@ def _folder_of_split(path: Path, split: str) -> Path:
         )
     if split in whole or split in splits and beside is None:
         return path / split
-    if _meaning(path.name) == _meaning(split) or split == DEFAULT_SPLIT and (beside is not None or not splits):
+    if (
+        _meaning(path.absolute().name) == _meaning(split)
+        or split == DEFAULT_SPLIT
+        and (beside is not None or not splits)
+    ):
         return path
     raise UserError(
         f"source: got the split {split!r} of {shown(path)}, which has "
@@ -186,11 +190,12 @@ def _folder_of_split(path: Path, split: str) -> Path:
 
 def _holds_source(path: Path) -> bool:
     """Whether a folder holds class folders or tar files."""
-    return any(_is_tar(e.name) or e.is_dir() and holds_images(Path(e.path), depth=2) for e in os.scandir(path))
+    return any(_is_tar(e) or e.is_dir() and holds_images(Path(e.path), depth=2) for e in os.scandir(path))
 
 
-def _is_tar(name: str) -> bool:
-    return name.lower().endswith(".tar") and not is_hidden(name)
+def _is_tar(entry: os.DirEntry) -> bool:
+    is_file = entry.is_file() or not os.path.exists(entry.path)  # a link to nothing is refused when it is opened
+    return entry.name.lower().endswith(".tar") and is_file and not is_hidden(entry.name)
 
 
 def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
@@ -206,7 +211,7 @@ def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
                 f"source: got {shown(path)}, which holds tar files and the folder {shown(entry.name)} with images, "
                 "wanted the ones or the others; name the folder, or move the tar files to one of their own"
             )
-        elif _is_tar(entry.name):
+        elif _is_tar(entry):
             found.append(Path(entry.path))
         else:
             entries.leave_out(entry.name, NO_DATA)
@@ -216,7 +221,7 @@ def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
 def _told(file: Path, split: str) -> str | None:
     """The split that a file's name tells."""
     words = re.split(r"[^a-z]+", file.stem.lower())
-    found = {_meaning(word) for word in words if word in SPLITS or word == split}
+    found = {_meaning(word) for word in words if word in SPLITS or word == split.lower()}
     return found.pop() if len(found) == 1 else None
 
 
@@ -227,7 +232,7 @@ def _of_split(files: list[Path], split: str, entries: Entries) -> list[Path]:
     told = {file: _told(file, split) for file in files}
     there = sorted({word for word in told.values() if word})
     mine = [file for file in files if told[file] == _meaning(split)]
-    if not there and (split == DEFAULT_SPLIT or _meaning(files[0].parent.name) == _meaning(split)):
+    if not there and (split == DEFAULT_SPLIT or _meaning(files[0].absolute().parent.name) == _meaning(split)):
         return files
     untold = next((file for file in files if told[file] is None), None)
     if not mine or len(there) > 1 and untold:
@@ -266,16 +271,18 @@ def open_source(name: str, split: str = DEFAULT_SPLIT) -> Source:
     return source
 
 
+def _has_tars(path: Path) -> bool:
+    return any(map(_is_tar, os.scandir(path)))
+
+
 def _open_folder(path: Path, split: str) -> Source:
     try:
-        has_tars = any(_is_tar(entry.name) for entry in os.scandir(path))
-        if not (has_tars and not (path / split).is_dir()):
+        if (path / split).is_dir() or not _has_tars(path):
             path = _folder_of_split(path, split)
-            has_tars = any(_is_tar(entry.name) for entry in os.scandir(path))
-        if not has_tars:
+        if not _has_tars(path):
             return ClassFolders(path)
         entries = Entries()
-        return TarFiles(_shards(path, split, entries), entries)
+        return TarFiles(_shards(path, split.rpartition("/")[2], entries), entries)
     except OSError as error:
         raise UserError(
             f"source: got {shown(path)}, which cannot be read ({reason(error)}), wanted {KINDS}; correct its rights"

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from meanflow.cache import Cache, verify
 from meanflow.decoding import Unreadable, centre_crop, decode
@@ -53,8 +53,8 @@ def pictures() -> list[bytes]:
         stored(rgb, "PNG", exif=exif), stored(rgb.convert("P"), "PNG", transparency=3), stored(deep, "PNG"),
         stored(rgb.convert("RGBA"), "WEBP", exif=exif), stored(rgb, "WEBP", lossless=True), stored(rgb, "BMP"),
         stored(rgb, "TIFF", compression="tiff_lzw"), stored(deep, "TIFF"), stored(rgb, "TIFF", compression="jpeg"),
-        stored(rgb, "PPM"), stored(deep, "PPM"), stored(rgb, "GIF"), stored(rgb, "AVIF"), stored(rgb, "JPEG2000"),
-        stored(rgb, "ICO", sizes=[(16, 16)]), stored(rgb, "TGA"),
+        stored(rgb, "PPM"), stored(deep, "PPM"), stored(rgb, "GIF"), stored(rgb, "JPEG2000"), stored(rgb, "TGA"),
+        stored(rgb, "ICO", sizes=[(16, 16)]), *([stored(rgb, "AVIF")] if features.check("avif") else []),
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import caches
 import numpy as np
 import pytest
 from fresh import environment
-from PIL import Image
+from PIL import Image, features
 
 from meanflow import decoding
 from meanflow.cache import Cache
@@ -128,11 +128,12 @@ BROKEN = {
     "WebP cut": file_of(NOISE, "WEBP")[:300],
     "TIFF cut": file_of(PHOTO, "TIFF", compression="tiff_lzw")[:-400],
     "GIF cut": file_of(NOISE, "GIF")[:900],
-    "AVIF cut": file_of(NOISE, "AVIF")[:600],
     "no pixels": file_of(PHOTO, "BMP")[:18] + bytes(8) + file_of(PHOTO, "BMP")[26:],
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n",
     "a bomb": file_of(Image.new("1", (20000, 20000)), "PNG"),
 }
+if features.check("avif"):
+    BROKEN["AVIF cut"] = file_of(NOISE, "AVIF")[:600]
 
 
 @pytest.mark.parametrize("file", BROKEN.values(), ids=BROKEN)
@@ -183,8 +184,8 @@ def test_damaged_images_are_left_out_the_same_in_every_run(tmp_path):
     prepare(str(folder.parent), tmp_path / "two", skip)
     assert caches.contents(tmp_path / "one") == caches.contents(tmp_path / "two")
     account = manifest["entries"]
-    assert (account["count"], account["used"], account["left_out"]) == (14, 2, 12)
-    assert [name for name, _ in manifest["skipped"]] == [f"a/{i:02d}.jpg" for i in range(1, 13)]
+    assert (account["count"], account["used"], account["left_out"]) == (2 + len(BROKEN), 2, len(BROKEN))
+    assert [name for name, _ in manifest["skipped"]] == [f"a/{i:02d}.jpg" for i in range(1, 1 + len(BROKEN))]
     assert manifest["converted"] == {"I;16": 1}
 
 

@@ -396,6 +396,23 @@ def test_splits_that_do_not_exist_are_refused(tmp_path, files, split, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_split_may_lie_deeper(tmp_path, monkeypatch):
+    put(tmp_path / "set", "CLS-LOC/train/n1/1.jpg", "CLS-LOC/val/n2/1.jpg")
+    assert open_source(str(tmp_path / "set"), "CLS-LOC/val").classes == ["n2"]
+    monkeypatch.chdir(tmp_path / "set" / "CLS-LOC" / "val")
+    assert open_source(".", "val").classes == ["n2"]
+
+
+def test_what_is_called_as_a_tar_file_but_is_none(tmp_path):
+    put(tmp_path / "folders", "n1.tar/1.jpg", "n2.tar/1.jpg")
+    assert open_source(str(tmp_path / "folders")).classes == ["n1.tar", "n2.tar"]
+    tar(tmp_path / "tars" / "0.tar", "a.jpg", "a.cls")
+    os.mkfifo(tmp_path / "tars" / "1.tar")  # opening it would wait for ever
+    assert names(tmp_path / "tars") == ["0.tar:a"]
+    (tmp_path / "tars" / "2.tar").symlink_to("gone.tar")
+    assert "2.tar, which cannot be read (No such file or directory)" in refusal(tmp_path / "tars")
+
+
 def test_no_split_takes_all_folders_as_classes(tmp_path):
     put(tmp_path / "folders", "bird/2019/1.jpg", "train/2019/1.jpg", "val/1.jpg")
     assert open_source(str(tmp_path / "folders"), "").classes == ["bird", "train", "val"]
