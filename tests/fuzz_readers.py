@@ -28,8 +28,9 @@ from PIL import Image, features
 from meanflow.cache import Cache, verify
 from meanflow.decoding import Unreadable, centre_crop, decode
 from meanflow.errors import UserError
+from meanflow.frechet import read_statistics
 from meanflow.importers import LAYOUTS, ImportOptions, import_latents, read_latent
-from meanflow.reference import FolderImages
+from meanflow.reference import ArrayImages, FolderImages
 from meanflow.sources import open_source
 
 SECONDS, STUCK = 5, 60  # of work, and by the clock, on machines that others share
@@ -262,18 +263,26 @@ def manifest(rng: Rng, folder: Path) -> str:
     return "made whole"
 
 
+def statistics(rng: Rng, folder: Path) -> str:
+    """A reference's .npz, mutated."""
+    file = io.BytesIO()
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    (np.savez if rng.random() < 0.5 else np.savez_compressed)(file, arr_0=pixels, mu=np.zeros(6), sigma=np.eye(6))
+    (folder / "a.npz").write_bytes(mutated(file.getvalue(), rng))
+    ends = []
+    for reader in (read_statistics, ArrayImages):
+        try:
+            reader(folder / "a.npz")
+            ends.append("read")
+        except UserError as error:
+            assert str(error).isprintable(), error
+            ends.append("refused")
+    return " and ".join(ends)
+
+
 KINDS: tuple[Callable[[Rng, Path], str], ...] = (
-    image,
-    tars,
-    image,
-    folders,
-    image,
-    latents,
-    image,
-    tars,
-    image,
-    manifest,
-)
+    image, tars, statistics, folders, image, latents, image, tars, image, manifest,
+)  # fmt: skip
 
 
 def main(first: int, count: int) -> None:
