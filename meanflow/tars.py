@@ -124,7 +124,8 @@ class _Tar:
             for name in names:
                 if name != image:
                     self._leave_out(name, FURTHER)
-            yield Sample(self._key(image, key), place, label)
+            # where there was a choice the name says which: a cache that was begun with the other image is another
+            yield Sample(self.members[image].name if len(names) > 1 else self._key(image, key), place, label)
         for name in (name for names in labels.values() for name in names):
             self.entries.refuse(
                 f"source: got the label {shown(name)} of {shown(self.path)} without its image, wanted "

