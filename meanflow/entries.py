@@ -52,7 +52,7 @@ def shown(name: object) -> str:
 def reason(error: Exception) -> str:
     """Why something cannot be read, in one line that is the same on every machine: without paths and addresses."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r"( at)? \b0x[0-9a-fA-F]{6,}\b", "", text)
+    text = re.sub(r"( at )?\b0x[0-9a-fA-F]{6,}\b", "", text)
     text = re.sub(r"(?<![\w.])(/[^\s/'\":,)]+)+/?", "a path", text)
     words = [shown(word) for word in text.split()[:40]] or [type(error).__name__]
     return " ".join(words)[:200]

@@ -555,6 +555,7 @@ def test_reasons_are_the_same_on_every_machine():
     assert entries.reason(error) == "No such file or directory"
     text = entries.reason(ValueError(f"no {io.BytesIO()} of '/tmp/x/1.jpg': 3/4 read"))
     assert text == "no <_io.BytesIO object> of 'a path': 3/4 read"
+    assert entries.reason(KeyError(hex(id(error)))) == "''"
     assert entries.reason(MemoryError()) == "MemoryError"
     assert "\n" not in entries.reason(ValueError("a\nb\x1b"))
     assert len(entries.reason(ValueError("x" * 10**6))) <= 200
