@@ -32,7 +32,7 @@ from .errors import UserError
 from .world import World
 
 FORMAT, WEIGHTS_FORMAT = "meanflow-checkpoint-2", "meanflow-weights-1"
-HEADER = "checkpoint.json"
+FOLDER, HEADER = "checkpoints", "checkpoint.json"
 PARTIAL, ASIDE = ".partial", ".aside"
 EMA_FILES, OTHER_FILES = 1, 2
 

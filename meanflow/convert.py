@@ -10,6 +10,8 @@ from torch import Tensor
 # DiT's module names hide behind flax's wrappers: layers_<i> for a list entry, and one level for the wrapped layer
 _WRAPPERS = re.compile(r"/(_flax_linear|_flax_embedding)/")
 _LIST_ENTRY = re.compile(r"layers_(\d+)")
+# what holds the network: params, net, a wrapper's name
+_ABOVE = re.compile(r"^(?:[^/]+/)*?(?=(?:blocks|\w+_layer|\w+_embedder)/)")
 _LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -17,8 +19,9 @@ def from_official(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Official parameters as a state dict of :class:`meanflow.dit.DiT`.
 
     Args:
-        params: {flax path: array}, for instance ``blocks/layers_0/attn/qkv/_flax_linear/kernel``. A leading ``params/``
-            and ``net/``, as in the released checkpoints, is dropped. Gradients convert the same way.
+        params: {flax path: array}, for instance ``blocks/layers_0/attn/qkv/_flax_linear/kernel``. What stands
+            before the network's own names (``params/net/``, as in the released checkpoints) is dropped. Gradients
+            convert the same way.
 
     Returns:
         {name: tensor}, in the arrays' dtype. Linear kernels (in, out) are transposed, the patch kernel (p, p, in, out)
@@ -55,8 +58,7 @@ def _array(name: str, x: Tensor) -> np.ndarray:
 
 
 def _name(path: str) -> str:
-    path = path.removeprefix("params/").removeprefix("net/")
-    *modules, leaf = _LIST_ENTRY.sub(r"\1", _WRAPPERS.sub("/", path)).split("/")
+    *modules, leaf = _LIST_ENTRY.sub(r"\1", _WRAPPERS.sub("/", _ABOVE.sub("", path))).split("/")
     if leaf not in _LEAVES or not modules:
         raise ValueError(
             f"params: got the path {path!r}, wanted official MeanFlow paths that end in kernel, bias or embedding; "

@@ -3,7 +3,7 @@
 run       a run folder, a checkpoint or exported weights of this project
 pipeline  a folder of MeanFlowPipeline
 official  a checkpoint of the official JAX code (flax)
-sit, dit, zhuyu    .pt files: see :mod:`meanflow.sit`
+sit, dit, zhuyu    .pt or .safetensors files, in whatever wrapped them: see :mod:`meanflow.sit`
 """
 
 import json
@@ -19,12 +19,12 @@ from torch import Tensor
 from .checkpoint import save_weights
 from .config import ModelConfig, from_dict, to_dict
 from .convert import from_official, to_official
-from .engine import build_net
 from .errors import UserError, require
 from .flax_files import read_flax, write_flax
+from .foreign import full, read_network
 from .presets import preset
-from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, read_torch, to_zhuyu
-from .weights import load_checkpoint
+from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, to_zhuyu
+from .weights import check_whole, find_format, load_run
 
 SCALES = {"zhuyu": 0.18125}
 """Factors on the latents that are not Stable Diffusion's 0.18215."""
@@ -51,66 +51,48 @@ class Weights:
     """What a person should know about the conversion."""
 
 
-def find_format(path: Path) -> str:
-    """The format of a file or folder, of .pt files "" because three share their names.
-
-    Raises:
-        UserError: where there is nothing.
-    """
-    require(path.exists(), "source", str(path), "a file or folder", "check the path")
-    if (path / "model_index.json").exists():
-        return "pipeline"
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return ""
-    names = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
-    orbax = names & {"manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"}
-    return "official" if orbax or any(name.startswith("checkpoint_") for name in names) else "run"
-
-
 def load(
     path: Path, format: str, part: str = "ema", *, num_heads: int | None = None, input_size: int | None = None
 ) -> Weights:
-    """Weights of any format.
+    """Weights of any format, in fp32 or more.
 
     Args:
-        part: "ema" or "model", where the source has both. num_heads, input_size: where the source does not tell.
+        format: one of the above; "auto" finds it. part: "ema" or "model", where the source has both.
+        num_heads, input_size: where the source does not tell.
 
     Raises:
         UserError: where it cannot be read or is something else, or not a whole network.
     """
-    weights = _load(path, format, part, num_heads, input_size)
-    with torch.device("meta"):
-        wanted = {name: x.shape for name, x in build_net(weights.model).state_dict().items()}
-    found = {name: x.shape for name, x in weights.tensors.items()}
-    strange = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    names = f"{len(strange)} tensors missing, too many or of another shape, such as {strange[:1]}"
-    require(not strange, "checkpoint", names, f"the network {weights.model.name}", "is it whole, and of this format?")
+    weights = _load(path, find_format(path) if format == "auto" else format, part, num_heads, input_size)
+    check_whole(weights.tensors, weights.model)
     return weights
 
 
 def _load(path: Path, format: str, part: str, num_heads: int | None, input_size: int | None) -> Weights:
     if format == "run":
-        tensors, config, _, step = load_checkpoint(path, part)
+        tensors, config, _, step = load_run(path, part)
         return Weights(tensors, from_dict(config).model, config, step, "a run of this project", part)
     if format == "pipeline":
         return _from_pipeline(path)
     if format == "official":
         arrays, step, found = read_flax(path, part)
         try:
-            tensors = from_official({key.removeprefix(NET): x for key, x in arrays.items()})
+            tensors = {name: full(x) for name, x in from_official(arrays).items()}
         except ValueError as error:
             raise UserError(str(error)) from None
+        found_all = len(tensors) == len(arrays)
+        require(found_all, "checkpoint", f"{len(arrays)} arrays of {len(tensors)} names", "one network", "name another")
         model = infer_model(tensors, num_heads=num_heads, input_size=input_size)
         return _foreign(tensors, model, format, step, f"the official code's {found.name}", part)
     require(format in FAMILIES, "format", format, f"one of {', '.join(FAMILIES)} for a .pt file", "name it by --format")
-    state, step = read_torch(path, part)
-    note = ""
+    state, step, found = read_network(path, part)
+    note, part = "" if found == part else f"It holds no {part!r}: these are its {found!r}. ", found
     if format == "sit":
         tensors, model = from_sit(state, num_heads)
-        note = "u(z, r, t) is SiT's velocity for every r: a start, not yet a one-step model."
+        note += "u(z, r, t) is SiT's velocity for every r: a start, not yet a one-step model."
     elif format == "dit":
         tensors, model, error = from_dit(state, num_heads)
-        note = (
+        note += (
             "DiT is a diffusion model, this is no flow-matching model: a start alone. Its time embedding is fitted to "
             f"a relative error of {error:.1%}."
         )
@@ -148,7 +130,8 @@ def _from_pipeline(path: Path) -> Weights:
     model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
     config = recipe.get("config", {"model": asdict(model)})
     part, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
-    return Weights(net.state_dict(), model, config, recipe.get("step", 0), origin, part)
+    tensors = {name: full(x) for name, x in net.state_dict().items()}
+    return Weights(tensors, model, config, recipe.get("step", 0), origin, part)
 
 
 def run_config(weights: Weights) -> dict:

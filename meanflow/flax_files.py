@@ -110,7 +110,10 @@ def _unpack(code: int, data: bytes) -> np.ndarray | np.generic:
     if code not in (ARRAY, SCALAR):
         raise ValueError(f"extension {code}")
     shape, dtype, buffer = msgpack.unpackb(data, raw=True)
-    array = np.frombuffer(buffer, np.dtype(dtype.decode())).reshape(shape)
+    if dtype == b"bfloat16":  # the upper half of an fp32, which numpy does not know
+        array = (np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    else:
+        array = np.frombuffer(buffer, np.dtype(dtype.decode())).reshape(shape)
     return array[()] if code == SCALAR else array
 
 

@@ -27,6 +27,7 @@ from .draws import Draws, Stream
 from .errors import UserError, require
 from .images import grid, save_png
 from .sampling import check_times, even_times
+from .weights import find_format
 
 HTML = Path(__file__).with_name("page.html")
 OPTIONS = ("classes", "steps", "times", "each", "seed")
@@ -171,13 +172,11 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, names: str = "", 
     Raises:
         UserError: where something cannot be loaded, or does not go together.
     """
-    kind = converters.find_format(path)
-    require(kind != "", "checkpoint", str(path), "a run, weights or a pipeline", "convert it by scripts/convert.py")
-    if kind == "pipeline":
+    if path.is_dir() and find_format(path) == "pipeline":
         require(not (names or vae), "names or vae", names or vae, "none: a pipeline has its own", "leave it out")
         pipeline = converters.load_pipeline(path)
     else:
-        weights = converters.load(path, kind)
+        weights = converters.load(path, "auto")
         data = weights.config.get("data", {})
         if data.get("name") != "digits":
             vae = vae or data.get("vae", "")

@@ -7,10 +7,7 @@ Three families share SiT's parameter names and differ in what time means and wha
     zhuyu   zhuyu-cs/MeanFlow: MeanFlow; noise at time 1, as here; t and t - r are embedded, the latter by "r_embedder"
 """
 
-import argparse
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,48 +18,13 @@ from meanflow_kernels import timestep_embedding
 from .config import DIT_SIZES, ModelConfig
 from .dit import TIME_FEATURES, TIME_STD, position_table
 from .errors import UserError, require
+from .foreign import nearest
 
 FAMILIES = ("sit", "dit", "zhuyu")
 DIT_STEPS, DIT_BETAS = 1000, (1e-4, 0.02)
 FIT_CUTOFF = 1e-3
 """Directions of the time features weaker than this, of the strongest, are left out of DiT's fit: they would need large
 weights."""
-
-
-def read_torch(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], int]:
-    """A state dict of a .pt file and its step: its "ema" or "model", or the file's own where it has no parts.
-
-    Raises:
-        UserError: where it cannot be read, would run code when unpickled, or holds no state dict.
-    """
-    try:
-        # training checkpoints keep the command line's arguments, plain values in a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        what = f"which holds more than tensors or is damaged ({_first(error)})"
-        raise _refused(path, what) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _refused(path, f"which cannot be read ({_first(error)})") from None
-    if not isinstance(held, Mapping):
-        raise _refused(path, f"which holds a {type(held).__name__}")
-    step = held.get("steps", 0)
-    state = held.get(part, held)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(x, Tensor) for x in state.values()):
-        raise _refused(path, f"without the state dict {part!r}")
-    return {name.removeprefix("module."): x for name, x in state.items()}, step if isinstance(step, int) else 0
-
-
-def _first(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if "Unsupported" in line] or str(error).splitlines() or [""]
-    return " ".join(lines[0].split()[:24])
-
-
-def _refused(path: Path, what: str) -> UserError:
-    return UserError(
-        f"checkpoint: got {path}, {what}, wanted a .pt file of tensors; name another, or have its owner save the state "
-        "dict alone"
-    )
 
 
 def infer_model(
@@ -82,10 +44,10 @@ def infer_model(
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
         classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-    except (KeyError, ValueError, IndexError):
-        raise UserError(
-            f"checkpoint: got tensors such as {list(state)[:2]}, wanted those of a DiT or SiT; name another"
-        ) from None
+    except (KeyError, ValueError, IndexError) as error:
+        name = error.args[0] if isinstance(error, KeyError) else "blocks.0.mlp.fc1.weight"
+        got = f"no {name}, nearest to it {nearest(name, state)}"
+        raise UserError(f"checkpoint: got {got}, wanted the tensors of a DiT or SiT; name another") from None
     known = {(size[0], size[1]): size[2] for size in DIT_SIZES.values()}
     heads = num_heads or known.get((depth, width))
     wanted = f"the attention heads, which depth {depth} and width {width} do not tell"
@@ -169,7 +131,13 @@ def _common(state: Mapping[str, Tensor], num_heads: int | None) -> tuple[dict[st
         grid = config.input_size // config.patch_size
         table = position_table(config.hidden_size, grid, dtype=torch.float64)
         off = float((state["pos_embed"][0].double() - table).abs().max())
-        require(off < 1e-4, "pos_embed", f"{off:.2g} away", "DiT's table of positions", "this network has another")
+        require(
+            off < 1e-4 + _rounding(state["pos_embed"]),
+            "pos_embed",
+            f"{off:.2g} away",
+            "DiT's table of positions",
+            "this network has another",
+        )
     one = config.patch_size**2 * config.in_channels
     for leaf in ("weight", "bias"):
         x = tensors[f"final_layer.linear.{leaf}"]
@@ -178,6 +146,13 @@ def _common(state: Mapping[str, Tensor], num_heads: int | None) -> tuple[dict[st
         x = x.unflatten(0, (config.patch_size**2, -1))[:, : config.in_channels]
         tensors[f"final_layer.linear.{leaf}"] = x.flatten(0, 1).contiguous()
     return tensors, config
+
+
+def _rounding(x: Tensor) -> float:
+    """The rounding error of numbers up to 1 in the coarsest precision that holds a tensor as it is."""
+    halves = (torch.bfloat16, torch.float16)
+    dtype = next((half for half in halves if torch.equal(x.to(half).to(x.dtype), x)), torch.float32)
+    return torch.finfo(dtype).eps / 4  # half a unit in the last place of numbers from 0.5 to 1
 
 
 def _silent_embedding(name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

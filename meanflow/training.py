@@ -77,7 +77,7 @@ class Trainer:
         prefixes = {self.deal.prefix(config.objective, part) for part in range(self.deal.parts)}
         self.planner = Planner(config.objective, self.deal.part_size, prefixes)
 
-        begins = train.init and not ckpt.checkpoints(out / "checkpoints")
+        begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None
         self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
         self.guard = Guard(config.guard, self.device)
@@ -86,7 +86,7 @@ class Trainer:
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
         self.judge = self._judge() if config.evaluation.every else None
         self.step = self.position = 0
-        self.checkpointer = ckpt.Checkpointer(out / "checkpoints", self.world, train.keep_last, train.keep_every)
+        self.checkpointer = ckpt.Checkpointer(out / ckpt.FOLDER, self.world, train.keep_last, train.keep_every)
         if held is not None:
             self.log.check(held, to_dict(config), CONTINUABLE)
         self._resume()
@@ -196,7 +196,7 @@ class Trainer:
         if found.in_a_row < config.patience:
             return False
         self.checkpointer.wait()
-        good = ckpt.last_good(self.out / "checkpoints", self.world, until=found.first)
+        good = ckpt.last_good(self.out / ckpt.FOLDER, self.world, until=found.first)
         if config.then == "stop" or good is None or found.rollbacks >= config.rollbacks:
             raise TrainingStopped(self._explain(found, good))
         reached = self.position
@@ -259,7 +259,7 @@ class Trainer:
 
     def _resume(self) -> None:
         self.checkpointer.clear()
-        found = ckpt.last_good(self.out / "checkpoints", self.world)
+        found = ckpt.last_good(self.out / ckpt.FOLDER, self.world)
         if found is not None:
             self._restore(found)
         self.log.start(to_dict(self.config), self.step)

@@ -1,47 +1,145 @@
-"""The weights of runs: of their checkpoints, and of files exported from them."""
+"""The one loader of weights to sample from, to evaluate, to export and to start from.
 
+run       a run folder, a checkpoint, or weights exported from one, whatever the file is called
+pipeline  a folder of MeanFlowPipeline
+official  a checkpoint of the official JAX code (flax)
+""        a file of tensors whose family only its owner knows: see :mod:`meanflow.converters`
+"""
+
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import checkpoint as ckpt
-from .config import RunConfig, from_dict
+from .config import DataConfig, ModelConfig, RunConfig, from_dict
 from .dit import DiT
 from .engine import build_net, fill
-from .errors import UserError
+from .errors import UserError, require
+from .foreign import is_safetensors, nearest
+
+ORBAX = {"manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"}
+
+
+def find_format(path: Path) -> str:
+    """The format of a file or folder, by what it holds; "" for a file of tensors, whose families share their names.
+
+    Raises:
+        UserError: where there is nothing.
+    """
+    require(path.exists(), "source", str(path), "a file or folder", "check the path")
+    if path.is_dir():
+        names = {p.name for p in path.iterdir()}
+        if "model_index.json" in names:
+            return "pipeline"
+        return "official" if names & ORBAX or any(name.startswith("checkpoint_") for name in names) else "run"
+    with path.open("rb") as file:
+        head = file.read(4)
+    if is_safetensors(path):
+        return "run" if _is_ours(path) else ""
+    if head == b"PK\x03\x04" or head[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".ckpt"):
+        return ""
+    # msgpack's map of a few entries is what flax begins with
+    return "official" if path.name.startswith("checkpoint_") or b"\x81" <= head[:1] <= b"\x8f" else "run"
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == ckpt.WEIGHTS_FORMAT
+    except (OSError, SafetensorError):
+        return True  # damaged: let the reader say how
 
 
 def load_checkpoint(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], dict, Path, int]:
-    """The weights ("ema" or "model") of a checkpoint, of a run folder's last one, or of an exported file: tensors,
-    configuration as a dict, where from and step.
+    """The weights ("ema" or "model") of whatever tells itself what it is: tensors, a run's configuration as a dict,
+    where from (of a run folder, its last checkpoint) and step.
 
     Raises:
-        UserError: where there is none, or a damaged or foreign one.
+        UserError: where there is nothing, or something damaged or foreign, or a file of one of several families.
     """
-    if path.suffix == ".safetensors":
-        weights, config, step = ckpt.load_weights(path)
-        return weights, config, path, step
-    found = ckpt.checkpoints(path / "checkpoints") or ckpt.checkpoints(path) or [path]
+    kind = find_format(path) if path.exists() else "run"
+    require(
+        kind != "", "checkpoint", str(path), "a run folder, a checkpoint, exported weights or a pipeline",
+        "convert such a file by scripts/convert.py --to weights --format sit, dit or zhuyu",
+    )  # fmt: skip
+    if kind == "run":
+        tensors, config, path, step = load_run(path, part)
+        check_whole(tensors, from_dict(config).model)
+        return tensors, config, path, step
+    from . import converters  # which needs the packages of others
+
+    weights = converters.load(path, kind, part)
+    return weights.tensors, converters.run_config(weights), path, weights.step
+
+
+def load_run(path: Path, part: str) -> tuple[dict[str, Tensor], dict, Path, int]:
+    """:func:`load_checkpoint` of a checkpoint, of a run folder's last one, or of an exported file."""
+    if path.is_file():
+        tensors, config, step = ckpt.load_weights(path)
+        return tensors, config, path, step
+    found = ckpt.checkpoints(path / ckpt.FOLDER) or ckpt.checkpoints(path) or [path]
     path = found[-1]
     if not (path / ckpt.HEADER).exists():
         raise UserError(
-            f"checkpoint: got {path}, where there is none, wanted a run folder, a checkpoint or an exported "
-            ".safetensors; train first"
+            f"checkpoint: got {path}, where there is none, wanted a run folder, a checkpoint, exported weights or a "
+            "pipeline; train first"
         )
     header = ckpt.read_header(path)
     ckpt.verify(path, header, ema_only=part == "ema")
     return ckpt.load_part(path, part), header.config, path, header.step
 
 
+def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
+    """Raise unless the tensors are those of the network, none missing, unknown or of another shape.
+
+    Raises:
+        UserError: naming one that is not, and the two names nearest to an unknown one.
+    """
+    with torch.device("meta"):
+        wanted = {name: x.shape for name, x in build_net(model).state_dict().items()}
+    found = {name: x.shape for name, x in tensors.items()}
+    strange = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if not strange:
+        return
+    name = min(strange, key=lambda name: (name in wanted, name))  # an unknown one says more than a missing one
+    near = "" if name in wanted else f", nearest to it {nearest(name, wanted)}"
+    raise UserError(
+        f"checkpoint: got {len(strange)} tensors missing, too many or of another shape, such as {[name]}{near}, "
+        f"wanted the network {model.name}; is it whole, and of this format?"
+    )
+
+
+def home(path: Path) -> Path:
+    """The folder for what is made of weights: their run's, or the one that they lie in."""
+    return path.parent.parent if path.parent.name == ckpt.FOLDER else path.parent
+
+
 def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:
     """The network with the averaged weights of :func:`load_checkpoint`, its configuration, where from and step.
 
     Raises:
-        UserError: where there is none, or a damaged or foreign one.
+        UserError: as :func:`load_checkpoint`.
     """
-    weights, values, path, step = load_checkpoint(path)
+    weights, values, found, step = load_checkpoint(path)
     config = from_dict(values)
+    if (path / "vae" / "config.json").exists():
+        config = replace(config, data=_with_vae(config.data, path))
     net = build_net(config.model)
-    fill(net, weights, path)
-    return net.to(device).eval().requires_grad_(False), config, path, step
+    fill(net, weights, found)
+    return net.to(device).eval().requires_grad_(False), config, found, step
+
+
+def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:
+    """The data whose latents a pipeline's own autoencoder decodes."""
+    values, vae = json.loads((pipeline / "model_index.json").read_text()), pipeline / "vae"
+    known = json.loads((vae / "config.json").read_text())
+    shifted = [name for name in ("shift_factor", "latents_mean", "latents_std") if known.get(name) is not None]
+    require(not shifted, "checkpoint", f"an autoencoder with {shifted}", "a scaling_factor alone", "call the pipeline")
+    return replace(
+        data, name="latents", path="", vae=str(vae), scale=known.get("scaling_factor", data.scale),
+        pixels=values.get("pixels") or data.pixels,
+    )  # fmt: skip

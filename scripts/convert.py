@@ -13,7 +13,7 @@ from meanflow.errors import require
 @dataclass(frozen=True)
 class Options:
     source: Positional[Path]
-    """A run folder or checkpoint, a pipeline, a checkpoint of the official code (flax), or a .pt file."""
+    """A run folder or checkpoint, a pipeline, a checkpoint of the official code (flax), or a file of tensors (.pt)."""
     to: Literal["pipeline", "weights", "official", "zhuyu"] = "pipeline"
     """A folder for MeanFlowPipeline.from_pretrained; one safetensors file, to start training from and to evaluate; a
     checkpoint of the official code; a .pt of zhuyu-cs/MeanFlow."""
@@ -39,9 +39,8 @@ def main(args: list[str]) -> None:
     options = cli.parse(Options, args, prog="convert.py", description=__doc__)
     require(options.out is not None, "out", None, "where to write", "name it by --out")
     require(not options.out.exists(), "out", str(options.out), "what does not exist yet", "name another by --out")
-    format = converters.find_format(options.source) if options.format == "auto" else options.format
     weights = converters.load(
-        options.source, format, options.weights, num_heads=options.num_heads, input_size=options.input_size
+        options.source, options.format, options.weights, num_heads=options.num_heads, input_size=options.input_size
     )
     if options.to == "pipeline":
         names = converters.read_names(options.names, weights.model.num_classes) if options.names else None

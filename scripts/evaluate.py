@@ -18,14 +18,14 @@ from meanflow.features import Extractor, digest
 from meanflow.images import make_decoder
 from meanflow.protocols import named
 from meanflow.sampling import check_times, even_times
-from meanflow.weights import load_ema
+from meanflow.weights import home, load_ema
 from meanflow.world import World
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: Positional[Path]
-    """A run folder, whose last checkpoint is taken, or a checkpoint file."""
+    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
     steps: tuple[int, ...] = (1,)
     """Evaluations of the network an image, evenly spaced in time; several are measured one after the other."""
     times: tuple[float, ...] = ()
@@ -79,7 +79,7 @@ def main(args: list[str]) -> None:
         settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
         settings |= {"data": data.name, "vae": None if data.name == "digits" else data.vae}
         name = f"step{step}_seed{options.seed}_{options.precision}"
-        out = options.out or path.parent.parent / "evaluation" / name
+        out = options.out or home(path) / "evaluation" / name
         sources = {"adm": options.reference, "data": options.data_reference}
         report = evaluate(sampler, extractor, plan, sources, out, settings, world)
         if report is not None:

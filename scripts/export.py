@@ -9,13 +9,13 @@ from tyro.conf import Positional
 from meanflow import cli
 from meanflow.checkpoint import save_weights
 from meanflow.errors import require
-from meanflow.weights import load_checkpoint
+from meanflow.weights import home, load_checkpoint
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: Positional[Path]
-    """A run folder, whose last checkpoint is taken, or a checkpoint."""
+    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
     out: Path | None = None
     """The file (default: beside the checkpoint, stepN_WEIGHTS.safetensors)."""
     weights: Literal["ema", "model"] = "ema"
@@ -25,7 +25,7 @@ class Options:
 def main(args: list[str]) -> None:
     options = cli.parse(Options, args, prog="export.py", description=__doc__)
     weights, config, path, step = load_checkpoint(options.checkpoint, options.weights)
-    out = options.out or path.parent.parent / f"step{step}_{options.weights}.safetensors"
+    out = options.out or home(path) / f"step{step}_{options.weights}.safetensors"
     require(not out.exists(), "out", str(out), "a file that does not exist yet", "name another by --out")
     save_weights(out, weights, config, step)
     print(f"{out}: {sum(x.numel() for x in weights.values()) / 1e6:.1f} M numbers of step {step}")

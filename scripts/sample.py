@@ -13,14 +13,14 @@ from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError, require
 from meanflow.images import grid, make_decoder, save_png, to_uint8
 from meanflow.sampling import check_times, even_times, sample
-from meanflow.weights import load_ema
+from meanflow.weights import home, load_ema
 from meanflow.world import choose_device
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: Positional[Path]
-    """A run folder, whose last checkpoint is taken, or a checkpoint file."""
+    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
     count: int = 80
     """How many images."""
     steps: int = 1
@@ -52,7 +52,7 @@ def main(args: list[str]) -> None:
     classes = config.model.num_classes
     for label in options.labels:
         require(0 <= label < classes, "labels", label, f"classes from 0 to {classes - 1}", "correct it")
-    out = options.out or path.parent.parent / "generated" / f"step{step}_nfe{len(times) - 1}_seed{options.seed}"
+    out = options.out or home(path) / "generated" / f"step{step}_nfe{len(times) - 1}_seed{options.seed}"
     targets = [out.with_name(out.name + ending) for ending in (".png", ".npz")]
     for target in targets:
         require(not target.exists(), "out", str(target), "a file that does not exist yet", "name another by --out")
