@@ -16,53 +16,10 @@ from meanflow_kernels import adaln_jvp, attention_jvp, bias_gelu_jvp, gate_adaln
 from meanflow_kernels import timestep_embedding_jvp
 from meanflow_kernels.dual import guard
 
+from .pairs import Dual, dual, on
+
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
-
-
-class Dual(NamedTuple):
-    """A tensor and its tangent, which may be absent, or belong to the samples from ``start`` on only."""
-
-    primal: Tensor
-    tangent: Tensor | None = None
-    start: int | None = None
-
-    def map(self, f) -> "Dual":
-        """The same linear rearrangement of both."""
-        return self._replace(primal=f(self.primal), tangent=None if self.tangent is None else f(self.tangent))
-
-    def to(self, dtype: torch.dtype) -> "Dual":
-        """Both in another dtype."""
-        return self.map(lambda x: x.to(dtype))
-
-    def split(self, parts: int) -> list["Dual"]:
-        """Both cut into equal parts along the last dimension."""
-        tangents = [None] * parts if self.tangent is None else self.tangent.chunk(parts, -1)
-        return [Dual(x, x_dot, self.start) for x, x_dot in zip(self.primal.chunk(parts, -1), tangents, strict=True)]
-
-    def __add__(self, other: "Dual") -> "Dual":
-        if self.tangent is None or other.tangent is None:
-            tangent = self.tangent if other.tangent is None else other.tangent
-        else:
-            tangent = self.tangent + other.tangent
-        start = self.start if other.start is None else other.start
-        return Dual(self.primal + other.primal, tangent, start)
-
-
-def _on(op_jvp, *duals: Dual, **options):
-    """Apply an operator on explicit pairs to `Dual`s."""
-    start = next((x.start for x in duals if x.tangent is not None), None)
-    if start is not None:
-        options["tangent_start"] = start
-    out, out_dot = op_jvp(tuple(x.primal for x in duals), tuple(x.tangent for x in duals), **options)
-    if isinstance(out, tuple):
-        return tuple(_dual(y, y_dot, start) for y, y_dot in zip(out, out_dot, strict=True))
-    return _dual(out, out_dot, start)
-
-
-def _dual(x: Tensor, x_dot: Tensor | None, start: int | None) -> Dual:
-    # detached, so that what wraps a block (a checkpoint, FSDP) finds nothing to differentiate in the tangent
-    return Dual(x, None if x_dot is None else x_dot.detach(), start)
 
 
 class _Copy(torch.autograd.Function):
@@ -84,41 +41,68 @@ class _Copy(torch.autograd.Function):
 class Linear(nn.Linear):
     """A linear layer on pairs, computed in its input's dtype.
 
-    ``copy`` holds the weight in that dtype, where an optimizer keeps it (`DiT.make_copies`); else each call casts it.
+    The buffer ``copy`` holds the weight in that dtype, where an optimizer keeps it (`DiT.make_copies`); else there is
+    none, and each call casts the weight.
     """
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features)
-        self.register_buffer("copy", None, persistent=False)
+    def keep_copy(self, dtype: torch.dtype) -> Tensor:
+        """Keep a copy of the weight, for an optimizer to keep up to date."""
+        self.register_buffer("copy", self.weight.detach().to(dtype), persistent=False)
+        return self.copy
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.copy is not None:
+        if hasattr(self, "copy"):
             self.copy.copy_(self.weight.detach())
 
-    def forward(self, x: Dual, *, with_bias: bool = True) -> Dual:
+    def forward(self, x: Dual) -> Dual:
         """x (..., in_features) -> (..., out_features)."""
+        return self._product(x, self.bias.to(x.primal.dtype))
+
+    def _product(self, x: Dual, bias: Tensor | None) -> Dual:
         dtype = x.primal.dtype
-        bias = self.bias.to(dtype) if with_bias else None
-        kept = self.copy is not None and self.copy.dtype == dtype
+        kept = hasattr(self, "copy") and self.copy.dtype == dtype
         weight = _Copy.apply(self.weight, self.copy) if kept else self.weight.to(dtype)
-        return _dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
+        return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
+
+
+class LinearGelu(Linear):
+    """A linear layer and its tanh-GELU, whose kernel adds the bias."""
+
+    def forward(self, x: Dual) -> Dual:
+        """x (..., in_features) -> (..., out_features)."""
+        return on(bias_gelu_jvp, self._product(x, None), bias=self.bias)
+
+
+class SiLU(nn.Module):
+    """SiLU on pairs."""
+
+    def forward(self, x: Dual) -> Dual:
+        """x of any shape -> the same."""
+        return on(silu_jvp, x)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution of patches that do not overlap, on pairs, as the linear map it is."""
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        weight = self.weight.flatten(1).to(dtype)
+        patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
+        bias = self.bias.to(dtype)
+        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
 
 
 class PatchEmbed(nn.Module):
-    """Patches of p x p pixels to tokens, row by row: the official strided convolution, as the linear map it is."""
+    """Patches of p x p pixels to tokens, row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+        self.proj = PatchConv(in_channels, hidden_size, patch_size, patch_size)
 
     def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
-        """z (B, channels, height, width) -> tokens (B, L, C)."""
-        p = self.proj.kernel_size[0]
-        weight = self.proj.weight.flatten(1).to(dtype)
-        patches = z.map(lambda x: _patchify(x, p)).to(dtype)
-        bias = self.proj.bias.to(dtype)
-        return _dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        return self.proj(z, dtype)
 
 
 def _patchify(x: Tensor, p: int) -> Tensor:
@@ -137,12 +121,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size))
 
     def forward(self, t: Dual, dtype: torch.dtype) -> Dual:
         """t (B,) -> (B, C)."""
-        features = _on(timestep_embedding_jvp, t, dim=TIME_FEATURES).to(dtype)
-        return self.mlp[2](_on(silu_jvp, self.mlp[0](features)))
+        return self.mlp(on(timestep_embedding_jvp, t, dim=TIME_FEATURES).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -169,7 +152,7 @@ class Attention(nn.Module):
     def forward(self, x: Dual) -> Dual:
         """x (B, L, C) -> (B, L, C)."""
         qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
-        o = _on(attention_jvp, *(qkv.map(lambda a, i=i: a[:, :, i]) for i in range(3)))  # (B, L, H, D)
+        o = on(attention_jvp, *(qkv.map(lambda a, i=i: a[:, :, i]) for i in range(3)))  # (B, L, H, D)
         return self.proj(o.map(lambda a: a.flatten(2)))
 
 
@@ -178,13 +161,17 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_hidden: int):
         super().__init__()
-        self.fc1 = Linear(hidden_size, mlp_hidden)
+        self.fc1 = LinearGelu(hidden_size, mlp_hidden)
         self.fc2 = Linear(mlp_hidden, hidden_size)
 
     def forward(self, x: Dual) -> Dual:
         """x (B, L, C) -> (B, L, C)."""
-        x = self.fc1(x, with_bias=False)
-        return self.fc2(_on(bias_gelu_jvp, x, bias=self.fc1.bias))
+        return self.fc2(self.fc1(x))
+
+
+def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
+    # DiT's names count a SiLU, which is the same for all layers: the network applies it once
+    return nn.Sequential(nn.Identity(), Linear(hidden_size, parts * hidden_size))
 
 
 class Stream(NamedTuple):
@@ -197,8 +184,8 @@ class Stream(NamedTuple):
     def adaln(self, shift: Dual, scale: Dual, dtype: torch.dtype) -> tuple[Dual, Dual]:
         """The stream added up (B, L, C), and its LayerNorm modulated by shift and scale (B, C), in dtype."""
         if self.branch is None:
-            return self.x, _on(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
-        return _on(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
+            return self.x, on(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
+        return on(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
 
 
 class DiTBlock(nn.Module):
@@ -209,7 +196,7 @@ class DiTBlock(nn.Module):
         self.checkpointed = checkpointed
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = _modulation(hidden_size, 6)
 
     def forward(self, stream: Stream, c: Dual) -> Stream:
         """stream of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
@@ -219,7 +206,7 @@ class DiTBlock(nn.Module):
         return self._branches(stream, c)
 
     def _branches(self, stream: Stream, c: Dual) -> Stream:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).split(6)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6)
         x, h = stream.adaln(shift_msa, scale_msa, c.primal.dtype)
         x, h = Stream(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, c.primal.dtype)
         return Stream(x, self.mlp(h), gate_mlp)
@@ -248,11 +235,11 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, stream: Stream, c: Dual) -> Dual:
         """stream of (B, L, C) -> (B, L, p p channels)."""
-        shift, scale = self.adaLN_modulation[1](c).split(2)
+        shift, scale = self.adaLN_modulation(c).split(2)
         _, h = stream.adaln(shift, scale, c.primal.dtype)
         return self.linear(h)
 
@@ -298,13 +285,15 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio, checkpoint_blocks) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
-        self.register_buffer("pos_embed", self._position_table(), persistent=False)
+        # on the default device, whichever the parameters are on: what loads weights later knows of no table
+        table = position_table(hidden_size, input_size // patch_size, dtype=torch.get_default_dtype())
+        self.register_buffer("pos_embed", table, persistent=False)
         self.init_weights()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return self.x_embedder.proj.weight.dtype
+        """The parameters' dtype, also where hooks keep some of them in another until they are used."""
+        return self.pos_embed.dtype
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """The official one: Xavier uniform, N(0, 0.02) for times and labels, zeros for adaLN and the last layer."""
@@ -330,7 +319,7 @@ class DiT(nn.Module):
         copies = {}
         for module in self.modules():
             if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
-                module.copy = copies[module.weight] = module.weight.detach().to(self.compute_dtype)
+                copies[module.weight] = module.keep_copy(self.compute_dtype)
         return [copies.get(p) for p in self.parameters()]
 
     def forward(
@@ -359,7 +348,7 @@ class DiT(nn.Module):
 
         x = self.x_embedder(z, dtype).to(self.dtype)
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
-        c = _on(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
+        c = on(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
         stream = Stream(x)
         for block in self.blocks:
             stream = block(stream, c)
@@ -375,17 +364,15 @@ class DiT(nn.Module):
             c = c + self.get_submodule(f"{time}_embedder")(times[time], dtype).to(self.dtype)
         return c
 
-    def _position_table(self) -> Tensor:
-        weight = self.x_embedder.proj.weight
-        return position_table(
-            weight.shape[0], self.input_size // self.patch_size, dtype=weight.dtype, device=weight.device
-        )
-
     def _apply(self, fn, recurse=True):
-        # a cast of the table would keep the old precision's rounding: compute it anew in the new dtype
         super()._apply(fn, recurse)
-        self.pos_embed = self._position_table()
+        self.renew_position_table(self.pos_embed.dtype)
         return self
+
+    def renew_position_table(self, dtype: torch.dtype) -> None:
+        """Compute the table of positions where it lies: a cast one would keep the old precision's rounding."""
+        grid, width, device = self.input_size // self.patch_size, self.pos_embed.shape[1], self.pos_embed.device
+        self.pos_embed = position_table(width, grid, dtype=dtype, device=device)
 
 
 def position_table(width: int, grid: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -32,8 +32,6 @@ class MeanFlowPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    # sequential offloading, layer by layer, would miss weights that other layers read; as a whole it is offloaded
-    _exclude_from_cpu_offload = ["transformer"]
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
 

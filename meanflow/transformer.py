@@ -6,10 +6,15 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ModelConfig
 from .dit import DiT
+from .errors import require
+
+
+ALIGNED = 64
+"""Bytes that torch aligns its tensors to on a CPU."""
 
 
 class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
@@ -24,8 +29,8 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _supports_gradient_checkpointing = True
-    # hooks that cast or load a layer's weights while it runs miss those that others read: patches, and biases of fc1
-    _skip_layerwise_casting_patterns = ["embedder", "fc1", "final_layer"]
+    # a few small layers whose rounding the whole image shows
+    _skip_layerwise_casting_patterns = ["embedder", "final_layer"]
 
     @register_to_config
     def __init__(
@@ -44,14 +49,28 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
             depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding
         )
         super().__init__(**asdict(config) | {"time_embedding": tuple(time_embedding.split(","))})
+        self.register_state_dict_post_hook(_with_what_is_offloaded)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """diffusers' loading; the table of positions, which no file holds, is computed where the weights end up."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.pos_embed = model._position_table()
-        return loaded
+        """diffusers' loading; the table of positions, which no file holds, is computed in the weights' dtype.
+
+        Raises:
+            UserError: for a file that lacks weights, or has unknown ones.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing, unknown = (sorted(info.get(f"{kind}_keys", ())) for kind in ("missing", "unexpected"))
+        require(
+            not (missing or unknown), "transformer", f"no {missing[:2]}, and unknown {unknown[:2]}", "a whole network",
+            "save it from the plain model",
+        )  # fmt: skip
+        model.renew_position_table(model.x_embedder.proj.weight.dtype)
+        for p in model.parameters():
+            # a mapped file's tensors lie anywhere, and a CPU's products of those round differently
+            if p.device.type == "cpu" and p.data_ptr() % ALIGNED:
+                p.data = p.data.clone()
+        return (model, info) if asked else model
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -89,3 +108,14 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
             class_labels = torch.full((len(hidden_states),), self.num_classes, device=hidden_states.device)
         u = super().forward(hidden_states, r_timestep, timestep, class_labels)
         return Transformer2DModelOutput(sample=u) if return_dict else (u,)
+
+
+def _with_what_is_offloaded(model: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
+    """Put into a state dict what accelerate's hooks hold of it while its layers are not in use."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            for leaf in module._parameters if getattr(each, "weights_map", None) is not None else ():
+                key = f"{prefix}{name}.{leaf}"
+                if state[key].is_meta:
+                    state[key] = each.weights_map[leaf]
