@@ -11,7 +11,6 @@ Every file is written to `*.partial` in one sequential pass, flushed to the disk
 which shard follows from the job alone, so any number of processes, killed and resumed, write the same bytes.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import numpy as np
 
 from .entries import NAMED, UNREADABLE, account, reason
 from .errors import UserError, require
+from .owner import LOCK, owned
 
 FORMAT, VERSION = "meanflow-latents", 1
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
@@ -110,33 +110,30 @@ class Builder:
         Raises:
             UserError: for a folder that holds another job, or something else.
         """
-        if not (self.folder / "job.json").exists():
-            present = sorted(p.name for p in self.folder.iterdir())[:1] if self.folder.is_dir() else []
-            present = [name for name in present if not name.endswith(".partial")]
+        job = self.folder / "job.json"
+        if not _is_json(job) and (self.folder / "manifest.json").exists():
+            # the manifest holds the job, and has a checksum
+            manifest = read_manifest(self.folder)
+            _write_json(job, {name: manifest[name] for name in self.job if name in manifest})
+        if not job.exists():
+            names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+            present = [name for name in names if not name.endswith(".partial") and name != LOCK]
             if present:
                 raise UserError(
                     f"out: got {self.folder}, which holds {present[0]}, wanted an empty or new folder; name another"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / "job.json", self.job)
+            _write_json(job, self.job)
         self.check()
 
     @contextmanager
     def alone(self):
-        """Within it no other command writes to the folder, where the file system knows locks.
+        """Within it no other command writes to the folder.
 
         Raises:
             UserError: where another one does.
         """
-        with (self.folder / "job.json").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"out: got {self.folder}, which another process is writing to, wanted a folder at rest; wait for it"
-                ) from None
-            except OSError:
-                pass  # a network file system without locks
+        with owned(self.folder):
             for stale in self.folder.glob("*.partial"):  # of a process that was killed while writing
                 stale.unlink()
             yield
@@ -249,6 +246,13 @@ def _read_json(path: Path, hint: str) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         why = reason(error)
     raise UserError(f"cache: got {path}, which cannot be read ({why}), wanted a whole one; {hint}")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def read_manifest(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
@@ -11,10 +12,45 @@ from pathlib import Path
 from typing import TypeVar
 
 import tyro
+import tyro.constructors
 
 from .errors import TrainingStopped, UserError
 
 Options = TypeVar("Options")
+CHECKED = tyro.constructors.ConstructorRegistry()
+"""What every option of these types must be, whichever command it is of."""
+
+
+@CHECKED.primitive_rule
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """A float is finite."""
+
+    def read(words: list[str]) -> float:
+        value = float(words[0])
+        if not math.isfinite(value):
+            raise ValueError(f"got {words[0]!r}, wanted a finite number")
+        return value
+
+    return _spec("FLOAT", read, (int, float)) if info.type is float else None
+
+
+@CHECKED.primitive_rule
+def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """A path is not empty, which would mean this folder."""
+
+    def read(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("got '', wanted a path")
+        return Path(words[0])
+
+    return _spec("PATH", read, Path) if info.type is Path else None
+
+
+def _spec(metavar: str, read: Callable, kinds: type | tuple[type, ...]) -> tyro.constructors.PrimitiveConstructorSpec:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=read, is_instance=lambda value: isinstance(value, kinds),
+        str_from_instance=lambda value: [str(value)],
+    )  # fmt: skip
 
 
 def parse(
@@ -28,7 +64,7 @@ def parse(
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(options, args=args, prog=prog, description=description, default=default)
+            return tyro.cli(options, args=args, prog=prog, description=description, default=default, registry=CHECKED)
     except SystemExit as exit:
         if not exit.code:
             raise  # --help

@@ -170,8 +170,8 @@ def fill(
     builder = Builder(folder, job)
     with ExitStack() as stack:
         if world.is_main:
-            builder.begin()
             stack.enter_context(builder.alone())
+            builder.begin()
         missing = world.broadcast(builder.missing(read=repair) if world.is_main else None)
         builder.check()
         done = builder.shards - len(missing)

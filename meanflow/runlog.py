@@ -61,6 +61,8 @@ class RunLog:
 
     def __init__(self, out: Path, world: World, wandb: str = ""):
         self.out, self.world, self._project = out, world, wandb
+        if wandb:
+            _check_wandb(wandb)
         self.config_path = out / "config.json"
         # on the device, where they are summed over the processes
         self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64, device=world.device))
@@ -70,24 +72,29 @@ class RunLog:
     # --- the folder ---
 
     def held(self) -> dict | None:
-        """The configuration of the run that the folder holds, if any.
+        """The configuration of the run that the folder holds, if any. Nothing is written.
 
         Raises:
-            UserError: where the folder cannot be written, or read.
+            UserError: where the folder holds something else, or cannot be read.
         """
         values = None
 
         def look():
             nonlocal values
             try:
-                (self.out / "samples").mkdir(parents=True, exist_ok=True)
-                write_atomically(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
                 values = json.loads(self.config_path.read_text()) if self.config_path.exists() else None
+                foreign = None if values else _foreign(self.out)
             except (OSError, json.JSONDecodeError) as error:
                 raise UserError(
                     f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
                     "name another by --out"
                 ) from None
+            if values is not None and not (isinstance(values, dict) and {"model", "train"} <= values.keys()):
+                foreign = self.config_path.name
+            require(
+                foreign is None, "out", str(self.out), f"an empty folder or a run's: this one holds {foreign}",
+                "name another by --out",
+            )  # fmt: skip
 
         self.world.agree(look, main_only=True)
         return self.world.broadcast(values)
@@ -111,6 +118,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
         path = self.out / "log.jsonl"
         if path.exists():
@@ -130,14 +138,22 @@ class RunLog:
         if self._project and self._wandb is None:
             self._wandb = self._start_wandb(config)
 
-    def _start_wandb(self, config: dict):
+    def record_start(self, step: int) -> None:
+        """Note where and with what the run goes on: the last start's environment, and all starts'."""
+        if not self.world.is_main:
+            return
+        path, now = self.out / "environment.json", environment()
         try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                f"train.wandb: got {self._project!r}, but its package is not installed, wanted wandb; "
-                "pip install wandb, or leave the option out: TensorBoard has the same"
-            ) from None
+            before = json.loads(path.read_text())
+            starts = before.get("starts") or [before]
+        except (OSError, json.JSONDecodeError, AttributeError):
+            starts = []
+        starts.append({"time": time.time(), "step": step, "processes": self.world.size} | now)
+        write_atomically(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")
+
+    def _start_wandb(self, config: dict):
+        import wandb
+
         # one run for a folder, whatever stops it
         name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
         return wandb.init(
@@ -298,6 +314,25 @@ class RunLog:
             f"out: got {self.out}, which cannot be written ({error}), wanted room in a writable folder; make room and "
             "repeat the command to resume"
         )
+
+
+def _check_wandb(project: str) -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"train.wandb: got {project!r}, but its package is not installed, wanted wandb; "
+            "pip install wandb, or leave the option out: TensorBoard has the same"
+        ) from None
+
+
+def _foreign(folder: Path) -> str | None:
+    """The first thing in a folder that no run's start leaves there; hidden files and empty folders do not count."""
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        hidden = path.name.startswith(".") or path.suffix == ".partial"
+        if not hidden and not (path.is_dir() and not any(path.iterdir())):
+            return path.name
+    return None
 
 
 def _sums(terms: Terms) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from .images import make_decoder, to_uint8
 from .judge import Judge, make_judge
 from .microbatch import Deal
 from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
+from .owner import owned
 from .parallel import gathered
 from .plan import Planner
 from .prefetch import Prefetcher
@@ -64,6 +65,8 @@ class Trainer:
         self.log = RunLog(out, self.world, config.train.wandb)
         held = self.log.held()
         config = self.config = _with_groups(config, held, self.world)
+        if held is not None:
+            self.log.check(held, to_dict(config), CONTINUABLE)
         train = config.train
         torch.set_float32_matmul_precision(train.matmul)
         if train.deterministic:
@@ -87,8 +90,6 @@ class Trainer:
         self.judge = self._judge() if config.evaluation.every else None
         self.step = self.position = 0
         self.checkpointer = ckpt.Checkpointer(out / ckpt.FOLDER, self.world, train.keep_last, train.keep_every)
-        if held is not None:
-            self.log.check(held, to_dict(config), CONTINUABLE)
         self._resume()
 
     # --- a step ---
@@ -263,6 +264,8 @@ class Trainer:
         if found is not None:
             self._restore(found)
         self.log.start(to_dict(self.config), self.step)
+        if self.step < self.config.train.steps:
+            self.log.record_start(self.step)
 
     def _restore(self, path: Path) -> None:
         header = ckpt.read_header(path)
@@ -282,13 +285,19 @@ class Trainer:
 
 @contextmanager
 def stop_on_signal():
-    """SIGINT and SIGTERM ask the loop to stop after its step: yields a list that then holds the signal's number."""
+    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step: yields a list that then holds the signal's number.
+
+    A SIGHUP that was ignored at the start (nohup) stays ignored.
+    """
     received: list[int] = []
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     # torchrun passes signals on, so that each may come twice, and ends what does not end by itself
     alone = "RANK" not in os.environ
 
     def note(number, frame):
         received.append(number)
+        if number == signal.SIGHUP:
+            _leave(terminals)
         if len(received) == 1:
             if alone or os.environ["RANK"] == "0":
                 hint = "; a second one stops at once" * alone
@@ -296,7 +305,10 @@ def stop_on_signal():
         elif alone:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
@@ -304,9 +316,21 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
+def _leave(terminals: list[int]) -> None:
+    """Write to nowhere instead of to terminals that are gone: an error there would cost the checkpoint."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def train(config: RunConfig, out: Path) -> int:
-    """Train a run to its end, resuming what the folder holds; the exit code: 0, or 128 + the signal that stopped it."""
-    with World(config.train.device) as world, stop_on_signal() as received:
+    """Train a run to its end, resuming what the folder holds; the exit code: 0, or 128 + the signal that stopped it.
+
+    Raises:
+        UserError: where another process trains in the folder, and as :class:`Trainer`. A refused run leaves nothing.
+    """
+    with World(config.train.device) as world, stop_on_signal() as received, ExitStack() as stack:
+        world.agree(lambda: stack.enter_context(owned(out)), main_only=True)
         trainer = Trainer(config, out, world)
         code = _train(trainer, received)
         trainer.log.close()

@@ -78,7 +78,7 @@ def load_checkpoint(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], d
 
 def load_run(path: Path, part: str) -> tuple[dict[str, Tensor], dict, Path, int]:
     """:func:`load_checkpoint` of a checkpoint, of a run folder's last one, or of an exported file."""
-    if path.is_file():
+    if path.is_file() or path.suffix == ".safetensors":
         tensors, config, step = ckpt.load_weights(path)
         return tensors, config, path, step
     found = ckpt.checkpoints(path / ckpt.FOLDER) or ckpt.checkpoints(path) or [path]

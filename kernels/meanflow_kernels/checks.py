@@ -11,6 +11,7 @@ from torch import Tensor
 from .transforms import check_pair_transforms
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def fail(name: str, got: object, wanted: object, remedy: str) -> None:
@@ -46,6 +47,25 @@ def check_alike(names: Sequence[str], tensors: Sequence[Tensor | None], *, dtype
             )
         if dtype and x.dtype != first.dtype:
             fail(name, x.dtype, f"{first.dtype}, the dtype of {names[0]}", f"cast it with .to({first.dtype})")
+
+
+def check_real(name: str, x: Tensor) -> None:
+    """``x`` has a dtype that an operator takes on either route; float64 runs the reference alone."""
+    if x.dtype not in DTYPES:
+        fail(name, x.dtype, "bfloat16, float16, float32 or float64", "cast it: derivatives need real numbers")
+
+
+def check_interpreted(name: str, x: Tensor) -> None:
+    """``x`` has a dtype that Triton's interpreter multiplies rightly: its ``tl.dot`` takes bf16 for integers."""
+    import triton
+
+    if x.dtype == torch.bfloat16 and not x.is_cuda and triton.knobs.runtime.interpret:
+        fail(
+            name,
+            f"{x.dtype} on {x.device}",
+            "float16 or float32 in Triton's interpreter",
+            "cast it, or use force_route(Route.REFERENCE)",
+        )
 
 
 def check_kernel_dtype(name: str, x: Tensor) -> None:

@@ -1,32 +1,32 @@
-"""The two doors to a dual operator, and the guard on its tangents.
+"""The two doors to a dual operator, the guard on its tangents, and the end of differentiation behind its gradient.
 
 The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
-``torch.autograd.forward_ad``): on the reference route the plain ``op`` is torch code, which carries tangents itself;
-on the kernel route it unpacks dual inputs, calls the explicit pair, and packs the results again. A registered operator
-alone would lose the tangent without a word. So does torch itself with a dual that enters a compiled function from
-outside: call torch.func.jvp inside it.
+``torch.autograd.forward_ad``): the plain ``op`` unpacks dual inputs, calls the explicit pair, and packs the results
+again. A registered operator alone would lose the tangent without a word. So does torch itself with a dual that enters a
+compiled function from outside: call torch.func.jvp inside it.
+
+Both routes tell the same: the primal is differentiable once, the tangent not at all.
 
 How an op uses this module:
 
     def silu(x):
-        ...checks...
-        if not runs_kernel(x):
-            return silu_ref(x)
+        kernel = _check(x)
         (x,), tangents = unpack(x)
-        if absent(tangents):
-            return torch.ops.meanflow_kernels.silu(x)
-        return pack(*silu_jvp((x,), tangents))
+        if not absent(tangents):
+            return pack(*silu_jvp((x,), tangents))
+        if not kernel:
+            return silu_ref(*once(x))
+        return torch.ops.meanflow_kernels.silu(x)  # its backward ends with last(dx)
 
     def silu_jvp(primals, tangents, *, tangent_start=None):
         if absent(tangents):
             return silu(*primals), None
         ...checks, with check_tangents...
-        if runs_kernel(primals[0]):
+        if kernel:
             return torch.ops.meanflow_kernels.silu_jvp(...)  # its backward starts with refuse_tangent_gradient(dy_dot)
-        y = silu_ref(x)
         with torch.no_grad():
             y_dot = silu_tangent_ref(...)
-        return y, guard(y_dot, *primals, *tangents)
+        return silu_ref(*once(x)), guard(y_dot, *primals, *tangents)
 
 The registered op calls ``ctx.set_materialize_grads(False)`` in its setup_context, so that an unused tangent's
 cotangent is None.
@@ -35,6 +35,8 @@ cotangent is None.
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+from .transforms import tracked
 
 REFUSAL = (
     "a gradient was asked for through a tangent: the *_jvp operators differentiate their primal result only. "
@@ -91,22 +93,89 @@ def guard(x_dot: Tensor, *inputs: Tensor | None) -> Tensor:
     region costs nothing, and one returned while it requires grad raises :class:`TangentGradientError` when the region
     is compiled.
     """
-    anchors = [x for x in inputs if x is not None and x.requires_grad]
+    anchors = [x for x in inputs if x is not None and tracked(x)]
     return _guard(x_dot, *anchors) if torch.is_grad_enabled() and anchors else x_dot
+
+
+SECOND = (
+    "a second derivative was asked for through an operator's gradient (create_graph=True), which is differentiable "
+    "once. Use the *_ref function of the operator's reference.py, plain torch, which carries any"
+)
+
+
+class _Last(torch.autograd.Function):
+    """Identity on gradients; a gradient of theirs raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*grads):
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(SECOND)
+
+
+class _Once(torch.autograd.Function):
+    """Identity on the inputs of a reference, whose gradients are the last."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return last(*grads)
+
+
+def last(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator's inputs, through which a second derivative raises."""
+    return _Last.apply(*grads) if torch.is_grad_enabled() else grads
+
+
+def once(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs of a reference that is differentiable once, as its kernel is. A compiled one is so by itself."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(tracked(x) for x in inputs)):
+        return inputs
+    return _Once.apply(*inputs)
 
 
 def unpack(*inputs: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     """Primals and tangents of inputs that may be forward-mode duals; tangents are None where structurally zero.
 
-    Outside forward-mode AD the inputs come back as they are, with no tangents.
+    Outside forward-mode AD the inputs come back as they are, with no tangents. Tangents come in their primal's dtype:
+    torch makes that of a zero-dim dual times a number fp64.
     """
     pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
-    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+    return tuple(p[0] for p in pairs), tuple(None if x_dot is None else x_dot.to(x.dtype) for x, x_dot in pairs)
 
 
 def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
     """The dual tensor of a primal and its tangent at the current level; ``x`` where the tangent is None."""
     return x if x_dot is None else forward_ad.make_dual(x, x_dot)
+
+
+def settled(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Inputs of a torch function, duals with tangents in their primal's dtype (see :func:`unpack`)."""
+    return tuple(_settle(x) for x in inputs)
+
+
+def _settle(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    primal, tangent = forward_ad.unpack_dual(x)
+    return x if tangent is None or tangent.dtype == x.dtype else pack(primal, tangent.to(x.dtype))
 
 
 def absent(tangents: tuple[Tensor | None, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 ``force_route`` overrides that for a scope:
 
-    with force_route(Route.REFERENCE):       # plain torch on any device, any dtype up to fp64
+    with force_route(Route.REFERENCE):       # plain torch on any device, any real dtype up to fp64
         ...
     with force_route(Route.TRITON):          # the kernel; on CPU tensors in Triton's interpreter
         ...
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .transforms import check_kernel_transforms
+from .transforms import check_transforms
 
 
 class Route(enum.Enum):
@@ -65,10 +65,7 @@ def runs_kernel(x: Tensor) -> bool:
     Without Triton installed every call runs the reference.
 
     Raises:
-        RuntimeError: the kernel would lose a derivative of the torch.func transforms around the call (see
-            ``transforms``).
+        RuntimeError: either would lose a derivative of the torch.func transforms around the call (see ``transforms``).
     """
-    kernel = HAS_TRITON and x.is_cuda if _override.route is None else _override.route is Route.TRITON
-    if kernel:
-        check_kernel_transforms(x)
-    return kernel
+    check_transforms(x)
+    return HAS_TRITON and x.is_cuda if _override.route is None else _override.route is Route.TRITON

@@ -2,7 +2,8 @@
 
 A Triton kernel sees tensors with every wrapper of ``torch.func`` taken off, and an explicit pair takes its tangents as
 arguments. Both therefore carry one level of differentiation: the one that ``dual.unpack`` opens, or none. What lies
-beyond raises here. The plain ops of the reference route are ordinary torch code and stand under anything.
+beyond raises here, on the reference route too, so that what runs on a CPU runs on a GPU. An op's ``*_ref`` function is
+ordinary torch code and stands under anything.
 """
 
 import torch
@@ -21,17 +22,17 @@ def _levels() -> list[str]:
 def _refuse(what: str, levels: list[str]) -> None:
     raise RuntimeError(
         f"{what} was called under torch.func transforms {' > '.join(levels)} (outermost first), through which it would "
-        "lose a derivative: it carries one forward-mode level, innermost. Use force_route(Route.REFERENCE) with the "
-        "plain op, which carries any"
+        "lose a derivative: it carries one forward-mode level, innermost. Use the *_ref function of the operator's "
+        "reference.py, plain torch, which carries any"
     )
 
 
 @torch.compiler.allow_in_graph
-def _check_kernel(x: Tensor) -> Tensor:
+def _check_op(x: Tensor) -> Tensor:
     levels = _levels()
     inside_dual = forward_ad._current_level >= 0
     if "Grad" in levels or levels.count("Jvp") > 1 or (inside_dual and levels and levels[-1] != "Jvp"):
-        _refuse("a Triton operator", levels)
+        _refuse("an operator", levels)
     return x
 
 
@@ -43,10 +44,10 @@ def _check_pair(x: Tensor) -> Tensor:
     return x
 
 
-def check_kernel_transforms(x: Tensor) -> None:
-    """Raise RuntimeError where a kernel called on ``x`` would drop a derivative of the active transforms."""
+def check_transforms(x: Tensor) -> None:
+    """Raise RuntimeError where an operator called on ``x`` would drop a derivative of the active transforms."""
     if torch._C._are_functorch_transforms_active():
-        _check_kernel(x)
+        _check_op(x)
 
 
 def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tuple) -> None:
@@ -65,3 +66,11 @@ def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tupl
                 )
     if torch._C._are_functorch_transforms_active():
         _check_pair(primals[0])
+
+
+def tracked(x: Tensor) -> bool:
+    """Whether reverse mode records what is done with a tensor, also behind the wrappers of torch.func."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangents, fail
-from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
+from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import TileConfig
@@ -26,6 +26,8 @@ def check_vectors(x: Tensor, names: tuple[str, ...], vectors: tuple[Tensor, ...]
         check_shape(name, vector, (x.shape[0], x.shape[2]), "(B, C)")
         check_alike(("x", name), (x, vector), dtype=False)
     check_alike(names, vectors)
+    for name, tensor in (("x", x), (names[0], vectors[0])):
+        check_real(name, tensor)
 
 
 def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, ...], out_dtype: torch.dtype) -> None:
@@ -131,7 +133,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, dy_dot=None):
     refuse_tangent_gradient(dy_dot)
-    grads = (None, None, None) if dy is None else torch.ops.meanflow_kernels.adaln_bwd(*ctx.saved_tensors, dy, ctx.eps)
+    grads = (None, None, None)
+    if dy is not None:
+        grads = last(*torch.ops.meanflow_kernels.adaln_bwd(*ctx.saved_tensors, dy, ctx.eps))
     return (*grads, *[None] * (ctx.inputs - 3))
 
 
@@ -174,11 +178,12 @@ def adaln(
     """
     _check(x, shift, scale)
     out_dtype = out_dtype or x.dtype
-    if not runs_kernel(x):
-        return adaln_ref(x, shift, scale, eps=eps).to(out_dtype)
+    kernel = runs_kernel(x)
     primals, tangents = unpack(x, shift, scale)
     if not absent(tangents):
         return pack(*adaln_jvp(primals, tangents, eps=eps, out_dtype=out_dtype))
+    if not kernel:
+        return adaln_ref(*once(*primals), eps=eps).to(out_dtype)
     check_kernel_row(x, _NAMES, primals, out_dtype)
     return torch.ops.meanflow_kernels.adaln(*primals, eps, out_dtype)
 
@@ -214,7 +219,7 @@ def adaln_jvp(
     if runs_kernel(x):
         check_kernel_row(x, _NAMES, primals, out_dtype)
         return torch.ops.meanflow_kernels.adaln_jvp(*primals, *tangents, start, n, eps, out_dtype)
-    y = adaln_ref(*primals, eps=eps).to(out_dtype)
+    y = adaln_ref(*once(*primals), eps=eps).to(out_dtype)
     with torch.no_grad():
         y_dot = adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps).to(out_dtype)
     return y, guard(y_dot, *primals, *tangents)

@@ -1,10 +1,14 @@
 """Softmax attention on (primal, tangent) pairs: checks, launches, registration and the public functions."""
 
+import functools
+import math
+import warnings
+
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangents, fail
-from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..checks import check_alike, check_interpreted, check_kernel_dtype, check_real, check_shape, check_tangents, fail
+from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import arch_of
 from ..routing import runs_kernel
 from .backends import attention_backward, attention_forward, empty_outputs
@@ -22,10 +26,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[float,
     check_shape("k", k, (batch, None, heads, head_dim), "(B, N, H, D)")
     check_shape("v", v, tuple(k.shape), "(B, N, H, D)")
     check_alike(_NAMES, (q, k, v))
+    check_real("q", q)
+    if not torch.compiler.is_compiling() and max(q.shape[1], k.shape[1]) < heads:
+        _warn(max(q.shape[1], k.shape[1]), heads)
     if k.shape[1] == 0:
         fail("k", f"shape {tuple(k.shape)}", "at least one token", "a softmax over nothing is undefined")
     scale = head_dim**-0.5 if scale is None else scale
-    if not scale > 0:
+    if not 0 < scale < math.inf:
         fail("scale", scale, "a positive number", "negate q for a negative scale")
     kernel = runs_kernel(q)
     if kernel:
@@ -36,8 +43,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[float,
     return scale, kernel
 
 
+@functools.cache  # once
+def _warn(tokens: int, heads: int) -> None:
+    warnings.warn(
+        f"attention: got {tokens} tokens of {heads} heads, wanted (B, tokens, heads, D) as flash-attention has them; "
+        "if these are (B, heads, tokens, D), transpose(1, 2) them and the result",
+        stacklevel=4,
+    )
+
+
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    check_interpreted("q", q)
     return attention_forward(q, k, v, scale, FORWARD)
 
 
@@ -58,6 +75,7 @@ def _attention_jvp_op(
     tangent_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
+    check_interpreted("q", q)
     primals = aligned(q), aligned(k), aligned(v)
     tangents = tuple(None if x is None else aligned(x) for x in (q_dot, k_dot, v_dot))
     n = next(x.shape[0] for x in tangents if x is not None)
@@ -115,7 +133,7 @@ def _primal_gradients(ctx, do, dlse):
         )
     if do is None:
         return None, None, None
-    return torch.ops.meanflow_kernels.attention_bwd(do, *ctx.saved_tensors, ctx.scale)
+    return last(*torch.ops.meanflow_kernels.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
 
 
 def _backward(ctx, do, dlse):
@@ -150,11 +168,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         ValueError: a shape, dtype, device, head dim or scale outside the above.
     """
     scale, kernel = _check(q, k, v, scale)
-    if not kernel:
-        return attention_ref(q, k, v, scale=scale)[0]
     (q, k, v), tangents = unpack(q, k, v)
     if not absent(tangents):
         return pack(*attention_jvp((q, k, v), tangents, scale=scale))
+    if not kernel:
+        return attention_ref(*once(q, k, v), scale=scale)[0]
     return torch.ops.meanflow_kernels.attention(q, k, v, scale)[0]
 
 
@@ -189,7 +207,7 @@ def attention_jvp(
     if kernel:
         o, o_dot, _ = torch.ops.meanflow_kernels.attention_jvp(q, k, v, *tangents, scale, start)
         return o, o_dot
-    o, _ = attention_ref(q, k, v, scale=scale)
+    o, _ = attention_ref(*once(q, k, v), scale=scale)
     with torch.no_grad():
         o_dot = attention_tangent_ref(tangent_rows(primals, tangents, tangent_start), tangents, scale=scale)
     return o, guard(o_dot, *primals, *tangents)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_kernel_dtype, check_shape, check_tangents, fail
-from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
+from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import StripConfig, TileConfig
@@ -19,6 +19,8 @@ def _check(x: Tensor, bias: Tensor) -> bool:
         fail("x", got, "a tensor (B, ..., C)", "unsqueeze it")
     check_shape("bias", bias, (x.shape[-1],), "(C,)")
     check_alike(("x", "bias"), (x, bias), dtype=False)
+    check_real("x", x)
+    check_real("bias", bias)
     kernel = runs_kernel(x)
     if kernel:
         check_kernel_dtype("x", x)
@@ -150,7 +152,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, dy_dot=None):
     refuse_tangent_gradient(dy_dot)
-    grads = (None, None) if dy is None else torch.ops.meanflow_kernels.bias_gelu_bwd(*ctx.saved_tensors, dy)
+    grads = (None, None) if dy is None else last(*torch.ops.meanflow_kernels.bias_gelu_bwd(*ctx.saved_tensors, dy))
     return (*grads, *[None] * (ctx.inputs - 2))
 
 
@@ -185,8 +187,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    if not _check(x, bias):
-        return bias_gelu_ref(x, bias).to(x.dtype)
+    kernel = _check(x, bias)
     (x, bias), (x_dot, bias_dot) = unpack(x, bias)
     if bias_dot is not None:
         # the bias enters as x does
@@ -194,6 +195,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         x_dot = bias_dot.expand_as(x) if x_dot is None else x_dot + bias_dot
     if x_dot is not None:
         return pack(*bias_gelu_jvp((x,), (x_dot,), bias))
+    if not kernel:
+        return bias_gelu_ref(*once(x, bias)).to(x.dtype)
     return torch.ops.meanflow_kernels.bias_gelu(x, bias)
 
 
@@ -223,4 +226,4 @@ def bias_gelu_jvp(
         return torch.ops.meanflow_kernels.bias_gelu_jvp(x, bias, x_dot, start)
     with torch.no_grad():
         y_dot = bias_gelu_tangent_ref(*tangent_rows(primals, tangents, start), bias, x_dot).to(x.dtype)
-    return bias_gelu_ref(x, bias).to(x.dtype), guard(y_dot, x, bias, x_dot)
+    return bias_gelu_ref(*once(x, bias)).to(x.dtype), guard(y_dot, x, bias, x_dot)

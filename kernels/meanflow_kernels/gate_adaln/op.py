@@ -6,8 +6,8 @@ from torch import Tensor
 from ..adaln.config import RowConfig
 from ..adaln.op import check_kernel_row, check_vectors
 from ..adaln.rows import partial_sums, row_launch
-from ..checks import check_alike, check_shape, check_tangents
-from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..checks import check_alike, check_real, check_shape, check_tangents
+from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import TileConfig
@@ -22,6 +22,7 @@ def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> 
     check_shape("y", y, tuple(x.shape), "x's shape (B, L, C)")
     check_alike(("x", "y"), (x, y), dtype=False)
     check_vectors(x, _NAMES[2:], (gate, shift, scale))
+    check_real("y", y)
 
 
 def forward_launch(
@@ -152,7 +153,7 @@ def _differentiate(ctx, dx_out, dh, *cotangents):
         x_out, y, gate, scale = ctx.saved_tensors
         # the residual alone was used: rare enough to pay for zeros
         dh = x_out.new_zeros(x_out.shape, dtype=ctx.h_dtype) if dh is None else dh
-        grads = torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, dx_out, dh, ctx.eps)
+        grads = last(*torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, dx_out, dh, ctx.eps))
     return (*grads, *[None] * (ctx.inputs - 5))
 
 
@@ -204,13 +205,14 @@ def gate_adaln(
     """
     _check(x, y, gate, shift, scale)
     out_dtype = out_dtype or x.dtype
-    if not runs_kernel(x):
-        x_out, h = gate_adaln_ref(x, y, gate, shift, scale, eps=eps)
-        return x_out.to(x.dtype), h.to(out_dtype)
+    kernel = runs_kernel(x)
     primals, tangents = unpack(x, y, gate, shift, scale)
     if not absent(tangents):
         (x_out, h), (x_out_dot, h_dot) = gate_adaln_jvp(primals, tangents, eps=eps, out_dtype=out_dtype)
         return pack(x_out, x_out_dot), pack(h, h_dot)
+    if not kernel:
+        x_out, h = gate_adaln_ref(*once(*primals), eps=eps)
+        return x_out.to(x.dtype), h.to(out_dtype)
     check_kernel_row(x, _NAMES, primals, out_dtype)
     return torch.ops.meanflow_kernels.gate_adaln(*primals, eps, out_dtype)
 
@@ -249,7 +251,7 @@ def gate_adaln_jvp(
         operands = (*primals, *tangents, start, n, eps, out_dtype)
         x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_adaln_jvp(*operands)
         return (x_out, h), (x_out_dot, h_dot)
-    x_out, h = gate_adaln_ref(*primals, eps=eps)
+    x_out, h = gate_adaln_ref(*once(*primals), eps=eps)
     with torch.no_grad():
         x_out_dot, h_dot = gate_adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps)
     x_out_dot, h_dot = x_out_dot.to(x.dtype), h_dot.to(out_dtype)

@@ -14,8 +14,8 @@ two products: what lies next to what is not known to the tracer.
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_shape, check_tangents, fail
-from ..dual import absent, guard, refuse_tangent_gradient
+from ..checks import check_alike, check_real, check_shape, check_tangents, fail
+from ..dual import absent, guard, refuse_tangent_gradient, settled
 from ..transforms import check_pair_transforms
 
 
@@ -31,6 +31,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         fail("x", got, f"(..., K) with the weight's K = {weight.shape[1]}", "nothing is broadcast")
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(C,)")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_real(name, tensor)
     # autocast brings the dtypes together
     check_alike(("x", "weight", "bias"), (x, weight, bias), dtype=not _autocast(x))
 
@@ -93,7 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
     _check(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(*settled(x, weight, bias))
 
 
 def linear_jvp(

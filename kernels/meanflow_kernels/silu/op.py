@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_kernel_dtype, check_tangents, fail
-from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..checks import check_kernel_dtype, check_real, check_tangents, fail
+from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from .reference import silu_ref, silu_tangent_ref
@@ -15,9 +15,10 @@ _BLOCK, _NUM_WARPS = 1024, 4
 
 def _check(x: Tensor) -> bool:
     """Shape and dtype of x; returns whether the kernel runs."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        fail("x", got, "a floating-point tensor (B, ...)", "cast or unsqueeze it")
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        fail("x", got, "a tensor (B, ...)", "unsqueeze it")
+    check_real("x", x)
     kernel = runs_kernel(x)
     if kernel:
         check_kernel_dtype("x", x)
@@ -91,7 +92,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy, dy_dot=None):
     refuse_tangent_gradient(dy_dot)
     (x,) = ctx.saved_tensors
-    dx = None if dy is None else torch.ops.meanflow_kernels.silu_bwd(x, dy)
+    (dx,) = (None,) if dy is None else last(torch.ops.meanflow_kernels.silu_bwd(x, dy))
     return (dx, *[None] * (ctx.inputs - 1))
 
 
@@ -118,11 +119,12 @@ def silu(x: Tensor) -> Tensor:
     Raises:
         ValueError: x is no floating-point tensor of at least one dimension, or of a dtype the kernel does not take.
     """
-    if not _check(x):
-        return silu_ref(x).to(x.dtype)
+    kernel = _check(x)
     primals, tangents = unpack(x)
     if not absent(tangents):
         return pack(*silu_jvp(primals, tangents))
+    if not kernel:
+        return silu_ref(*once(*primals)).to(x.dtype)
     return torch.ops.meanflow_kernels.silu(*primals)
 
 
@@ -151,4 +153,4 @@ def silu_jvp(
         return torch.ops.meanflow_kernels.silu_jvp(x, x_dot, start)
     with torch.no_grad():
         y_dot = silu_tangent_ref(*tangent_rows(primals, tangents, start), x_dot).to(x.dtype)
-    return silu_ref(x).to(x.dtype), guard(y_dot, x, x_dot)
+    return silu_ref(*once(x)).to(x.dtype), guard(y_dot, x, x_dot)

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_kernel_dtype, check_shape, check_tangents, fail
-from ..dual import absent, guard, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..checks import check_kernel_dtype, check_real, check_shape, check_tangents, fail
+from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from .reference import timestep_embedding_ref, timestep_embedding_tangent_ref
@@ -18,11 +18,10 @@ _NUM_WARPS = 1
 def _check(t: Tensor, dim: int, max_period: float) -> bool:
     """Shapes and dtype; returns whether the kernel runs."""
     check_shape("t", t, (None,), "(B,)")
-    if not t.is_floating_point():
-        fail("t", t.dtype, "a floating-point dtype", "cast it to the dtype that the features shall have")
+    check_real("t", t)
     if dim < 2:
         fail("dim", dim, "at least 2", "one cosine and one sine are the least")
-    if not max_period > 0:
+    if not 0 < max_period < math.inf:
         fail("max_period", max_period, "a positive number", "DiT uses 10000")
     kernel = runs_kernel(t)
     if kernel:
@@ -114,7 +113,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy, dy_dot=None):
     refuse_tangent_gradient(dy_dot)
     (t,) = ctx.saved_tensors
-    dt = None if dy is None else torch.ops.meanflow_kernels.timestep_embedding_bwd(t, dy, ctx.max_period)
+    (dt,) = (None,) if dy is None else last(torch.ops.meanflow_kernels.timestep_embedding_bwd(t, dy, ctx.max_period))
     return (dt, *[None] * (ctx.inputs - 1))
 
 
@@ -146,11 +145,12 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> T
     Raises:
         ValueError: t is no floating-point vector of a dtype the kernel takes, dim < 2, or max_period <= 0.
     """
-    if not _check(t, dim, max_period):
-        return timestep_embedding_ref(t, dim, max_period).to(t.dtype)
+    kernel = _check(t, dim, max_period)
     primals, tangents = unpack(t)
     if not absent(tangents):
         return pack(*timestep_embedding_jvp(primals, tangents, dim, max_period=max_period))
+    if not kernel:
+        return timestep_embedding_ref(*once(*primals), dim, max_period).to(t.dtype)
     return torch.ops.meanflow_kernels.timestep_embedding(*primals, dim, max_period)
 
 
@@ -185,4 +185,4 @@ def timestep_embedding_jvp(
         return torch.ops.meanflow_kernels.timestep_embedding_jvp(t, t_dot, dim, start, max_period)
     with torch.no_grad():
         y_dot = timestep_embedding_tangent_ref(*tangent_rows(primals, tangents, start), t_dot, dim, max_period)
-    return timestep_embedding_ref(t, dim, max_period).to(t.dtype), guard(y_dot.to(t.dtype), t, t_dot)
+    return timestep_embedding_ref(*once(t), dim, max_period).to(t.dtype), guard(y_dot.to(t.dtype), t, t_dot)
