@@ -40,6 +40,7 @@ from meanflow.plan import Plan, Planner
 from meanflow.presets import preset
 from meanflow.times import draw_times
 
+from .arguments import finite
 from .environment import environment, known_gpu
 from .table import table
 
@@ -359,8 +360,8 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batches", type=int, default=BATCHES, help=f"drawn batches of a mean (default {BATCHES})")
     parser.add_argument("--gpu", default=known_gpu(), help="the GPU of the floor, as its driver names it")
-    parser.add_argument("--gemm-tflops", type=float, help="its rate of matrix products, where you have measured it")
-    parser.add_argument("--copy-gbps", type=float, help="its rate of copies, read plus written, where measured")
+    parser.add_argument("--gemm-tflops", type=finite, help="its rate of matrix products, where you have measured it")
+    parser.add_argument("--copy-gbps", type=finite, help="its rate of copies, read plus written, where measured")
     parser.add_argument("--json", type=Path, help="write the accounts to this file too")
     return parser.parse_args(args)
 

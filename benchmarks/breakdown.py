@@ -32,6 +32,7 @@ from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
 
 from . import kernel_table
 from .arbiter import alone
+from .arguments import BadInput
 from .environment import clocks, merge
 from .kernel_table import Activity, activities
 from .rows import why_untimed
@@ -248,7 +249,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         measure(arguments(args))
     except UserError as error:
-        raise SystemExit(f"benchmarks.breakdown: error: {error}") from None
+        raise BadInput(f"benchmarks.breakdown: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
+from .arguments import finite
 from .ratios import FEWEST, MARK, STEP, uncompared, uncompared_note
 from .rows import by_machine, device_name, hardware, newest, read, why_untimed
 from .table import table
@@ -107,7 +108,7 @@ def main(args: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("base", type=Path, metavar="BASE", help="file of JSON lines, or a folder of them")
     parser.add_argument("new", type=Path, metavar="NEW", help="the same, measured later")
-    parser.add_argument("--tolerance", type=float, default=0.03, help="how much slower is slower (default 0.03)")
+    parser.add_argument("--tolerance", type=finite, default=0.03, help="how much slower is slower (default 0.03)")
     options = parser.parse_args(args)
     try:
         base, new = (read([path]).shown for path in (options.base, options.new))

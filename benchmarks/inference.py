@@ -37,6 +37,7 @@ from meanflow.sampling import Sampler, even_times
 from meanflow.vae import load_vae
 
 from . import arbiter
+from .arguments import BadInput, finite, positive
 from .decoders import DECODES, DTYPES, random_vae
 from .environment import clocks, merge
 from .measuring import Reason, attempt, turns
@@ -327,9 +328,9 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode", nargs="+", choices=DECODES, default=list(DECODES), help="default all")
     parser.add_argument("--vae", default="", help="decoder: a folder or name for diffusers (default random weights)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=None, help="turns")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no turn is begun after these, but three are")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
+    parser.add_argument("--repeats", type=positive, default=None, help="turns")
+    parser.add_argument("--seconds", type=finite, default=math.inf, help="no turn is begun after these, but three are")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
     arbiter.add_argument(parser)
@@ -351,7 +352,7 @@ def main(args: list[str] | None = None) -> int:
             model = ModelConfig.official(options.model, input_size=options.input_size)
             work = Workload(model, batch, options.device, options.vae)
         except UserError as error:
-            raise SystemExit(f"benchmarks.inference: error: {error}") from None
+            raise BadInput(f"benchmarks.inference: error: {error}") from None
         ways = list(work.ways(options.network, options.decode, options.precision, options.steps))
         found = measure(work, ways, options.repeats or REPEATS[options.device], options.seconds)
         # what is known stays, whatever happens to the next

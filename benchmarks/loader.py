@@ -20,6 +20,7 @@ from meanflow.data import Latents, Order
 from meanflow.errors import UserError
 from meanflow.prefetch import Prefetcher
 
+from .arguments import BadInput, finite, positive
 from .environment import environment
 from .table import table
 from .timing import quantiles
@@ -94,8 +95,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--shard-rows", type=int, default=1024, help="its rows a shard (default 1024)")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100, help="batches a repeat (default 100)")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--step-ms", type=float, default=100.0, help="for the share of waiting (default 100)")
+    parser.add_argument("--repeats", type=positive, default=7)
+    parser.add_argument("--step-ms", type=finite, default=100.0, help="for the share of waiting (default 100)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
     options = parser.parse_args(args)
@@ -106,7 +107,7 @@ def main(args: list[str] | None = None) -> None:
                 make_cache(folder, options.count, options.size, options.dtype, options.shard_rows)
             dataset = Latents(str(folder), CLASSES)
         except UserError as error:
-            raise SystemExit(f"benchmarks.loader: error: {error}") from None
+            raise BadInput(f"benchmarks.loader: error: {error}") from None
         check(dataset, Order(len(dataset), options.batch, 1, True).indices(0))
         for shard in folder.glob("shard_*.npy"):
             shard.read_bytes()  # into the page cache

@@ -23,6 +23,7 @@ from meanflow_kernels.adamw_ema.native import MISSING
 
 from .accounting import account
 from .arbiter import alone, running_seconds
+from .arguments import BadInput
 from .environment import clocks, energy, merge
 from .timing import quantiles, stamp
 from .variants import VARIANTS, Variant, Workload, same_as
@@ -78,7 +79,7 @@ def reference_of(work: Workload, name: str) -> Reference:
     found, why = attempt(lambda: start(work, name, None).reference)
     clear()
     if why:
-        raise SystemExit(f"--against: got {name}, which cannot be a reference here ({why.words}); name another")
+        raise BadInput(f"--against: got {name}, which cannot be a reference here ({why.words}); name another")
     return found
 
 

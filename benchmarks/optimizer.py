@@ -23,6 +23,7 @@ from meanflow.errors import UserError
 from meanflow.optim import make_optimizer
 
 from . import arbiter
+from .arguments import BadInput, positive
 from .environment import clocks, environment
 from .table import table
 from .timing import ColdCache, device_ms, host_ms, measure_ceilings, quantiles, wall_ms
@@ -76,8 +77,8 @@ def main(args: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default=None, help="whose parameters (default XL/2, on a CPU S/4)")
-    parser.add_argument("--repeats", type=int, default=30, help="timed steps each (default 30)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
+    parser.add_argument("--repeats", type=positive, default=30, help="timed steps each (default 30)")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
     arbiter.add_argument(parser)
@@ -89,7 +90,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         optimizers, missing = build(model, options.device)
     except UserError as error:
-        raise SystemExit(f"benchmarks.optimizer: error: {error}") from None
+        raise BadInput(f"benchmarks.optimizer: error: {error}") from None
     samples = {name: [] for name in optimizers}
     with arbiter.alone(options.device):
         for turn in range(options.repeats):

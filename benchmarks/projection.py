@@ -19,6 +19,7 @@ from meanflow.errors import UserError
 from meanflow.presets import BATCH, preset
 
 from .accounting import META
+from .arguments import BadInput, finite
 from .rows import newest, read
 from .table import table
 
@@ -71,14 +72,14 @@ def main(args: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("measured", nargs="+", type=Path, metavar="ROWS",
                         help="rows that benchmarks.step --preset wrote on a GPU")  # fmt: skip
-    parser.add_argument("--link-gbps", type=float, default=LINK_GBPS, help=f"GB/s of a GPU's link ({LINK_GBPS:g})")
+    parser.add_argument("--link-gbps", type=finite, default=LINK_GBPS, help=f"GB/s of a GPU's link ({LINK_GBPS:g})")
     parser.add_argument("--rows", type=Path, default=None, help="append the projections to this file of JSON lines")
     options = parser.parse_args(args)
     try:
         steps = usable(read(options.measured).by_kind["step"])
         rows = [project(row, options.link_gbps) for row in steps]
     except UserError as error:
-        raise SystemExit(f"benchmarks.projection: error: {error}") from None
+        raise BadInput(f"benchmarks.projection: error: {error}") from None
     if not rows:
         raise SystemExit(
             f"ROWS: got {', '.join(map(str, options.measured))} without a step of a preset on a GPU, wanted one; "

@@ -19,6 +19,7 @@ from meanflow.peaks import PEAKS
 from meanflow.presets import PRESETS, preset
 
 from .accounting import account
+from .arguments import finite
 from .projection import LINK_GBPS, project, usable
 from .rows import read
 from .table import markdown_table, table
@@ -131,7 +132,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.recipes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--gpus", type=int, default=8, help="that share the batch of 256 (default 8)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="supposed for the hours (default 0.4)")
+    parser.add_argument("--mfu", type=finite, default=0.4, help="supposed for the hours (default 0.4)")
     parser.add_argument("--presets", nargs="+", default=RECIPES, help="recipes (default: the six of Table 4)")
     parser.add_argument("--rows", nargs="+", type=Path, default=[RESULTS], metavar="ROWS",
                         help="measured steps: files or folders of rows (default: those committed)")  # fmt: skip

@@ -27,6 +27,7 @@ from pathlib import Path
 from meanflow.errors import UserError
 
 from .arbiter import alone
+from .arguments import BadInput, finite
 from .environment import clocks
 from .measuring import timed, turns
 from .step import add_workload_arguments, append, identity, make_workload, title
@@ -80,10 +81,10 @@ def checkout(revision: str) -> Iterator[Path]:
         added = _git("worktree", "add", "--detach", str(tree), revision)
         if added.returncode:
             reason = added.stderr.strip().splitlines()[-1]
-            raise SystemExit(f"--base: got {revision!r}, wanted a revision of this repository ({reason}); see git log")
+            raise BadInput(f"--base: got {revision!r}, wanted a revision of this repository ({reason}); see git log")
         try:
             if not (tree / "benchmarks" / "regression.py").exists():
-                raise SystemExit(f"--base: got {revision!r}, which cannot be timed yet, wanted one with this command")
+                raise BadInput(f"--base: got {revision!r}, which cannot be timed yet, wanted one with this command")
             if _git("diff", "--quiet", revision, "--", "csrc").returncode == 0:
                 for library in (ROOT / "kernels" / "meanflow_kernels").glob("native_*.so"):
                     shutil.copy(library, tree / "kernels" / "meanflow_kernels")
@@ -141,7 +142,7 @@ def main(args: list[str] | None = None) -> int:
     which.add_argument("--base", default="HEAD", help="the revision to compare with (default HEAD)")
     which.add_argument("--self-check", dest="base", action="store_const", const=ITSELF, help="this tree against itself")
     parser.add_argument("--variant", default="ours", choices=VARIANTS, help="of the step (default ours)")
-    parser.add_argument("--tolerance", type=float, default=0.03, help="how much slower is slower (default 0.03)")
+    parser.add_argument("--tolerance", type=finite, default=0.03, help="how much slower is slower (default 0.03)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     add_workload_arguments(parser)
     args = list(sys.argv[1:] if args is None else args)
@@ -156,7 +157,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         work = make_workload(options)
     except UserError as error:
-        raise SystemExit(f"benchmarks.regression: error: {error}") from None
+        raise BadInput(f"benchmarks.regression: error: {error}") from None
     with sides_of(options.base) as tree:
         sides = []
         try:

@@ -11,6 +11,7 @@ import sys
 
 from meanflow.errors import UserError
 
+from .arguments import BadInput
 from .measuring import measure
 from .step import add_workload_arguments, append, identity, make_workload, title
 from .table import table
@@ -59,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
             set_value(options, options.axis, value)
             work = make_workload(options)
         except UserError as error:
-            raise SystemExit(f"benchmarks.scaling: error: {error}") from None
+            raise BadInput(f"benchmarks.scaling: error: {error}") from None
         repeats = options.repeats or REPEATS[options.device]
         (row,) = measure(work, [options.variant], repeats, options.seconds)
         columns = identity(work, options.preset) | {"axis": options.axis}

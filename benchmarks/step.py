@@ -22,6 +22,7 @@ from meanflow.errors import UserError
 from meanflow.presets import preset
 
 from . import arbiter
+from .arguments import BadInput, finite, positive
 from .environment import environment, merge
 from .measuring import measure
 from .table import table
@@ -39,16 +40,16 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-size", type=int, default=32, help="side of the latents; 64 is ImageNet-512 (default 32)"
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products and attention")
-    parser.add_argument("--omega", type=float, default=1.0, help="guidance: weight of the sample's velocity")
+    parser.add_argument("--omega", type=finite, default=1.0, help="guidance: weight of the sample's velocity")
     parser.add_argument(
-        "--kappa", type=float, default=0.5, help="guidance: weight of u(z,t,t|y); 0 and omega 1 is none"
+        "--kappa", type=finite, default=0.5, help="guidance: weight of u(z,t,t|y); 0 and omega 1 is none"
     )
-    parser.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="t that is guided (default 0 1)")
-    parser.add_argument("--share", type=float, default=0.25, help="share of r != t (default 0.25)")
+    parser.add_argument("--interval", type=finite, nargs=2, default=(0.0, 1.0), help="t that is guided (default 0 1)")
+    parser.add_argument("--share", type=finite, default=0.25, help="share of r != t (default 0.25)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=None, help="timed steps")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="CPU: fewer steps where they take longer")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default torch's)")
+    parser.add_argument("--repeats", type=positive, default=None, help="timed steps")
+    parser.add_argument("--seconds", type=finite, default=math.inf, help="CPU: fewer steps where they take longer")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")
     parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
     parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
     arbiter.add_argument(parser)
@@ -114,11 +115,11 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     names = options.compare.split(",")
     if unknown := set(names) - VARIANTS.keys():
-        raise SystemExit(f"--compare: got {sorted(unknown)}, wanted some of {','.join(VARIANTS)}; see --help")
+        raise BadInput(f"--compare: got {sorted(unknown)}, wanted some of {','.join(VARIANTS)}; see --help")
     try:
         work = make_workload(options)
     except UserError as error:
-        raise SystemExit(f"benchmarks.step: error: {error}") from None
+        raise BadInput(f"benchmarks.step: error: {error}") from None
     rows = []
     for row in measure(work, names, options.repeats or REPEATS[options.device], options.seconds, options.against):
         # what is known stays, whatever happens to the next

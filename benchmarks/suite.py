@@ -33,6 +33,7 @@ from meanflow.errors import UserError
 from meanflow.runlog import write_atomically
 
 from . import report
+from .arguments import finite
 from .environment import environment
 from .parts import PARTS, Part, chosen, rehearsed
 from .processes import Process
@@ -219,7 +220,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help="run these alone (default all of the run; see --list)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows, the logs and the report")
     parser.add_argument("--full", action="store_true", help="every part")
-    parser.add_argument("--budget", type=float, metavar="SECONDS",
+    parser.add_argument("--budget", type=finite, metavar="SECONDS",
                         help="of all parts; the same command again goes on (default 540 on a GPU and 300 on a CPU, "
                              "none with --full)")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")

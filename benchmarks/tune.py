@@ -26,6 +26,7 @@ import torch
 from meanflow_kernels.launch import arch_of
 
 from . import arbiter
+from .arguments import finite
 from .environment import clocks, environment, merge
 from .stopwatch import relative_error
 from .timing import FLUSH, ColdCache, host_ms, quantiles, timed_ms, wall_ms
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to tune (default: all)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="no kernel is begun after these (default: 120)")
+    parser.add_argument("--seconds", type=finite, default=120.0, help="no kernel is begun after these (default: 120)")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append the rows to FILE as JSON lines")
     parser.add_argument("--list", action="store_true", help="print what would be swept, and end")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")

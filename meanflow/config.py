@@ -4,7 +4,7 @@ import itertools
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from .errors import UserError, require
+from .errors import UserError, require, require_finite
 
 DIT_SIZES = {  # depth, width, heads (METHOD: DiT, Peebles & Xie, Table 1; M is MeanFlow's own)
     "S": (12, 384, 6),
@@ -40,9 +40,14 @@ class ModelConfig:
     """Which times are embedded, h = t - r (paper, Table 1c)."""
 
     def __post_init__(self):
+        require_finite(self, "model")
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"):
             value = getattr(self, name)
             require(value >= 1, f"model.{name}", value, "a positive whole number", "change it")
+        require(
+            int(self.hidden_size * self.mlp_ratio) >= 1, "model.mlp_ratio", self.mlp_ratio,
+            f"a positive number that gives {self.hidden_size} channels an MLP of one or more", "DiT's is 4",
+        )  # fmt: skip
         require(
             self.hidden_size % self.num_heads == 0,
             "model.num_heads", self.num_heads, f"a divisor of the width {self.hidden_size}", "change one of them",
@@ -120,6 +125,7 @@ class ObjectiveConfig:
     """Whether samples without a label are guided too; officially they take the plain velocity."""
 
     def __post_init__(self):
+        require_finite(self, "objective")
         for name in ("share_equal", "label_drop", "guidance_start", "guidance_end"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"objective.{name}", value, "a number in [0, 1]", "change it")
@@ -165,6 +171,7 @@ class OptimConfig:
     """The step in one pass over memory with the average (csrc), torch's fused AdamW, or NVIDIA apex's FusedAdam."""
 
     def __post_init__(self):
+        require_finite(self, "optim")
         require(self.lr > 0, "optim.lr", self.lr, "a positive number", "change it")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
@@ -198,6 +205,7 @@ class DataConfig:
     """Range of the images behind the latents: [-1, 1], or [0, 1] as EDM2's are; decoded samples become [-1, 1]."""
 
     def __post_init__(self):
+        require_finite(self, "data")
         require(self.scale > 0, "data.scale", self.scale, "a positive number", "change it")
 
 
@@ -275,6 +283,7 @@ class GuardConfig:
     """Times a run may go back."""
 
     def __post_init__(self):
+        require_finite(self, "guard")
         require(self.spike == 0 or self.spike > 1, "guard.spike", self.spike, "a factor above 1, or 0", "change it")
         require(self.patience >= 1, "guard.patience", self.patience, "a positive whole number", "change it")
         require(self.rollbacks >= 0, "guard.rollbacks", self.rollbacks, "zero or more", "change it")

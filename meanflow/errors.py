@@ -1,5 +1,8 @@
 """The errors a user can cause or must act on, each one clear line."""
 
+import math
+from dataclasses import fields
+
 
 class UserError(ValueError):
     """Bad input: says the name, what it got, what it wanted and what to do. The commands exit with code 2."""
@@ -13,3 +16,13 @@ def require(condition: bool, name: str, got: object, wanted: str, hint: str) -> 
     """Raise the one-line :class:`UserError` unless the condition holds."""
     if not condition:
         raise UserError(f"{name}: got {got!r}, wanted {wanted}; {hint}")
+
+
+def require_finite(options: object, section: str = "") -> None:
+    """Raise unless every number of a dataclass of options is one, neither infinite nor nan; section: of their names."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        name = f"{section}.{field.name}" if section else field.name
+        for each in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(each, float) or math.isfinite(each)
+            require(finite, name, value, "a finite number", "change it")

@@ -347,6 +347,11 @@ def _train(trainer: Trainer, received: list[int]) -> int:
         return 0
     if trainer.step:
         say(f"resuming from step {trainer.step}")
+    steps, warmup = trainer.config.train.steps, trainer.config.optim.warmup_steps
+    if steps < warmup:
+        say(
+            f"train.steps {steps} end within optim.warmup_steps {warmup}: the rate reaches {steps / warmup:.0%} of optim.lr"
+        )
     start, first = time.perf_counter(), trainer.step
     finished = trainer.run(lambda: bool(received))
     seconds = time.perf_counter() - start

@@ -13,6 +13,7 @@ from tyro.conf import arg
 
 from meanflow import cli
 from meanflow.config import RunConfig, to_dict
+from meanflow.errors import require
 from meanflow.presets import PRESETS, preset
 
 
@@ -41,14 +42,20 @@ def main(args: list[str]) -> int:
         description=f"Train the preset {name}. The same command again resumes the run.",
         default=Options(preset(name), Path("runs") / name),
     )
+    config, warmup = options.config, options.config.optim.warmup_steps
+    # a trial of few steps of a preset may end within its warm-up; one that was asked for is meant to end
+    require(
+        warmup <= config.train.steps or warmup == preset(name).optim.warmup_steps,
+        "optim.warmup_steps", warmup, f"at most the {config.train.steps} train.steps", "lower it, or train longer",
+    )  # fmt: skip
     if options.dry_run:
-        print(json.dumps(to_dict(options.config), indent=2))
+        print(json.dumps(to_dict(config), indent=2))
         return 0
     from torch.distributed.elastic.multiprocessing.errors import record  # torchrun then shows why a process failed
 
     from meanflow.training import train  # seconds to import
 
-    return record(train)(options.config, options.out)
+    return record(train)(config, options.out)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def run_regression(*arguments):
 
 def test_a_revision_that_is_not_there():
     done = run_regression("--base", "no-such-revision")
-    assert done.returncode == 1 and "--base: got 'no-such-revision', wanted a revision" in done.stderr
+    assert done.returncode == 2 and "--base: got 'no-such-revision', wanted a revision" in done.stderr
 
 
 @pytest.mark.slow

@@ -159,13 +159,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         scale: of the scores, positive; D ** -0.5 by default.
 
     All of one dtype and device. The kernel takes bf16, fp16 and fp32 (in IEEE arithmetic, not TF32) and D from 16 to
-    128 in multiples of 8; the reference also fp64 and any D.
+    128 in multiples of 8; the reference also fp64 and any D. Tokens come before heads: fewer tokens than heads look
+    like (B, H, L, D) and are warned of.
 
     Returns:
-        o (B, M, H, D), contiguous: ``o.flatten(2)`` feeds the next linear layer.
+        o (B, M, H, D), contiguous: ``o.flatten(2)`` feeds the next linear layer. Both routes carry one forward-mode
+        level, innermost (torch.func.jvp, jacfwd, forward_ad), and one backward of o.
 
     Raises:
         ValueError: a shape, dtype, device, head dim or scale outside the above.
+        RuntimeError: other transforms of torch.func around the call, or a second derivative of o.
     """
     scale, kernel = _check(q, k, v, scale)
     (q, k, v), tangents = unpack(q, k, v)
