@@ -252,7 +252,8 @@ def test_the_derivative_costs_no_memory_until_the_backward():
 
     plain, stopped, running = (live_bytes(f) for f in (flow_matching, with_pairs, target_not_stopped))
     assert stopped < 1.02 * plain + 4 * x.nbytes
-    assert running > 1.8 * plain  # what this test would see if the target were not stopped
+    # what this test would see if the target were not stopped: the tangents, though no operator differentiates them
+    assert running > 1.5 * plain
 
 
 def test_a_gradient_through_the_derivative_is_refused():
