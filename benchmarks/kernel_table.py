@@ -64,10 +64,12 @@ POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "timestep_embedding")
 OPERATORS = {  # by the name of a share: the kernels or operators that serve it; the first that matches
     # ours, and those of each library that may serve it
     "attention_bwd": (
-        r"^attention_bwd_|flash_bwd|FlashAttnBwd|sdpa\w*_bprop|cutlassB|dot_do_o|convert_dq", ("attention_bwd",)
+        r"^attention_bwd_|flash_bwd|FlashAttnBwd|sdpa\w*_bprop|cutlassB|dot_do_o|convert_dq",
+        ("attention_bwd", "attention_qkv_bwd"),
     ),
     "attention": (
-        r"^attention_(\w+_)?kernel|flash_fwd|FlashAttnFwd|sdpa\w*_fprop|cutlassF", ("attention", "attention_jvp")
+        r"^attention_(\w+_)?kernel|flash_fwd|FlashAttnFwd|sdpa\w*_fprop|cutlassF",
+        ("attention", "attention_jvp", "attention_qkv", "attention_qkv_jvp"),
     ),
     "sum_partials": (r"^_sum_partials_", ("sum_partials",)),
     # its backward is the same kernel

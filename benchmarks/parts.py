@@ -93,7 +93,9 @@ def tests(name: str, *arguments: str, seconds: int) -> Part:
 
 ATTENTION = {"tests": ("tests-attention",), "needs": ("pytest_benchmark",)}
 OTHERS = {"tests": ("tests-operators",), "needs": ("pytest_benchmark",)}
-ATTENTION_TESTS = [f"tests/kernels/test_attention{what}.py" for what in ("", "_backends", "_backward", "_properties")]
+ATTENTION_TESTS = [
+    f"tests/kernels/test_attention{what}.py" for what in ("", "_backends", "_backward", "_properties", "_qkv")
+]
 ELSEWHERE = [
     *(f"tests/meanflow/test_{name}.py" for name in ("step", "training", "sampling", "prefetch", "pipeline")),
     "tests/benchmarks/test_inference.py",

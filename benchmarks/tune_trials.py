@@ -216,13 +216,13 @@ def attention(
 def attention_bwd(
     shape: Shape, half: torch.dtype, device: str, *, shipped: tuple[AttentionConfig, AttentionConfig]
 ) -> Trial:
-    """The backward; ``shipped`` are Triton's configs."""
+    """The backward into one packed gradient, to which a library's are copied; ``shipped`` are Triton's configs."""
     q, k, v = _packed(shape, half, device)
     scale = shape.head_dim**-0.5
     o, lse = (q.new_empty(q.shape), q.new_empty((shape.batch, shape.heads, shape.tokens), dtype=torch.float32))
     if device != "meta":
         o, lse = (x.contiguous() for x in attention_ref(q, k, v, scale=scale))
-    do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), _empty(q, k, v)
+    do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), torch.empty_like(q._base).unbind(2)
 
     def launches(config):
         config = shipped if config is Backend.TRITON else config
@@ -231,7 +231,7 @@ def attention_bwd(
     def library(backend):
         _require(backend, q)
         with force_backend(backward=backend):
-            return attention_backward(do, q, k, v, o, lse, scale)
+            return attention_backward(do, q, k, v, o, lse, scale, outputs)
 
     results = functools.partial(_gradients, functools.partial(plain.attention), (q, k, v), (do,))
     return Trial(launches, outputs, results, library)

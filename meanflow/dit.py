@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from meanflow_kernels import adaln_jvp, attention_jvp, bias_gelu_jvp, gate_adaln_jvp, linear_jvp, silu_jvp
+from meanflow_kernels import adaln_jvp, attention_qkv_jvp, bias_gelu_jvp, gate_adaln_jvp, linear_jvp, silu_jvp
 from meanflow_kernels import timestep_embedding_jvp
 from meanflow_kernels.dual import guard
 
@@ -152,7 +152,7 @@ class Attention(nn.Module):
     def forward(self, x: Dual) -> Dual:
         """x (B, L, C) -> (B, L, C)."""
         qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
-        o = on(attention_jvp, *(qkv.map(lambda a, i=i: a[:, :, i]) for i in range(3)))  # (B, L, H, D)
+        o = on(attention_qkv_jvp, qkv)  # (B, L, H, D)
         return self.proj(o.map(lambda a: a.flatten(2)))
 
 

@@ -1,7 +1,7 @@
 """Forward-mode operators for diffusion transformers: each on a tensor, and on an explicit (primal, tangent) pair."""
 
 from .adaln import adaln, adaln_jvp
-from .attention import attention, attention_jvp
+from .attention import attention, attention_jvp, attention_qkv, attention_qkv_jvp
 from .bias_gelu import bias_gelu, bias_gelu_jvp
 from .dual import TangentGradientError
 from .gate_adaln import gate_adaln, gate_adaln_jvp
@@ -20,6 +20,8 @@ __all__ = [
     "adaln_jvp",
     "attention",
     "attention_jvp",
+    "attention_qkv",
+    "attention_qkv_jvp",
     "bias_gelu",
     "bias_gelu_jvp",
     "force_route",

@@ -95,6 +95,27 @@ def _attention_bwd(do, q, k, *_, **__) -> int:
     return attention_bwd_flops(batch, heads, m, k[1], d)
 
 
+def _split(qkv) -> list[tuple[int, ...]]:
+    """Shapes of q, k and v in a packed projection."""
+    batch, length, _, heads, d = qkv
+    return [(batch, length, heads, d)] * 3
+
+
+@register_flop_formula(_ops.attention_qkv)
+def _attention_qkv(qkv, *_, **__) -> int:
+    return _attention(*_split(qkv))
+
+
+@register_flop_formula(_ops.attention_qkv_jvp)
+def _attention_qkv_jvp(qkv, qkv_dot, *_, **__) -> int:
+    return _attention_jvp(*_split(qkv), *_split(qkv_dot))
+
+
+@register_flop_formula(_ops.attention_qkv_bwd)
+def _attention_qkv_bwd(do, qkv, *_, **__) -> int:
+    return _attention_bwd(do, *_split(qkv))
+
+
 @register_flop_formula([getattr(_ops, name + call) for name in _POINTWISE for call in ("", "_jvp", "_bwd")])
 def _pointwise(*_, **__) -> int:
     return 0

@@ -128,7 +128,7 @@ def test_calls_of_a_step():
     model = work.run.model
     shape = (model.depth, model.depth / 3)
     # a dual pass in all steps, and a guidance pass in one of them
-    assert (counted["attention_jvp"].calls, counted["attention"].calls) == shape
+    assert (counted["attention_qkv_jvp"].calls, counted["attention_qkv"].calls) == shape
     assert (counted["gate_adaln_jvp"].calls, counted["gate_adaln"].calls) == tuple(2 * calls for calls in shape)
     assert (
         counted["sum_partials"].calls
@@ -137,7 +137,7 @@ def test_calls_of_a_step():
     )
     # 4 B H M N D of the primal, and twice that of the tangent's samples: 2 of the 4 once, all of them twice
     flops = 4 * 4 * model.tokens**2 * model.hidden_size * model.depth
-    assert counted["attention_jvp"].flops == pytest.approx(flops + 2 * flops * 5 / 6)
+    assert counted["attention_qkv_jvp"].flops == pytest.approx(flops + 2 * flops * 5 / 6)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_net(model).parameters())
     assert counted["adamw_ema"] == Counted(1, 0, adamw_ema_bytes(parameters, emas=1, copies=False))

@@ -16,6 +16,7 @@ from ..launch import arch_of
 from .config import BACKWARD, Backend, Backends, backward_configs, plain_config, preferred
 from .launches import aligned, backward_launches, forward_launch
 
+Triple = tuple[Tensor, Tensor, Tensor]
 _REPEATABLE = (Backend.FLASH, Backend.FLASH_ATTN, Backend.TRITON)
 """Backwards with the same bits in every run where torch asks for deterministic algorithms; every forward has them."""
 
@@ -131,16 +132,23 @@ def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of o (B, M, H, D) with respect to q, k and v, contiguous; lse (B, H, M) is the natural logarithm."""
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, out: Triple | None = None
+) -> Triple:
+    """Gradients of o (B, M, H, D) with respect to q, k and v, contiguous; lse (B, H, M) is the natural logarithm.
+
+    Written into ``out`` where it is given, by its strides; a library's result is copied there.
+    """
     backend = _choose(BACKWARD, q, k)
     if backend is Backend.TRITON:
-        return _triton_backward(do, q, k, v, o, lse, scale)
+        out = tuple(x.new_empty(x.shape) for x in (q, k, v)) if out is None else out
+        _triton_backward(do, q, k, v, o, lse, scale, out)
+        return out
     backward = {Backend.FLASH_ATTN: _flash_attn_backward, Backend.XFORMERS: _xformers_backward}.get(backend)
     inputs = (aligned(do.contiguous()), *(_readable(x) for x in (q, k, v)), o, lse, scale)
     gradients = backward(*inputs) if backward else _sdpa_backward(backend, *inputs)
-    return tuple(x.contiguous() for x in gradients)
+    if out is None:
+        return tuple(x.contiguous() for x in gradients)
+    return tuple(to.copy_(x) for to, x in zip(out, gradients, strict=True))
 
 
 def _sdpa_forward(backend, q, k, v, scale):
@@ -206,10 +214,8 @@ def _xformers_backward(do, q, k, v, o, lse, scale):
     return fmha.memory_efficient_attention_backward(do, o, lse, q, k, v, scale=scale, op=fmha.cutlass.BwOp)
 
 
-def _triton_backward(do, q, k, v, o, lse, scale):
-    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _triton_backward(do, q, k, v, o, lse, scale, out):
     saved = (aligned(q), aligned(k), aligned(v), o, lse)
     configs = backward_configs(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
-    for launch in backward_launches(aligned(do), saved, torch.empty_like(lse), gradients, scale, configs):
+    for launch in backward_launches(aligned(do), saved, torch.empty_like(lse), out, scale, configs):
         launch.run()
-    return gradients

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .kernel import dot_nt, load_pair, store_pair
 
-_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do") for dim in "bh"]
+_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do", "dq", "dk", "dv") for dim in "bh"]
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
@@ -24,7 +24,7 @@ def attention_bwd_dq_kernel(
     o_ptr,  # (B, M, H, D) contiguous
     lse_ptr,  # (B, H, M) fp32
     delta_ptr,  # (B, H, M) fp32, written
-    dq_ptr,  # (B, M, H, D) contiguous, written
+    dq_ptr,  # (B, M, H, D), written
     stride_q_b,
     stride_q_h,
     stride_k_b,
@@ -33,6 +33,8 @@ def attention_bwd_dq_kernel(
     stride_v_h,
     stride_do_b,
     stride_do_h,
+    stride_dq_b,
+    stride_dq_h,
     scale,
     H,
     M,
@@ -41,6 +43,7 @@ def attention_bwd_dq_kernel(
     STRIDE_K_L: tl.constexpr,
     STRIDE_V_L: tl.constexpr,
     STRIDE_DO_L: tl.constexpr,
+    STRIDE_DQ_L: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -61,7 +64,7 @@ def attention_bwd_dq_kernel(
     v_ptr += (b * stride_v_b + h * stride_v_h) * VEC
     do_ptr += (b * stride_do_b + h * stride_do_h) * VEC
     o_ptr += (b * M * H + h) * D
-    dq_ptr += (b * M * H + h) * D
+    dq_ptr += (b * stride_dq_b + h * stride_dq_h) * VEC
 
     q0, q1 = load_pair(q_ptr, STRIDE_Q_L, offs_m, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
     do0, do1 = load_pair(do_ptr, STRIDE_DO_L, offs_m, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
@@ -89,9 +92,9 @@ def attention_bwd_dq_kernel(
         if SPLIT:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
     if SPLIT:
-        store_pair(dq_ptr, H * D, offs_m, dq0 * scale, dq1 * scale, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+        store_pair(dq_ptr, STRIDE_DQ_L, offs_m, dq0 * scale, dq1 * scale, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
     else:
-        store_pair(dq_ptr, H * D, offs_m, dq0 * scale, dq0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+        store_pair(dq_ptr, STRIDE_DQ_L, offs_m, dq0 * scale, dq0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
@@ -102,8 +105,8 @@ def attention_bwd_dkdv_kernel(
     do_ptr,  # (B, M, H, D)
     lse_ptr,  # (B, H, M) fp32
     delta_ptr,  # (B, H, M) fp32
-    dk_ptr,  # (B, N, H, D) contiguous, written
-    dv_ptr,  # (B, N, H, D) contiguous, written
+    dk_ptr,  # (B, N, H, D), written
+    dv_ptr,  # (B, N, H, D), written
     stride_q_b,
     stride_q_h,
     stride_k_b,
@@ -112,6 +115,10 @@ def attention_bwd_dkdv_kernel(
     stride_v_h,
     stride_do_b,
     stride_do_h,
+    stride_dk_b,
+    stride_dk_h,
+    stride_dv_b,
+    stride_dv_h,
     scale,
     H,
     M,
@@ -120,6 +127,8 @@ def attention_bwd_dkdv_kernel(
     STRIDE_K_L: tl.constexpr,
     STRIDE_V_L: tl.constexpr,
     STRIDE_DO_L: tl.constexpr,
+    STRIDE_DK_L: tl.constexpr,
+    STRIDE_DV_L: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -139,8 +148,8 @@ def attention_bwd_dkdv_kernel(
     k_ptr += (b * stride_k_b + h * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + h * stride_v_h) * VEC
     do_ptr += (b * stride_do_b + h * stride_do_h) * VEC
-    dk_ptr += (b * N * H + h) * D
-    dv_ptr += (b * N * H + h) * D
+    dk_ptr += (b * stride_dk_b + h * stride_dk_h) * VEC
+    dv_ptr += (b * stride_dv_b + h * stride_dv_h) * VEC
     lse_ptr += (b * H + h) * M
     delta_ptr += (b * H + h) * M
 
@@ -170,8 +179,8 @@ def attention_bwd_dkdv_kernel(
         if SPLIT:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
     if SPLIT:
-        store_pair(dk_ptr, H * D, offs_n, dk0 * scale, dk1 * scale, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-        store_pair(dv_ptr, H * D, offs_n, dv0, dv1, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dk_ptr, STRIDE_DK_L, offs_n, dk0 * scale, dk1 * scale, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dv_ptr, STRIDE_DV_L, offs_n, dv0, dv1, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
     else:
-        store_pair(dk_ptr, H * D, offs_n, dk0 * scale, dk0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-        store_pair(dv_ptr, H * D, offs_n, dv0, dv0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dk_ptr, STRIDE_DK_L, offs_n, dk0 * scale, dk0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dv_ptr, STRIDE_DV_L, offs_n, dv0, dv0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)

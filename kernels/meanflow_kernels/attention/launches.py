@@ -95,25 +95,30 @@ def backward_launches(
     scale: float,
     configs: tuple[AttentionConfig, AttentionConfig],
 ) -> Iterator[Launch]:
-    """dq and delta, then dk and dv, of :func:`aligned` ``do`` and ``saved`` = (q, k, v, o, lse) with contiguous o."""
+    """dq and delta, then dk and dv, of :func:`aligned` ``do`` and ``saved`` = (q, k, v, o, lse) with contiguous o.
+
+    The gradients are written by their strides, on 16-byte boundaries as what is read.
+    """
     from .backward_kernel import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 
     (q, k, v, o, lse), (dq, dk, dv) = saved, gradients
-    layout, strides = _layout({"q": q, "k": k, "v": v, "do": do})
+    read = {"q": q, "k": k, "v": v, "do": do}
     batch, m, heads, _ = q.shape
     n = k.shape[1]
-    layout |= {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "H": heads, "M": m, "N": n}
+    shared = {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "H": heads, "M": m, "N": n}
 
     config = configs[0]
     grid = (-(-m // config.block_m) * batch * heads,)
-    constants = strides | _shape_constants(q, k, config)
-    args = layout | {"o_ptr": o, "dq_ptr": dq}
+    args, constants = _layout(read | {"dq": dq})
+    args |= shared | {"o_ptr": o}
+    constants |= _shape_constants(q, k, config)
     yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
     config = configs[1]
     grid = (-(-n // config.block_n) * batch * heads,)
-    constants = strides | _shape_constants(q, k, config)
-    args = layout | {"dk_ptr": dk, "dv_ptr": dv}
+    args, constants = _layout(read | {"dk": dk, "dv": dv})
+    args |= shared
+    constants |= _shape_constants(q, k, config)
     yield Launch(attention_bwd_dkdv_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
 
@@ -133,7 +138,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
 
 def head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
     """The dual and plain forward and both backward kernels of one head dim."""
-    q, k, v = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta").unbind(2)
+    qkv = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta")
+    q, k, v = qkv.unbind(2)
     o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
 
     def case(op, config, launch):
@@ -141,7 +147,7 @@ def head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) ->
 
     dual, plain = dual_config(arch, dtype, head_dim, length), plain_config(arch, dtype, head_dim, length)
     configs = backward_configs(arch, dtype, head_dim, length)
-    dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, (o, o, o), 1.0, configs)
+    dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, torch.empty_like(qkv).unbind(2), 1.0, configs)
     return [
         case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)),
         case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),

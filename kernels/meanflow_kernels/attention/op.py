@@ -1,4 +1,8 @@
-"""Softmax attention on (primal, tangent) pairs: checks, launches, registration and the public functions."""
+"""Softmax attention on (primal, tangent) pairs: checks, launches, registration and the public functions.
+
+Each is there twice: on (q, k, v), and on (qkv,), a packed projection, whose gradient is one tensor that the backward
+writes q's, k's and v's part of. Primals and tangents are tuples of either kind here.
+"""
 
 import functools
 import math
@@ -16,30 +20,43 @@ from .config import BESIDE, FORWARD, dual_config
 from .launches import aligned, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
-_NAMES = ("q", "k", "v")
+_ops = torch.ops.meanflow_kernels
+_NAMES = {3: ("q", "k", "v"), 1: ("qkv",)}
+"""By the number of inputs."""
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[float, bool]:
+def _split(inputs: tuple) -> tuple:
+    """q, k and v, of which those of a packed projection are views."""
+    return inputs[0].unbind(2) if len(inputs) == 1 else inputs
+
+
+def _check(primals: tuple, scale: float | None) -> tuple[float, bool]:
     """Shapes, dtypes and devices of the primals; returns the scale and whether the kernel runs."""
-    check_shape("q", q, (None, None, None, None), "(B, M, H, D)")
-    batch, _, heads, head_dim = q.shape
-    check_shape("k", k, (batch, None, heads, head_dim), "(B, N, H, D)")
-    check_shape("v", v, tuple(k.shape), "(B, N, H, D)")
-    check_alike(_NAMES, (q, k, v))
-    check_real("q", q)
-    if not torch.compiler.is_compiling() and max(q.shape[1], k.shape[1]) < heads:
-        _warn(max(q.shape[1], k.shape[1]), heads)
-    if k.shape[1] == 0:
-        fail("k", f"shape {tuple(k.shape)}", "at least one token", "a softmax over nothing is undefined")
+    names, first = _NAMES[len(primals)], primals[0]
+    if len(primals) == 1:
+        check_shape("qkv", first, (None, None, 3, None, None), "(B, L, 3, H, D)")
+    else:
+        check_shape("q", first, (None, None, None, None), "(B, M, H, D)")
+        check_shape("k", primals[1], (first.shape[0], None, *first.shape[2:]), "(B, N, H, D)")
+        check_shape("v", primals[2], tuple(primals[1].shape), "(B, N, H, D)")
+        check_alike(names, primals)
+    name, keys = names[0], names[len(names) // 2]
+    check_real(name, first)
+    tokens, heads, head_dim = primals[-1].shape[1], *first.shape[-2:]
+    longest = max(tokens, first.shape[1])
+    if not torch.compiler.is_compiling() and longest < heads:
+        _warn(longest, heads)
+    if tokens == 0:
+        fail(keys, f"shape {tuple(primals[-1].shape)}", "at least one token", "a softmax over nothing is undefined")
     scale = head_dim**-0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         fail("scale", scale, "a positive number", "negate q for a negative scale")
-    kernel = runs_kernel(q)
+    kernel = runs_kernel(first)
     if kernel:
-        check_kernel_dtype("q", q)
+        check_kernel_dtype(name, first)
         if head_dim % 8 or not 16 <= head_dim <= 128:
             remedy = "pad it with zeros, or use force_route(Route.REFERENCE)"
-            fail("q", f"head dim {head_dim}", "a multiple of 8 from 16 to 128", remedy)
+            fail(name, f"head dim {head_dim}", "a multiple of 8 from 16 to 128", remedy)
     return scale, kernel
 
 
@@ -48,8 +65,77 @@ def _warn(tokens: int, heads: int) -> None:
     warnings.warn(
         f"attention: got {tokens} tokens of {heads} heads, wanted (B, tokens, heads, D) as flash-attention has them; "
         "if these are (B, heads, tokens, D), transpose(1, 2) them and the result",
-        stacklevel=4,
+        stacklevel=5,
     )
+
+
+# --- what the registered operators do ---
+
+
+def _launch_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
+    primals = tuple(aligned(x) for x in _split(primals))
+    tangents = tuple(None if x is None else aligned(x) for x in _split(tangents))
+    q = primals[0]
+    check_interpreted("q", q)
+    o, o_dot, lse = _empty_dual(q, tangents)
+    n = o_dot.shape[0]
+    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
+    rows = slice(tangent_start, tangent_start + n)
+    forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
+    for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
+        if rows.start < rows.stop:
+            attention_forward(*(x[rows] for x in primals), scale, BESIDE, (o[rows], lse[rows]))
+    return o, o_dot, lse
+
+
+def _empty_dual(q: Tensor, tangents: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    o, lse = empty_outputs(q)
+    n = next(x.shape[0] for x in tangents if x is not None)
+    return o, q.new_empty((n, *q.shape[1:])), lse
+
+
+def _save_primals(ctx, primals, o, lse, scale):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*primals, o, lse)
+    ctx.scale = scale
+
+
+def _setup_context(ctx, inputs, output):
+    *primals, scale = inputs
+    _save_primals(ctx, primals, *output, scale)
+
+
+def _setup_context_jvp(ctx, inputs, output):
+    *pairs, scale, _ = inputs
+    o, _, lse = output
+    _save_primals(ctx, pairs[: len(pairs) // 2], o, lse, scale)
+
+
+def _primal_gradients(ctx, do, dlse):
+    if dlse is not None:
+        raise RuntimeError(
+            "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
+        )
+    *primals, _, _ = ctx.saved_tensors
+    if do is None:
+        return (None,) * len(primals)
+    if len(primals) == 1:
+        return last(_ops.attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale))
+    return last(*_ops.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
+
+
+def _backward(ctx, do, dlse):
+    return *_primal_gradients(ctx, do, dlse), None
+
+
+def _backward_jvp(ctx, do, do_dot, dlse):
+    refuse_tangent_gradient(do_dot)
+    gradients = _primal_gradients(ctx, do, dlse)
+    return *gradients, *(None,) * len(gradients), None, None
+
+
+# --- q, k and v ---
 
 
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
@@ -74,27 +160,12 @@ def _attention_jvp_op(
     scale: float,
     tangent_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
-    check_interpreted("q", q)
-    primals = aligned(q), aligned(k), aligned(v)
-    tangents = tuple(None if x is None else aligned(x) for x in (q_dot, k_dot, v_dot))
-    n = next(x.shape[0] for x in tangents if x is not None)
-    o, lse = empty_outputs(q)
-    o_dot = q.new_empty((n, *q.shape[1:]))
-    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
-    rows = slice(tangent_start, tangent_start + n)
-    forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
-    for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
-        if rows.start < rows.stop:
-            attention_forward(*(x[rows] for x in primals), scale, BESIDE, (o[rows], lse[rows]))
-    return o, o_dot, lse
+    return _launch_dual((q, k, v), (q_dot, k_dot, v_dot), scale, tangent_start)
 
 
 @_attention_jvp_op.register_fake
 def _(q, k, v, q_dot, k_dot, v_dot, scale, tangent_start):
-    o, lse = empty_outputs(q)
-    n = next(x.shape[0] for x in (q_dot, k_dot, v_dot) if x is not None)
-    return o, q.new_empty((n, *q.shape[1:])), lse
+    return _empty_dual(q, (q_dot, k_dot, v_dot))
 
 
 @torch.library.custom_op("meanflow_kernels::attention_bwd", mutates_args=())
@@ -109,44 +180,80 @@ def _(do, q, k, v, o, lse, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _save_primals(ctx, q, k, v, o, lse, scale):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, lse)
-    ctx.scale = scale
+# --- a packed projection ---
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, scale = inputs
-    _save_primals(ctx, q, k, v, *output, scale)
+@torch.library.custom_op("meanflow_kernels::attention_qkv", mutates_args=())
+def _attention_qkv_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    check_interpreted("qkv", qkv)
+    return attention_forward(*qkv.unbind(2), scale, FORWARD)
 
 
-def _setup_context_jvp(ctx, inputs, output):
-    q, k, v, _, _, _, scale, _ = inputs
-    o, _, lse = output
-    _save_primals(ctx, q, k, v, o, lse, scale)
+@_attention_qkv_op.register_fake
+def _(qkv, scale):
+    return empty_outputs(qkv[:, :, 0])
 
 
-def _primal_gradients(ctx, do, dlse):
-    if dlse is not None:
-        raise RuntimeError(
-            "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
-        )
-    if do is None:
-        return None, None, None
-    return last(*torch.ops.meanflow_kernels.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
+@torch.library.custom_op("meanflow_kernels::attention_qkv_jvp", mutates_args=())
+def _attention_qkv_jvp_op(
+    qkv: Tensor, qkv_dot: Tensor, scale: float, tangent_start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_dual((qkv,), (qkv_dot,), scale, tangent_start)
 
 
-def _backward(ctx, do, dlse):
-    return *_primal_gradients(ctx, do, dlse), None
+@_attention_qkv_jvp_op.register_fake
+def _(qkv, qkv_dot, scale, tangent_start):
+    return _empty_dual(qkv[:, :, 0], (qkv_dot,))
 
 
-def _backward_jvp(ctx, do, do_dot, dlse):
-    refuse_tangent_gradient(do_dot)
-    return *_primal_gradients(ctx, do, dlse), None, None, None, None, None
+@torch.library.custom_op("meanflow_kernels::attention_qkv_bwd", mutates_args=())
+def _attention_qkv_bwd_op(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
+    dqkv = qkv.new_empty(qkv.shape)
+    attention_backward(do, *qkv.unbind(2), o, lse, scale, dqkv.unbind(2))
+    return dqkv
 
 
-_attention_op.register_autograd(_backward, setup_context=_setup_context)
-_attention_jvp_op.register_autograd(_backward_jvp, setup_context=_setup_context_jvp)
+@_attention_qkv_bwd_op.register_fake
+def _(do, qkv, o, lse, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+for op in (_attention_op, _attention_qkv_op):
+    op.register_autograd(_backward, setup_context=_setup_context)
+for op in (_attention_jvp_op, _attention_qkv_jvp_op):
+    op.register_autograd(_backward_jvp, setup_context=_setup_context_jvp)
+
+
+# --- the public functions ---
+
+
+def _attend(primals: tuple, scale: float | None) -> Tensor:
+    scale, kernel = _check(primals, scale)
+    if not kernel:
+        return attention_ref(*_split(once(*primals)), scale=scale)[0]
+    primals, tangents = unpack(*primals)
+    if not absent(tangents):
+        return pack(*_attend_dual(primals, tangents, scale, None))
+    op = _ops.attention_qkv if len(primals) == 1 else _ops.attention
+    return op(*primals, scale)[0]
+
+
+def _attend_dual(
+    primals: tuple, tangents: tuple, scale: float | None, tangent_start: int | None
+) -> tuple[Tensor, Tensor | None]:
+    if absent(tangents):
+        return _attend(primals, scale), None
+    scale, kernel = _check(primals, scale)
+    start, _ = check_tangents(_NAMES[len(primals)], primals, tangents, tangent_start)
+    if kernel:
+        op = _ops.attention_qkv_jvp if len(primals) == 1 else _ops.attention_jvp
+        o, o_dot, _ = op(*primals, *tangents, scale, start)
+        return o, o_dot
+    o, _ = attention_ref(*_split(once(*primals)), scale=scale)
+    with torch.no_grad():
+        rows = tangent_rows(primals, tangents, tangent_start)
+        o_dot = attention_tangent_ref(_split(rows), _split(tangents), scale=scale)
+    return o, guard(o_dot, *primals, *tangents)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -170,13 +277,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         ValueError: a shape, dtype, device, head dim or scale outside the above.
         RuntimeError: other transforms of torch.func around the call, or a second derivative of o.
     """
-    scale, kernel = _check(q, k, v, scale)
-    (q, k, v), tangents = unpack(q, k, v)
-    if not absent(tangents):
-        return pack(*attention_jvp((q, k, v), tangents, scale=scale))
-    if not kernel:
-        return attention_ref(*once(q, k, v), scale=scale)[0]
-    return torch.ops.meanflow_kernels.attention(q, k, v, scale)[0]
+    return _attend((q, k, v), scale)
 
 
 def attention_jvp(
@@ -202,15 +303,48 @@ def attention_jvp(
         ValueError: as :func:`attention`, or a tangent that does not match its primal.
         TangentGradientError: from backward, where a gradient reaches o_dot.
     """
-    if absent(tangents):
-        return attention(*primals, scale=scale), None
     q, k, v = primals
-    scale, kernel = _check(q, k, v, scale)
-    start, _ = check_tangents(_NAMES, primals, tangents, tangent_start)
-    if kernel:
-        o, o_dot, _ = torch.ops.meanflow_kernels.attention_jvp(q, k, v, *tangents, scale, start)
-        return o, o_dot
-    o, _ = attention_ref(*once(q, k, v), scale=scale)
-    with torch.no_grad():
-        o_dot = attention_tangent_ref(tangent_rows(primals, tangents, tangent_start), tangents, scale=scale)
-    return o, guard(o_dot, *primals, *tangents)
+    return _attend_dual((q, k, v), tangents, scale, tangent_start)
+
+
+def attention_qkv(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+    """:func:`attention` of a packed projection: the same numbers, and a gradient that is one tensor too.
+
+    The backward writes the gradients of q, k and v side by side, where torch would put three tensors together. (A
+    library's backward makes three, which are copied.)
+
+    Args:
+        qkv: (B, L, 3, H, D), read in place as q, k and v are. scale: as for :func:`attention`.
+
+    Returns:
+        o (B, L, H, D), contiguous.
+
+    Raises:
+        ValueError: as :func:`attention`.
+    """
+    return _attend((qkv,), scale)
+
+
+def attention_qkv_jvp(
+    primals: tuple[Tensor],
+    tangents: tuple[Tensor | None],
+    *,
+    scale: float | None = None,
+    tangent_start: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`attention_qkv` and its tangent in one pass: :func:`attention_jvp` of (qkv,) and (qkv_dot,).
+
+    Args:
+        primals: qkv (B, L, 3, H, D).
+        tangents: qkv_dot, shaped like qkv but for the batch, or None.
+        scale, tangent_start: as for :func:`attention_jvp`.
+
+    Returns:
+        o (B, L, H, D) and o_dot, (n, L, H, D) for n tangent samples, or None. Both contiguous.
+
+    Raises:
+        ValueError: as :func:`attention`, or a tangent that does not match.
+        TangentGradientError: from backward, where a gradient reaches o_dot.
+    """
+    (qkv,) = primals
+    return _attend_dual((qkv,), tangents, scale, tangent_start)
