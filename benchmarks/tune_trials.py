@@ -222,7 +222,7 @@ def attention_bwd(
     o, lse = (q.new_empty(q.shape), q.new_empty((shape.batch, shape.heads, shape.tokens), dtype=torch.float32))
     if device != "meta":
         o, lse = (x.contiguous() for x in attention_ref(q, k, v, scale=scale))
-    do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), torch.empty_like(q._base).unbind(2)
+    do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), _packed(shape, half, device)
 
     def launches(config):
         config = shipped if config is Backend.TRITON else config

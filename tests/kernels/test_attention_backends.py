@@ -8,7 +8,7 @@ import torch
 from attention_inputs import make_inputs, plain_attention
 from tolerances import assert_error, relative_error
 
-from meanflow_kernels import attention
+from meanflow_kernels import attention, attention_qkv
 from meanflow_kernels.attention import backends
 from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
 from meanflow_kernels.attention.config import BACKWARD, BESIDE, FORWARD, Backend, preferred
@@ -106,9 +106,23 @@ def _flash_attn_in_torch() -> types.ModuleType:
     return module
 
 
-def test_a_library_serves_the_op(kernel_route, all_serve, strict, monkeypatch, device):
+@pytest.fixture
+def flash_attn(all_serve, monkeypatch):
+    """flash-attn is installed."""
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", _flash_attn_in_torch())
+
+
+def test_a_librarys_gradients_are_copied_into_a_packed_one(kernel_route, flash_attn, device):
+    qkv = torch.randn(2, 17, 3, 2, 24, device=device).requires_grad_()
+    leaves = tuple(x.detach().requires_grad_() for x in qkv.unbind(2))
+    with force_backend(forward=Backend.FLASH_ATTN, backward=Backend.FLASH_ATTN):
+        (dqkv,) = torch.autograd.grad(attention_qkv(qkv).square().sum(), qkv)
+        gradients = torch.autograd.grad(attention(*leaves).square().sum(), leaves)
+    assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(gradients, 2))
+
+
+def test_a_library_serves_the_op(kernel_route, flash_attn, strict, device):
     primals, tangents = make_inputs("iid", 3, 17, 33, 2, 24, FP32, device)
     some = tuple(x[1:2] for x in tangents)
     leaves = tuple(x.clone().requires_grad_() for x in primals)
