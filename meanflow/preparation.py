@@ -241,7 +241,8 @@ class Preparation:
         if self.world.is_main:
             # before hours of encoding
             classes = describe_classes(self.source.labels[self.chosen].tolist(), self.source.classes)
-            print("\n".join([*describe(account(left_out, len(self.chosen))), classes]))
+            lines = [*describe(account(left_out, len(self.chosen))), classes]
+            print(f"{shown(self.job['source']['path'])}: " + "\n".join(lines))
         return fill(self.folder, self.job, self.world, self.options.repair, self._make, left_out)
 
     def measure(self, extractor: Extractor) -> None:
