@@ -20,4 +20,6 @@ def test_fuzz_of_the_readers(first, count):
     assert found["memory"] < 2 * GIGABYTE
     # mutations that only break, or never do, would try little
     ends = {"image decoded", "image unreadable", "tars read", "tars refused", "latents read", "latents refused"}
-    assert ends | {"manifest made whole", "folders read and read", "folders refused and refused"} <= found["ends"].keys()
+    assert (
+        ends | {"manifest made whole", "folders read and read", "folders refused and refused"} <= found["ends"].keys()
+    )
