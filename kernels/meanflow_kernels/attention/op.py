@@ -229,11 +229,11 @@ for op in (_attention_jvp_op, _attention_qkv_jvp_op):
 
 def _attend(primals: tuple, scale: float | None) -> Tensor:
     scale, kernel = _check(primals, scale)
-    if not kernel:
-        return attention_ref(*_split(once(*primals)), scale=scale)[0]
     primals, tangents = unpack(*primals)
     if not absent(tangents):
         return pack(*_attend_dual(primals, tangents, scale, None))
+    if not kernel:
+        return attention_ref(*_split(once(*primals)), scale=scale)[0]
     op = _ops.attention_qkv if len(primals) == 1 else _ops.attention
     return op(*primals, scale)[0]
 
