@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from meanflow.copies import product_layers, products_kept
 from meanflow.engine import build_net
 from meanflow.errors import UserError
 from meanflow.objective import MeanFlowLoss
@@ -58,7 +59,9 @@ class Parts:
         if compiled:
             compile_loss(self.loss)
         ema = build_net(run.model).to(work.device).requires_grad_(False)
-        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=work.compute_dtype is not None)
+        low = work.compute_dtype is not None
+        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=low)
+        self.products = product_layers(self.net)
         self.planner = Planner(run.objective, run.train.batch)
 
     def times(self, inputs: Inputs, device: str) -> dict[str, float]:
@@ -69,10 +72,11 @@ class Parts:
         at = [stamp(device)]
         x, e = draw_batch(self.run, inputs.batch, inputs.samples, inputs.step)
         at.append(stamp(device))
-        loss = self.loss(x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop, plan).loss
-        at.append(stamp(device))
-        self.optimizer.zero_grad()
-        loss.backward()
+        with products_kept(self.products):
+            loss = self.loss(x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop, plan).loss
+            at.append(stamp(device))
+            self.optimizer.zero_grad()
+            loss.backward()
         at.append(stamp(device))
         self.optimizer.step()
         at.append(stamp(device))

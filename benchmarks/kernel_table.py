@@ -172,7 +172,7 @@ def count_calls(run: RunConfig, plans: list[Plan]) -> dict[str, Counted]:
             total[name] = total.get(name, Counted()) + counted.of(times, len(plans))
     copied = [copy is not None for copy in step.net.make_copies()]
     sizes = [p.numel() for p in step.net.parameters()]
-    moved = sum(adamw_ema_bytes(n, emas=1, copies=copy) for n, copy in zip(sizes, copied, strict=True))
+    moved = sum(adamw_ema_bytes(n, emas=1, copies=copy, bf16_grads=copy) for n, copy in zip(sizes, copied, strict=True))
     # one call for the parameters with a copy, one for those without
     return total | {"adamw_ema": Counted(len(set(copied)), 0, moved)}
 

@@ -157,8 +157,9 @@ class Ours(Variant):
         ema = self._place(
             lambda: build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work
         )
+        low = work.compute_dtype is not None
         self.optimizer = make_optimizer(
-            run.optim, self.net, ema, copies=work.compute_dtype is not None, captured=run.train.cuda_graph
+            run.optim, self.net, ema, copies=low, products=low, captured=run.train.cuda_graph
         )
         loss = MeanFlowLoss(run.objective, self.net)
         if run.train.compile:

@@ -65,13 +65,23 @@ ELEMENTWISE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
 
+// a gradient's element as a float: exact
+ELEMENTWISE float widen(float x) { return x; }
+ELEMENTWISE float widen(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 constexpr int kMaxEmas = 4;
 
 // one parameter and all that a step on it touches
 struct Parameter {
   int64_t numel;
   float* p;
-  const float* grad;
+  const float* grad;               // one of the two, the other is null
+  const uint16_t* grad_bfloat16;
   float* exp_avg;
   float* exp_avg_sq;
   const float* step;

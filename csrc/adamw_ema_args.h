@@ -75,10 +75,10 @@ class Arguments {
       : cuda_(cuda), index_(cuda && first.is_cuda() ? first.get_device_index() : 0) {}
 
   template <typename T>
-  T* parameter(const Name& name, const Tensor& t, const Tensor& like, bool written = true) {
+  T* parameter(const Name& name, const Tensor& t, const Tensor& like, bool written = true, const char* other = "") {
     check_device(name, t, false);
     ADAMW_EMA_CHECK(same_shape(t, like), name + "got shape " + shape(t) + ", wanted " + shape(like));
-    return pointer<T>(name, t, written);
+    return pointer<T>(name, t, written, other);
   }
 
   template <typename T>
@@ -114,8 +114,9 @@ class Arguments {
   }
 
   template <typename T>
-  T* pointer(const Name& name, const Tensor& t, bool written) {
-    ADAMW_EMA_CHECK(t.scalar_type() == Element<T>::dtype, name + "got another dtype, wanted " + Element<T>::name);
+  T* pointer(const Name& name, const Tensor& t, bool written, const char* other = "") {
+    ADAMW_EMA_CHECK(t.scalar_type() == Element<T>::dtype,
+                    name + "got another dtype, wanted " + Element<T>::name + other);
     ADAMW_EMA_CHECK(t.is_contiguous(), name + "got a tensor that is not contiguous");
     const int64_t bytes = t.numel() * static_cast<int64_t>(sizeof(T));
     if (bytes == 0) return nullptr;
@@ -166,7 +167,11 @@ inline Checked check(bool cuda, const Tensors& params, const Tensors& grads, con
     Parameter& record = checked.records[i];
     record.p = arguments.parameter<float>({"params", i}, p, p);
     record.numel = p.numel();
-    record.grad = arguments.parameter<float>({"grads", i}, grads[i], p, false);
+    const Tensor& grad = grads[i];
+    if (grad.defined() && grad.scalar_type() == ScalarType::BFloat16)
+      record.grad_bfloat16 = arguments.parameter<uint16_t>({"grads", i}, grad, p, false);
+    else
+      record.grad = arguments.parameter<float>({"grads", i}, grad, p, false, " or bfloat16");
     record.exp_avg = arguments.parameter<float>({"exp_avgs", i}, exp_avgs[i], p);
     record.exp_avg_sq = arguments.parameter<float>({"exp_avg_sqs", i}, exp_avg_sqs[i], p);
     record.step = arguments.scalar<float>({"steps", i}, steps[i], false);

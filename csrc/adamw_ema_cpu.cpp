@@ -24,21 +24,24 @@ constexpr int64_t kChunk = 16 * 1024;  // floats, the unit given to a thread
 // without, on one core of a Sapphire Rapids
 constexpr int64_t kAhead = 512;
 
-ELEMENTWISE void prefetch(const float* block) {
-  for (int64_t line = 0; line < kBlock; line += kCacheLine) __builtin_prefetch(block + kAhead + line, 1);
+template <typename T>
+ELEMENTWISE void prefetch(const T* block) {
+  constexpr int64_t line = kCacheLine * sizeof(float) / sizeof(T);
+  for (int64_t i = 0; i < kBlock; i += line) __builtin_prefetch(block + kAhead + i, 1);
 }
 
-ELEMENTWISE void step_block(const Parameter& record, const AdamW& adamw, const std::vector<Lerp>& lerps, int64_t at,
-                            int64_t n) {
+template <typename Grad>
+ELEMENTWISE void step_block(const Parameter& record, const Grad* grads, const AdamW& adamw,
+                            const std::vector<Lerp>& lerps, int64_t at, int64_t n) {
   float* __restrict__ p = record.p + at;                      // (n,)
-  const float* __restrict__ grad = record.grad + at;          // (n,)
+  const Grad* __restrict__ grad = grads + at;                 // (n,)
   float* __restrict__ exp_avg = record.exp_avg + at;          // (n,)
   float* __restrict__ exp_avg_sq = record.exp_avg_sq + at;    // (n,)
   prefetch(p);
   prefetch(grad);
   prefetch(exp_avg);
   prefetch(exp_avg_sq);
-  for (int64_t i = 0; i < n; ++i) adamw(p[i], grad[i], exp_avg[i], exp_avg_sq[i]);
+  for (int64_t i = 0; i < n; ++i) adamw(p[i], widen(grad[i]), exp_avg[i], exp_avg_sq[i]);
 
   for (size_t k = 0; k < lerps.size(); ++k) {
     const Lerp lerp = lerps[k];
@@ -51,12 +54,21 @@ ELEMENTWISE void step_block(const Parameter& record, const AdamW& adamw, const s
   for (int64_t i = 0; i < n; ++i) copy[i] = to_bfloat16(p[i]);
 }
 
+template <typename Grad>
+ELEMENTWISE void step_blocks(const Parameter& record, const Grad* grads, const AdamW& adamw,
+                             const std::vector<Lerp>& lerps, int64_t begin, int64_t end) {
+  int64_t at = begin;
+  for (; at + kBlock <= end; at += kBlock) step_block(record, grads, adamw, lerps, at, kBlock);
+  if (at < end) step_block(record, grads, adamw, lerps, at, end - at);
+}
+
 CPU_VARIANTS void step_chunk(const Parameter& record, const AdamW& coefficients, const std::vector<Lerp>& lerps,
                              int64_t begin, int64_t end) {
   const AdamW adamw = coefficients;  // by value: the stores below cannot change it
-  int64_t at = begin;
-  for (; at + kBlock <= end; at += kBlock) step_block(record, adamw, lerps, at, kBlock);
-  if (at < end) step_block(record, adamw, lerps, at, end - at);
+  if (record.grad_bfloat16 != nullptr)
+    step_blocks(record, record.grad_bfloat16, adamw, lerps, begin, end);
+  else
+    step_blocks(record, record.grad, adamw, lerps, begin, end);
 }
 
 struct Chunk {

@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVector = 4;                 // floats a 16-byte access
 constexpr int64_t kChunk = 16 * 1024;      // floats a block: long enough to hide the two double-precision powers
-constexpr int kTableSize = 340;            // 92 bytes a parameter, of the 32,764 bytes of arguments a kernel may take
+constexpr int kTableSize = 310;            // 100 bytes a parameter, of the 32,764 bytes of arguments a kernel may take
 
 struct Table {
   Parameter parameters[kTableSize];
@@ -22,9 +22,9 @@ struct Table {
 };
 static_assert(sizeof(Table) < 32000, "the table and the few arguments beside it exceed what a kernel may take");
 
-template <int N>
-struct alignas(4 * N) Floats {
-  float x[N];
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T x[N];
 };
 
 template <typename Pack, typename T>
@@ -33,17 +33,18 @@ __device__ __forceinline__ Pack& at(T* pointer, int64_t i) {
 }
 
 // elements begin to end, N at a time a thread; end - begin is a multiple of N
-template <int kEmas, int N>
-__device__ __forceinline__ void sweep(const Parameter& record, const AdamW& adamw, const Lerp* lerps, int64_t begin,
-                                      int64_t end) {
-  using Pack = Floats<N>;
+template <int kEmas, int N, typename Grad>
+__device__ __forceinline__ void sweep(const Parameter& record, const Grad* grads, const AdamW& adamw,
+                                      const Lerp* lerps, int64_t begin, int64_t end) {
+  using Pack = Vector<float, N>;
+  using Grads = Vector<Grad, N>;
   using Copies = std::conditional_t<N == 1, uint16_t, uint64_t>;  // N bfloat16 in one word
   for (int64_t i = begin + threadIdx.x * N; i < end; i += kThreads * N) {
     // all loads first, so that they are in flight together
     Pack p = at<Pack>(record.p, i);
     Pack exp_avg = at<Pack>(record.exp_avg, i);
     Pack exp_avg_sq = at<Pack>(record.exp_avg_sq, i);
-    const Pack grad = at<const Pack>(record.grad, i);
+    const Grads grad = at<const Grads>(grads, i);
     Pack emas[kEmas > 0 ? kEmas : 1];
 #pragma unroll
     for (int k = 0; k < kEmas; ++k) emas[k] = at<Pack>(record.emas[k], i);
@@ -51,7 +52,7 @@ __device__ __forceinline__ void sweep(const Parameter& record, const AdamW& adam
     Copies copies = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      adamw(p.x[j], grad.x[j], exp_avg.x[j], exp_avg_sq.x[j]);
+      adamw(p.x[j], widen(grad.x[j]), exp_avg.x[j], exp_avg_sq.x[j]);
       copies |= static_cast<Copies>(to_bfloat16(p.x[j])) << (16 * j);
 #pragma unroll
       for (int k = 0; k < kEmas; ++k) emas[k].x[j] = lerps[k](emas[k].x[j], p.x[j]);
@@ -72,8 +73,16 @@ __device__ __forceinline__ bool aligned(const Parameter& record) {
                    reinterpret_cast<uintptr_t>(record.exp_avg) | reinterpret_cast<uintptr_t>(record.exp_avg_sq);
 #pragma unroll
   for (int k = 0; k < kEmas; ++k) bits |= reinterpret_cast<uintptr_t>(record.emas[k]);
-  bits |= reinterpret_cast<uintptr_t>(record.copy) * 2;
+  bits |= (reinterpret_cast<uintptr_t>(record.copy) | reinterpret_cast<uintptr_t>(record.grad_bfloat16)) * 2;
   return bits % (4 * kVector) == 0;
+}
+
+template <int kEmas, typename Grad>
+__device__ __forceinline__ void sweep_chunk(const Parameter& record, const Grad* grads, const AdamW& adamw,
+                                            const Lerp* lerps, int64_t begin, int64_t end) {
+  const int64_t vector_end = aligned<kEmas>(record) ? begin + (end - begin) / kVector * kVector : begin;
+  sweep<kEmas, kVector>(record, grads, adamw, lerps, begin, vector_end);
+  sweep<kEmas, 1>(record, grads, adamw, lerps, vector_end, end);
 }
 
 // lr_on_device is null where the learning rate came by value, skip where the host saw that the step is to be made
@@ -101,9 +110,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kEmas; ++k) lerps[k] = Lerp(table.ema_weights[k]);
 
-  const int64_t vector_end = aligned<kEmas>(record) ? begin + (end - begin) / kVector * kVector : begin;
-  sweep<kEmas, kVector>(record, adamw, lerps, begin, vector_end);
-  sweep<kEmas, 1>(record, adamw, lerps, vector_end, end);
+  if (record.grad_bfloat16 != nullptr)
+    sweep_chunk<kEmas>(record, record.grad_bfloat16, adamw, lerps, begin, end);
+  else
+    sweep_chunk<kEmas>(record, record.grad, adamw, lerps, begin, end);
 }
 
 }  // namespace

@@ -16,26 +16,13 @@ from meanflow_kernels import adaln_jvp, attention_qkv_jvp, bias_gelu_jvp, gate_a
 from meanflow_kernels import timestep_embedding_jvp
 from meanflow_kernels.dual import guard
 
+from .copies import by_copy
 from .pairs import Dual, dual, on
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
 
 
-class _Copy(torch.autograd.Function):
-    """A parameter by its low-precision copy; the gradient is the parameter's."""
-
-    @staticmethod
-    def forward(weight, copy):
-        return copy.view_as(copy)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx, dweight):
-        return dweight.to(ctx.dtype), None
 
 
 class Linear(nn.Linear):
@@ -62,7 +49,7 @@ class Linear(nn.Linear):
     def _product(self, x: Dual, bias: Tensor | None) -> Dual:
         dtype = x.primal.dtype
         kept = hasattr(self, "copy") and self.copy.dtype == dtype
-        weight = _Copy.apply(self.weight, self.copy) if kept else self.weight.to(dtype)
+        weight = by_copy(self.weight, self.copy) if kept else self.weight.to(dtype)
         return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
 
 

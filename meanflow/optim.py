@@ -7,6 +7,7 @@ from meanflow_kernels.adamw_ema import AdamWEMA
 from torch import Tensor, nn
 
 from .config import OptimConfig
+from .copies import keep_products
 from .errors import UserError
 
 APEX = (
@@ -16,7 +17,13 @@ APEX = (
 
 
 def make_optimizer(
-    config: OptimConfig, net: nn.Module, ema: nn.Module | None = None, *, copies: bool = False, captured: bool = False
+    config: OptimConfig,
+    net: nn.Module,
+    ema: nn.Module | None = None,
+    *,
+    copies: bool = False,
+    products: bool = False,
+    captured: bool = False,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay, as the official code calls it; its step() updates the moving average too.
 
@@ -25,6 +32,8 @@ def make_optimizer(
         net: fp32 parameters, or shards of them (FSDP2).
         ema: a network of the same parameters that follows net's, ema <- decay ema + (1 - decay) net.
         copies: keep the network's low-precision weights too (`DiT.make_copies`), where the implementation can.
+        products: gradients are never summed, over processes or micro-batches: those of weights with a copy stay in its
+            dtype (`keep_products`).
         captured: the step will be captured in a CUDA graph: the learning rate is a tensor on the device.
 
     Raises:
@@ -37,7 +46,10 @@ def make_optimizer(
         options["lr"] = torch.tensor(config.lr, device=params[0].device)
     if config.implementation == "native":
         emas = {config.ema_decay: averages} if averages else None
-        return AdamWEMA(params, **options, emas=emas, copies=net.make_copies() if copies else ())
+        kept = net.make_copies() if copies else ()
+        if products:
+            keep_products(params, kept)
+        return AdamWEMA(params, **options, emas=emas, copies=kept)
     if config.implementation == "apex":
         optimizer = _apex(params, options, captured)
     else:
@@ -78,6 +90,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of a whole gradient (), in fp32; gradients in bf16 are read as they are."""
+    low = [i for i, grad in enumerate(grads) if grad.dtype == torch.bfloat16]
+    if not low:
+        return nn.utils.get_total_norm(grads)
+    high = [i for i, grad in enumerate(grads) if grad.dtype != torch.bfloat16]
+    norms = {}
+    # a list of two dtypes would take a kernel for each tensor
+    for group in filter(None, (low, high)):
+        norms |= zip(group, torch._foreach_norm([grads[i] for i in group], 2, torch.float32), strict=True)
+    # in their order, which rounds as it does for gradients of one dtype
+    return torch.linalg.vector_norm(torch.stack([norms[i] for i in range(len(grads))]))
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from .config import RunConfig
+from .copies import product_layers, products_kept
 from .data import Batch, draw_latents
 from .draws import Draws
 from .errors import UserError
 from .graph import Graph
 from .guard import Guard
 from .objective import Terms, draw_noise
-from .optim import step_unless
+from .optim import gradient_norm, step_unless
 from .parallel import gathered, over_processes, summed_later
 from .plan import Plan, Planner
 
@@ -97,6 +98,7 @@ class Step:
         self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
         self.guard = guard
         self.params = [p for p in loss.parameters() if p.requires_grad]
+        self._products = product_layers(loss)
         self._draw = functools.partial(draw_batch, config)
         self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0
@@ -127,10 +129,11 @@ class Step:
             x, e = self._draw(batch, samples, step)
         if self.config.train.compile:
             declare_sizes(plan)
-        with record_function("loss"):
-            terms = self.loss(x, e, r, t, batch.labels, drop, plan)
-        with record_function("backward"):
-            (terms.loss if share == 1 else terms.loss * share).backward()
+        with products_kept(self._products):
+            with record_function("loss"):
+                terms = self.loss(x, e, r, t, batch.labels, drop, plan)
+            with record_function("backward"):
+                (terms.loss if share == 1 else terms.loss * share).backward()
         return terms._replace(loss=terms.loss.detach())
 
     def _run(self, micro_batches: tuple[Inputs, ...]) -> Done:
@@ -140,7 +143,7 @@ class Step:
             # gradients travel with the last one
             with summed_later(self.loss) if inputs is not micro_batches[-1] else nullcontext():
                 terms.append(self._gradient(inputs, 1 / len(micro_batches)))
-        grad_norm = gathered(nn.utils.get_total_norm([p.grad for p in self.params]))
+        grad_norm = gathered(gradient_norm([p.grad for p in self.params]))
         skip = torch.zeros_like(grad_norm)
         if self.guard is not None:
             raw, v_loss = over_processes(torch.stack([torch.cat([getattr(part, name) for part in terms]).mean()

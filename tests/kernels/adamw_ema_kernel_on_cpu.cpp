@@ -57,16 +57,21 @@ struct Buffer {
 struct Tensors {
   Buffer<float> p, grad, exp_avg, exp_avg_sq;
   std::vector<Buffer<float>> emas;
-  Buffer<uint16_t> copy;
+  Buffer<uint16_t> copy, grad_bfloat16;
 };
+
+// every third gradient is in bfloat16
+static bool is_bfloat16(size_t i) { return i % 3 == 0; }
 
 template <int kEmas>
 void run(const std::vector<int64_t>& sizes, bool misaligned, bool copies, const double* lr_on_device) {
   std::vector<Tensors> all;
   for (size_t i = 0; i < sizes.size(); ++i) {
     const auto buffer = [&](int which) { return Buffer<float>(sizes[i], misaligned && int(i % 7) == which); };
-    Buffer<uint16_t> copy(sizes[i], misaligned && i % 7 == 5);
-    all.push_back({buffer(0), buffer(1), buffer(2), buffer(3), {}, copy});
+    Buffer<uint16_t> copy(sizes[i], misaligned && i % 7 == 5), grad_bfloat16(sizes[i], misaligned && i % 7 == 6);
+    for (uint16_t& x : grad_bfloat16.now) x = to_bfloat16(std::uniform_real_distribution<float>(0.0f, 2.0f)(generator));
+    grad_bfloat16.before = grad_bfloat16.now;
+    all.push_back({buffer(0), buffer(1), buffer(2), buffer(3), {}, copy, grad_bfloat16});
     for (int k = 0; k < kEmas; ++k) all.back().emas.push_back(buffer(4));
   }
   static Table table;
@@ -76,18 +81,27 @@ void run(const std::vector<int64_t>& sizes, bool misaligned, bool copies, const 
   for (int i = 0; i < table.size; ++i) {
     Tensors& t = all[i];
     uint16_t* copy = copies ? t.copy.data() : nullptr;
-    table.parameters[i] = {
-        sizes[i], t.p.data(), t.grad.data(), t.exp_avg.data(), t.exp_avg_sq.data(), &step, copy, {}};
+    table.parameters[i] = {sizes[i],
+                           t.p.data(),
+                           is_bfloat16(i) ? nullptr : t.grad.data(),
+                           is_bfloat16(i) ? t.grad_bfloat16.data() : nullptr,
+                           t.exp_avg.data(),
+                           t.exp_avg_sq.data(),
+                           &step,
+                           copy,
+                           {}};
     for (int k = 0; k < kEmas; ++k) table.parameters[i].emas[k] = t.emas[k].data();
     table.first_chunk[i] = static_cast<int>(chunks);
     chunks += (sizes[i] + kChunk - 1) / kChunk;
   }
   // what is expected goes into `before`
   const AdamW adamw(settings, lr, step);
-  for (Tensors& t : all) {
+  for (size_t n = 0; n < all.size(); ++n) {
+    Tensors& t = all[n];
     for (int64_t i = t.p.start, j = 0; j < t.p.numel; ++i, ++j) {
       float& exp_avg = t.exp_avg.before[t.exp_avg.start + j];
-      adamw(t.p.before[i], t.grad.data()[j], exp_avg, t.exp_avg_sq.before[t.exp_avg_sq.start + j]);
+      const float grad = is_bfloat16(n) ? widen(t.grad_bfloat16.data()[j]) : t.grad.data()[j];
+      adamw(t.p.before[i], grad, exp_avg, t.exp_avg_sq.before[t.exp_avg_sq.start + j]);
       for (int k = 0; k < kEmas; ++k) {
         float& ema = t.emas[k].before[t.emas[k].start + j];
         ema = Lerp(weights[k])(ema, t.p.before[i]);
@@ -106,6 +120,7 @@ void run(const std::vector<int64_t>& sizes, bool misaligned, bool copies, const 
   for (size_t i = 0; i < all.size(); ++i) {
     all[i].p.check("p", i);
     all[i].grad.check("grad", i);
+    all[i].grad_bfloat16.check("grad_bfloat16", i);
     all[i].exp_avg.check("exp_avg", i);
     all[i].exp_avg_sq.check("exp_avg_sq", i);
     for (auto& ema : all[i].emas) ema.check("ema", i);

@@ -39,6 +39,7 @@ GONE, TAKEN = "got a tensor whose memory was taken away", "got memory that anoth
 # changes of a valid call: a whole argument by name, or a tensor by (list, place)
 ACCEPTED: dict[str, dict] = {
     "nothing wrong": {},
+    "gradients of either dtype": {("grads", 0): FLOAT.bfloat16()},
     "what is read may be read twice": {("grads", 1): FLAT[:5], ("steps", 0): FLAT[0], ("steps", 1): FLAT[0]},
 }
 # by what the error says
@@ -49,7 +50,9 @@ REFUSED: dict[str, dict] = {
     "emas: got 3 tensors, wanted 4": {"emas": valid()["emas"][1:]},
     "copies: got 1 tensors, wanted 2": {"copies": valid()["copies"][1:]},
     "ema_decays: got 5, wanted at most 4": {"emas": 5 * valid()["params"], "ema_decays": [0.5] * 5},
-    **{f"{name}[0]: got another dtype, wanted float32": {(name, 0): FLOAT.double()} for name in LISTS},
+    **{f"{name}[0]: got another dtype, wanted float32": {(name, 0): FLOAT.double()} for name in LISTS if name != "grads"},
+    "grads[0]: got another dtype, wanted float32 or bfloat16": {("grads", 0): FLOAT.half()},
+    "grads[0]: got shape (6, 4), wanted (4, 6)": {("grads", 0): FLAT[:24].view(6, 4).bfloat16()},
     "copies[0]: got another dtype, wanted bfloat16": {("copies", 0): FLOAT.half()},
     "steps[0]: got another dtype, wanted float32": {("steps", 0): torch.ones((), device=DEVICE, dtype=torch.int32)},
     "lr: got another dtype, wanted float64": {"lr": torch.ones((), device=DEVICE)},
@@ -69,6 +72,7 @@ REFUSED: dict[str, dict] = {
     f"emas[3]: {TAKEN}": {("grads", 0): FLAT[:24].view(4, 6), ("emas", 3): FLAT[10:15]},
     f"copies[1]: {TAKEN}": {("params", 1): FLAT[:5], ("copies", 1): FLAT[:5].view(torch.bfloat16)[5:]},
     **{f"{name}[0]: {GONE}": {(name, 0): without_memory(FLOAT, 0)} for name in LISTS},
+    f"grads[1]: {GONE}": {("grads", 1): without_memory(FLAT[:5].bfloat16(), 4)},
     f"copies[0]: {GONE}": {("copies", 0): without_memory(FLOAT.bfloat16(), 23)},
     f"skip: {GONE}": {"skip": without_memory(torch.zeros((), device=DEVICE), 0)},
 }

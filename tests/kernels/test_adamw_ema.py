@@ -253,12 +253,27 @@ def test_error_messages(changes, message):
         adamw_ema(**wrong(**changes))
 
 
-@pytest.mark.parametrize("case", ["fp64", "bf16 gradient", "transposed parameter"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_precision_gradients_are_widened(device):
+    """Every other one in bf16, read as it is: the bits of a step on their fp32 values, NaN and all."""
+    shapes = [*ODD, *EVEN]
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    grads = [[g.bfloat16() if i % 2 else g for i, g in enumerate(step)] for step in draw_gradients(shapes, 3, device)]
+    grads[-1][9].view(-1)[5] = float("nan")
+    ours = run(params, grads, (0.9999, 0.5), lr=1e-2)
+    widened = run(params, [[g.float() for g in step] for step in grads], (0.9999, 0.5), lr=1e-2)
+    names = ours.named() | {"copies": ours.copies}
+    for name, tensors in (widened.named() | {"copies": widened.copies}).items():
+        for x, y in zip(names[name], tensors, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("case", ["fp64", "fp16 gradient", "transposed parameter"])
 def test_other_dtypes_and_strides_take_plain_torch(case):
     """Right, and without a warning."""
     p = torch.randn(4, 6, dtype=torch.float64 if case == "fp64" else torch.float32)
     p = torch.randn(6, 4).t() if case == "transposed parameter" else p
-    grads = [[torch.randn(4, 6, dtype=torch.bfloat16 if case == "bf16 gradient" else p.dtype)] for _ in range(3)]
+    grads = [[torch.randn(4, 6, dtype=torch.float16 if case == "fp16 gradient" else p.dtype)] for _ in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = run([p], grads, (0.9,), lr=1e-2)
@@ -285,6 +300,7 @@ def test_bytes():
     """Four reads and three writes of fp32, a read and a write for each average, a write of two bytes."""
     assert adamw_ema_bytes(10, emas=0, copies=False) == 280
     assert adamw_ema_bytes(10, emas=2, copies=True) == 280 + 160 + 20
+    assert adamw_ema_bytes(10, emas=0, copies=False, bf16_grads=True) == 260
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler named c++")

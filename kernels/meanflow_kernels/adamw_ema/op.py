@@ -14,9 +14,9 @@ MAX_EMAS = 4
 """Averages kept at a time; kMaxEmas in csrc."""
 
 
-def adamw_ema_bytes(numel: int, *, emas: int, copies: bool) -> int:
+def adamw_ema_bytes(numel: int, *, emas: int, copies: bool, bf16_grads: bool = False) -> int:
     """Bytes that a step on ``numel`` fp32 parameters moves at least: all read once, each result written once."""
-    return numel * (4 * 4 + 3 * 4 + emas * 2 * 4 + copies * 2)
+    return numel * (3 * 4 + (2 if bf16_grads else 4) + 3 * 4 + emas * 2 * 4 + copies * 2)
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -78,15 +78,17 @@ def _check_lists(lists: Mapping[str, Sequence[Tensor]], params: Sequence[Tensor]
                 fail(f"{name}[{i}]", got, f"{placements[i]}, as params[{i}]", "shard it like its parameter")
 
 
-def _is_native(lists: Sequence[Sequence[Tensor]], copies: Sequence[Tensor]) -> bool:
-    """Whether csrc takes these tensors: fp32 and contiguous, bf16 copies, all on one device that has a library."""
+def _is_native(lists: Sequence[Sequence[Tensor]], grads: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Whether csrc takes these: contiguous and fp32, gradients or bf16, copies bf16, on one device with a library."""
     device = lists[0][0].device
-    for x in chain.from_iterable(lists):
-        if x.dtype != torch.float32 or x.device != device or not x.is_contiguous():
-            return False
-    for x in copies:
-        if x.dtype != torch.bfloat16 or x.device != device or not x.is_contiguous():
-            return False
+    for tensors, dtypes in (
+        (chain.from_iterable(lists), (torch.float32,)),
+        (grads, (torch.float32, torch.bfloat16)),
+        (copies, (torch.bfloat16,)),
+    ):
+        for x in tensors:
+            if x.dtype not in dtypes or x.device != device or not x.is_contiguous():
+                return False
     if device.type in MISSING and not torch.compiler.is_compiling():
         warn_missing(device.type)
     return device.type in ("cpu", "cuda") and device.type not in MISSING
@@ -118,7 +120,7 @@ def adamw_ema(
 
     Args:
         params: n tensors of any shape. DTensors are stepped on their local shards.
-        grads, exp_avgs, exp_avg_sqs: n tensors each, shaped as the parameters.
+        grads, exp_avgs, exp_avg_sqs: n tensors each, shaped as the parameters. A gradient may be bf16: it is widened.
         steps: n scalar fp32 tensors on the parameters' device, the steps taken so far; each is counted up by one.
         lr: the learning rate, a number or a scalar tensor.
         emas: for each decay (at most 4) n tensors that follow ema <- ema + (1 - decay) (p - ema).
@@ -140,7 +142,7 @@ def adamw_ema(
 
     lists = [_local(x) for x in (params, grads, exp_avgs, exp_avg_sqs, steps, *emas.values())]
     copies = _local(copies)
-    if not _is_native(lists, copies):
+    if not _is_native([lists[0], *lists[2:]], lists[1], copies):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         adamw_ema_ref(*lists[:5], emas=dict(zip(emas, lists[5:], strict=True)), copies=copies, skip=skip, **settings)
         return
