@@ -23,8 +23,6 @@ TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
 
 
-
-
 class Linear(nn.Linear):
     """A linear layer on pairs, computed in its input's dtype.
 
