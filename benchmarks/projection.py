@@ -81,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         raise BadInput(f"benchmarks.projection: error: {error}") from None
     if not rows:
-        raise SystemExit(
+        raise BadInput(
             f"ROWS: got {', '.join(map(str, options.measured))} without a step of a preset on a GPU, wanted one; "
             "run benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows FILE on a GPU"
         )
