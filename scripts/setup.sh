@@ -24,30 +24,42 @@ fingerprint() {
     (cd "$root" && cat setup.py pyproject.toml scripts/setup.sh $(find csrc -type f | LC_ALL=C sort) && pwd && .venv/bin/python -V) | cksum
 }
 
+# a terminal shows pip's own bars, a log one line a part
+pip_install() { .venv/bin/pip install --disable-pip-version-check "${quiet[@]}" "$@"; }
+
+# a part of the installation: its number, what it is, and the command
+part() {
+    local start=$SECONDS
+    say "$1/4 $2"
+    "${@:3}" || return
+    say "$1/4 done in $((SECONDS - start)) s"
+}
+
 install_torch() {
     .venv/bin/python -c 'import torch' 2>/dev/null && return
     if [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
-        say "no NVIDIA driver: torch $torch_version, the CPU build if an index has it"
-        .venv/bin/pip install -qq "torch==$torch_version+cpu" 2>/dev/null && return
-        say "no index offers the CPU build (README, Install, says which does): taking the ordinary one, several GB"
+        pip_install "torch==$torch_version+cpu" 2>/dev/null && return
+        say "no NVIDIA driver, but no index offers the CPU build (README, Start, says which does): the ordinary one, several GB"
     fi
-    say "torch $torch_version"
-    .venv/bin/pip install -qq "torch==$torch_version"
+    pip_install "torch==$torch_version"
 }
 
 install() {
-    local python
+    local python quiet=(-qq)
+    [ ! -t 1 ] || quiet=()
     python=$(find_python) || return
-    say "installing into .venv, once (minutes)"
-    [ -x .venv/bin/python ] || "$python" -m venv .venv || return
-    export PIP_DISABLE_PIP_VERSION_CHECK=1
-    install_torch || return
+    say "installing into .venv, once: 3 to 10 minutes, by the network"
+    [ -x .venv/bin/python ] || part 1 "a virtual environment of $("$python" -V)" "$python" -m venv .venv || return
+    part 2 "torch $torch_version (200 MB for a CPU, several GB for a GPU)" install_torch || return
     # the CPU build of torch does not bring Triton along
-    [ "$(uname)" != Linux ] || .venv/bin/pip install -qq "triton==$triton_version" || return
-    .venv/bin/pip install -qq "setuptools>=70" || return
-    .venv/bin/pip install -qq --no-build-isolation -e '.[test]' || return
+    [ "$(uname)" != Linux ] || part 3 "triton $triton_version (200 MB)" pip_install "triton==$triton_version" || return
+    part 4 "this package, its native library and what else it needs" install_package || return
     fingerprint > .venv/installed
     say "done in $SECONDS s"
+}
+
+install_package() {
+    pip_install "setuptools>=70" && pip_install --no-build-isolation -e '.[test]'
 }
 
 if [ ! -f .venv/installed ] || [ "$(cat .venv/installed)" != "$(fingerprint)" ]; then
