@@ -36,6 +36,7 @@ ROW, VECTOR = (3, 5, 32), (3, 32)
 OPS = {
     "adaln": (ops.adaln, _adaln, (ROW, VECTOR, VECTOR)),
     "attention": (ops.attention, plain_attention, ((3, 5, 2, 16),) * 3),
+    "attention_qkv": (ops.attention_qkv, lambda qkv: plain_attention(*qkv.unbind(2)), ((3, 5, 3, 2, 16),)),
     "bias_gelu": (ops.bias_gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), (ROW, (32,))),
     "gate_adaln": (ops.gate_adaln, _gate_adaln, (ROW, ROW, VECTOR, VECTOR, VECTOR)),
     "linear": (ops.linear, F.linear, (ROW, (8, 32), (8,))),
@@ -64,7 +65,7 @@ def pairs(name, device):
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn), ids=str)
 def test_numbers_that_have_no_derivative_are_refused(each_route, device, name, dtype):
     op, _, shapes = OPS[name]
-    with pytest.raises(ValueError, match=r"^(x|t|q): got torch\..*, wanted bfloat16, float16, float32 or float64; "):
+    with pytest.raises(ValueError, match=r"^(x|t|q|qkv): got torch\..*, wanted bfloat16, float16, float32 or float64; "):
         op(*(torch.ones(shape, device=device).to(dtype) for shape in shapes))
 
 
