@@ -12,7 +12,7 @@ from .digits_evaluation import DigitsEvaluation
 from .draws import Draws, Stream
 from .errors import require
 from .images import to_uint8
-from .runlog import environment, write_atomically
+from .runlog import environment, foreign_entry, write_atomically
 from .sampling import sample
 from .training import train
 from .weights import load_ema
@@ -34,6 +34,9 @@ def folder_of(out: Path, config: RunConfig) -> Path:
         out = out.with_name(f"{out.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
         recorded = out / "config.json"
     if not recorded.exists():
+        foreign = foreign_entry(out)
+        wanted = f"an empty folder or a quickstart's: this one holds {foreign}"
+        require(foreign is None, "out", str(out), wanted, "name another by --out")
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(recorded, text)
     return out

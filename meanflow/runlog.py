@@ -83,7 +83,7 @@ class RunLog:
             nonlocal values
             try:
                 values = json.loads(self.config_path.read_text()) if self.config_path.exists() else None
-                foreign = None if values else _foreign(self.out)
+                foreign = None if values else foreign_entry(self.out)
             except (OSError, json.JSONDecodeError) as error:
                 raise UserError(
                     f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
@@ -326,7 +326,7 @@ def _check_wandb(project: str) -> None:
         ) from None
 
 
-def _foreign(folder: Path) -> str | None:
+def foreign_entry(folder: Path) -> str | None:
     """The first thing in a folder that no run's start leaves there; hidden files and empty folders do not count."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         hidden = path.name.startswith(".") or path.suffix == ".partial"

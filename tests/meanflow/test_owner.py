@@ -197,6 +197,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, fill):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_quickstart_refuses_a_folder_of_something_else(command, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    code, _, err = command("quickstart", "--out", tmp_path)
+    assert code == 2 and "this one holds thesis.tex" in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == [tmp_path / "thesis.tex"]
+
+
 def test_a_place_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
