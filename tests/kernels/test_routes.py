@@ -65,7 +65,9 @@ def pairs(name, device):
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn), ids=str)
 def test_numbers_that_have_no_derivative_are_refused(each_route, device, name, dtype):
     op, _, shapes = OPS[name]
-    with pytest.raises(ValueError, match=r"^(x|t|q|qkv): got torch\..*, wanted bfloat16, float16, float32 or float64; "):
+    with pytest.raises(
+        ValueError, match=r"^(x|t|q|qkv): got torch\..*, wanted bfloat16, float16, float32 or float64; "
+    ):
         op(*(torch.ones(shape, device=device).to(dtype) for shape in shapes))
 
 
