@@ -60,7 +60,7 @@ class Parts:
             compile_loss(self.loss)
         ema = build_net(run.model).to(work.device).requires_grad_(False)
         low = work.compute_dtype is not None
-        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=low)
+        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=True)
         self.products = product_layers(self.net)
         self.planner = Planner(run.objective, run.train.batch)
 

@@ -157,10 +157,8 @@ class Ours(Variant):
         ema = self._place(
             lambda: build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work
         )
-        low = work.compute_dtype is not None
-        self.optimizer = make_optimizer(
-            run.optim, self.net, ema, copies=low, products=low, captured=run.train.cuda_graph
-        )
+        low, captured = work.compute_dtype is not None, run.train.cuda_graph
+        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=True, captured=captured)
         loss = MeanFlowLoss(run.objective, self.net)
         if run.train.compile:
             compile_loss(loss)

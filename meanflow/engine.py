@@ -77,7 +77,7 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
             loss = replicate(loss)
     # shards are gathered in the compute dtype: no copies of the whole
     copies = dtype is not None and not sharded
-    products = copies and world.size == 1 and train.accumulate == 1
+    products = world.size == 1 and train.accumulate == 1
     optimizer = make_optimizer(config.optim, net, ema, copies=copies, products=products, captured=train.cuda_graph)
     return Engine(net, ema, loss, optimizer)
 

@@ -47,7 +47,7 @@ def make_optimizer(
     if config.implementation == "native":
         emas = {config.ema_decay: averages} if averages else None
         kept = net.make_copies() if copies else ()
-        if products:
+        if copies and products:
             keep_products(params, kept)
         return AdamWEMA(params, **options, emas=emas, copies=kept)
     if config.implementation == "apex":

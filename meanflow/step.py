@@ -69,7 +69,7 @@ class Done(NamedTuple):
 
 
 class Step:
-    """A training step. Calling it makes one, and leaves its gradient in ``p.grad``.
+    """A training step. Calling it makes one, and leaves its gradient in ``p.grad``, of some weights in bf16 (`copies`).
 
     A captured step does too, whichever graph makes it: each graph's gradients stay where its own backward pass made
     them, and after each call ``p.grad`` is those tensors, valid until the next call. Their memory is lent

@@ -50,7 +50,7 @@ REFUSED: dict[str, dict] = {
     "emas: got 3 tensors, wanted 4": {"emas": valid()["emas"][1:]},
     "copies: got 1 tensors, wanted 2": {"copies": valid()["copies"][1:]},
     "ema_decays: got 5, wanted at most 4": {"emas": 5 * valid()["params"], "ema_decays": [0.5] * 5},
-    **{f"{name}[0]: got another dtype, wanted float32": {(name, 0): FLOAT.double()} for name in LISTS if name != "grads"},
+    **{f"{x}[0]: got another dtype, wanted float32": {(x, 0): FLOAT.double()} for x in LISTS if x != "grads"},
     "grads[0]: got another dtype, wanted float32 or bfloat16": {("grads", 0): FLOAT.half()},
     "grads[0]: got shape (6, 4), wanted (4, 6)": {("grads", 0): FLAT[:24].view(6, 4).bfloat16()},
     "copies[0]: got another dtype, wanted bfloat16": {("copies", 0): FLOAT.half()},

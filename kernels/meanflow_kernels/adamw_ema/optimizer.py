@@ -12,8 +12,8 @@ class AdamWEMA(torch.optim.AdamW):
     """AdamW, the moving averages of its parameters and their bf16 copies, in one pass over memory (:func:`adamw_ema`).
 
     Hyper-parameters, ``param_groups`` and ``state_dict`` are torch.optim.AdamW's, and each loads the other's. The
-    averages are weights of a network of the caller's, saved with that network. A parameter without a gradient stays
-    where it is, and its averages still move towards it.
+    averages are weights of a network of the caller's, saved with that network. A gradient may be bf16, where its
+    parameter's ``grad_dtype`` is. A parameter without one stays where it is, and its averages still move towards it.
 
     Args:
         params: fp32 parameters, or groups of them; DTensors are stepped on their local shards.
