@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from meanflow_kernels.inductor import declare_fallbacks
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils import _pytree as pytree
@@ -224,6 +225,7 @@ def _shapes(inputs: Inputs) -> tuple:
 
 def compile_loss(loss: nn.Module) -> None:
     """Compile the whole target computation, forward and backward, as one graph without a break."""
+    declare_fallbacks()
     loss.compile(fullgraph=True, dynamic=False)
 
 
