@@ -12,7 +12,8 @@ import triton.language as tl
 
 from .kernel import dot_nt, load_pair, store_pair
 
-_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do", "dq", "dk", "dv") for dim in "bh"]
+_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do") for dim in "bh"]
+_STRIDES += [f"stride_{x}_{dim}" for x in ("dq", "dk", "dv") for dim in "blh"]
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
@@ -34,6 +35,7 @@ def attention_bwd_dq_kernel(
     stride_do_b,
     stride_do_h,
     stride_dq_b,
+    stride_dq_l,
     stride_dq_h,
     scale,
     H,
@@ -43,7 +45,6 @@ def attention_bwd_dq_kernel(
     STRIDE_K_L: tl.constexpr,
     STRIDE_V_L: tl.constexpr,
     STRIDE_DO_L: tl.constexpr,
-    STRIDE_DQ_L: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -92,9 +93,9 @@ def attention_bwd_dq_kernel(
         if SPLIT:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
     if SPLIT:
-        store_pair(dq_ptr, STRIDE_DQ_L, offs_m, dq0 * scale, dq1 * scale, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+        store_pair(dq_ptr, stride_dq_l * VEC, offs_m, dq0 * scale, dq1 * scale, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
     else:
-        store_pair(dq_ptr, STRIDE_DQ_L, offs_m, dq0 * scale, dq0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+        store_pair(dq_ptr, stride_dq_l * VEC, offs_m, dq0 * scale, dq0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
@@ -116,8 +117,10 @@ def attention_bwd_dkdv_kernel(
     stride_do_b,
     stride_do_h,
     stride_dk_b,
+    stride_dk_l,
     stride_dk_h,
     stride_dv_b,
+    stride_dv_l,
     stride_dv_h,
     scale,
     H,
@@ -127,8 +130,6 @@ def attention_bwd_dkdv_kernel(
     STRIDE_K_L: tl.constexpr,
     STRIDE_V_L: tl.constexpr,
     STRIDE_DO_L: tl.constexpr,
-    STRIDE_DK_L: tl.constexpr,
-    STRIDE_DV_L: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -179,8 +180,8 @@ def attention_bwd_dkdv_kernel(
         if SPLIT:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
     if SPLIT:
-        store_pair(dk_ptr, STRIDE_DK_L, offs_n, dk0 * scale, dk1 * scale, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-        store_pair(dv_ptr, STRIDE_DV_L, offs_n, dv0, dv1, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dk_ptr, stride_dk_l * VEC, offs_n, dk0 * scale, dk1 * scale, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dv_ptr, stride_dv_l * VEC, offs_n, dv0, dv1, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
     else:
-        store_pair(dk_ptr, STRIDE_DK_L, offs_n, dk0 * scale, dk0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-        store_pair(dv_ptr, STRIDE_DV_L, offs_n, dv0, dv0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dk_ptr, stride_dk_l * VEC, offs_n, dk0 * scale, dk0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        store_pair(dv_ptr, stride_dv_l * VEC, offs_n, dv0, dv0, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)

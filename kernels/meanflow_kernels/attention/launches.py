@@ -34,19 +34,36 @@ def column_tiles(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if first + rest >= whole else (first, rest)
 
 
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Batch, token and head stride in vectors."""
+    if x is None:
+        return 0, 0, 0
+    vec = _SIXTEEN_BYTES // x.element_size()
+    # a size of 1 may carry any stride: it is never stepped over
+    return tuple(stride * (size > 1) // vec for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+
+
 def _layout(tensors: dict[str, Tensor | None]) -> tuple[dict[str, Tensor | int | None], dict[str, int]]:
     """Pointers with batch and head strides in vectors (run-time arguments), and token strides (constants)."""
     args, constants = {}, {}
     for name, x in tensors.items():
         args[f"{name}_ptr"] = x
-        # a size of 1 may carry any stride: it is never stepped over
-        vec, strides = 1, (0, 0, 0)
-        if x is not None:
-            vec, strides = _SIXTEEN_BYTES // x.element_size(), x.stride()[:3]
-            strides = tuple(stride * (size > 1) for stride, size in zip(strides, x.shape[:3], strict=True))
-        args[f"stride_{name}_b"], args[f"stride_{name}_h"] = strides[0] // vec, strides[2] // vec
-        constants[f"STRIDE_{name.upper()}_L"] = strides[1]
+        args[f"stride_{name}_b"], length, args[f"stride_{name}_h"] = _strides(x)
+        constants[f"STRIDE_{name.upper()}_L"] = 0 if x is None else length * (_SIXTEEN_BYTES // x.element_size())
     return args, constants
+
+
+def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor | int]:
+    """Pointers with all strides in vectors, as run-time arguments.
+
+    A token stride that is a constant is often that of what is read too. The compiler then computes no offset twice, but
+    keeps those of the loads in registers until the stores, and spills.
+    """
+    args = {}
+    for name, x in tensors.items():
+        args[f"{name}_ptr"] = x
+        args |= {f"stride_{name}_{dim}": stride for dim, stride in zip("blh", _strides(x), strict=True)}
+    return args
 
 
 def _shape_constants(q: Tensor, k: Tensor, config: AttentionConfig) -> dict[str, object]:
@@ -102,23 +119,21 @@ def backward_launches(
     from .backward_kernel import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 
     (q, k, v, o, lse), (dq, dk, dv) = saved, gradients
-    read = {"q": q, "k": k, "v": v, "do": do}
+    read, strides = _layout({"q": q, "k": k, "v": v, "do": do})
     batch, m, heads, _ = q.shape
     n = k.shape[1]
-    shared = {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "H": heads, "M": m, "N": n}
+    read |= {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "H": heads, "M": m, "N": n}
 
     config = configs[0]
     grid = (-(-m // config.block_m) * batch * heads,)
-    args, constants = _layout(read | {"dq": dq})
-    args |= shared | {"o_ptr": o}
-    constants |= _shape_constants(q, k, config)
+    args = read | {"o_ptr": o} | _written({"dq": dq})
+    constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
     config = configs[1]
     grid = (-(-n // config.block_n) * batch * heads,)
-    args, constants = _layout(read | {"dk": dk, "dv": dv})
-    args |= shared
-    constants |= _shape_constants(q, k, config)
+    args = read | _written({"dk": dk, "dv": dv})
+    constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dkdv_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
 
