@@ -1,6 +1,7 @@
 """What trains: network, average, objective and optimizer of a run, in one process or its share of several."""
 
 import copy
+import os
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from .optim import make_optimizer
 from .parallel import compile_blocks, replicate, shard
 from .step import compile_loss
 from .world import World
+
+GRAIN = 32_768
+"""Numbers that are worth a thread: at::internal::GRAIN_SIZE."""
 
 
 class Engine(NamedTuple):
@@ -125,3 +129,16 @@ def make_mesh(config: RunConfig, world: World):
     size = config.train.shard_size or world.local_size
     require(world.size % size == 0, "train.shard_size", size, f"a divisor of the {world.size} processes", "change it")
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def fit_threads(config: ModelConfig, batch: int) -> None:
+    """Take no more CPU threads than a step's activations have grains for, of torch's own size; OMP_NUM_THREADS rules.
+
+    Args:
+        batch: samples that this process computes with at a time.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    tokens = (config.input_size // config.patch_size) ** 2
+    grains = batch * tokens * config.hidden_size // GRAIN
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), grains)))

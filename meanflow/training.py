@@ -17,7 +17,7 @@ from . import checkpoint as ckpt
 from .config import RunConfig, to_dict
 from .data import Dataset, Order, draw_flips, open_dataset
 from .draws import Draws, Stream
-from .engine import build_engine
+from .engine import build_engine, fit_threads
 from .errors import TrainingStopped, UserError
 from .flops import sample_flops
 from .guard import Findings, Guard
@@ -79,6 +79,8 @@ class Trainer:
         # of all processes: they warm up together
         prefixes = {self.deal.prefix(config.objective, part) for part in range(self.deal.parts)}
         self.planner = Planner(config.objective, self.deal.part_size, prefixes)
+        if self.device.type == "cpu":
+            fit_threads(config.model, self.deal.part_size)
 
         begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None

@@ -4,6 +4,8 @@ python scripts/ablate.py tangent          Table 1b
 axes: share (1a) tangent (1b) embedding (1c) sampler (1d) weight (1e) omega (1f) kappa (Table 5) precision (ours)
 """
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 from dataclasses import dataclass
 from pathlib import Path
 

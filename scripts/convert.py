@@ -1,5 +1,7 @@
 """Convert weights: to a diffusers pipeline, to a file to start training from, or to the formats of others."""
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -3,6 +3,8 @@
 Several GPUs: torchrun --nproc-per-node 8 scripts/evaluate.py RUN ... Repeating an interrupted command continues it.
 """
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path

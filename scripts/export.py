@@ -1,5 +1,7 @@
 """Write the weights of a run as one safetensors file, to sample from, to evaluate and to publish."""
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -1,5 +1,7 @@
 """A local web page to sample from a model: classes, steps and seed in, a grid of images and its time out."""
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

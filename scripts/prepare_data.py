@@ -6,6 +6,8 @@ python scripts/prepare_data.py verify LATENTS                   read everything,
 torchrun --nproc-per-node 8 scripts/prepare_data.py encode ...  on all GPUs
 """
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,5 +1,7 @@
 """One-step generation of handwritten digits, trained here, beside flow matching with the same budget."""
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 import json
 import time
 from dataclasses import dataclass, replace

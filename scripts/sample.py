@@ -1,5 +1,7 @@
 """Generate images from a trained model: a PNG grid and an .npz."""
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -4,6 +4,8 @@ python scripts/train.py PRESET [--out FOLDER] [--dry-run] [--SECTION.OPTION VALU
 python scripts/train.py PRESET --help        all options of a preset, explained
 """
 
+import startup  # noqa: F401  (first: it finds the environment)
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

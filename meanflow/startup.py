@@ -1,0 +1,36 @@
+"""What a command does first, before torch is imported: finds its environment, and says how threads wait.
+
+The standard library alone, and the syntax of older Pythons: it is what tells their users which one to take.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def enter(command, needed):
+    """Go on in .venv where this Python is not of a chosen environment, or lacks something; else say what is missing.
+
+    Args:
+        command: its name, for the message. needed: packages to import.
+    """
+    # threads that spin while they wait take the time of those that compute, wherever cores are shared
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    found, here = ROOT / ".venv", Path(sys.prefix).resolve()
+    chosen = sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ
+    lacks = [name for name in needed if importlib.util.find_spec(name) is None]
+    if sys.version_info < (3, 11):
+        lacks.insert(0, "Python 3.11")
+    python = found / "bin" / "python"
+    if python.exists() and here != found.resolve() and (lacks or not chosen):
+        arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
+        os.execv(str(python), [str(python), *arguments])
+    if lacks:
+        sys.stderr.write(
+            f"{command}: error: python: got {sys.executable}, which lacks {', '.join(lacks)}, wanted an environment "
+            "with what setup.py names; bash scripts/setup.sh makes one, and the same command then finds it\n"
+        )
+        sys.exit(2)
