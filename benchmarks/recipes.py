@@ -96,6 +96,8 @@ def lines_of(rows: list[dict], projected: dict[str, dict]) -> tuple[list[str], l
 
 
 def hours_words(hours: float) -> str:
+    if hours < 0.1:
+        return f"{60 * hours:.2g} min"
     return f"{hours:.1f}" if hours < 10 else f"{hours:.0f}"
 
 

@@ -24,7 +24,7 @@ from meanflow.presets import preset
 
 from .table import table
 
-WARM_STEPS = 10
+WARM_STEPS = 3
 RUN = "import sys; from benchmarks.waiting import rate; print(rate(float(sys.argv[1])))"
 POLICIES = {"default": None, "passive": "PASSIVE"}
 """Values of OMP_WAIT_POLICY."""

@@ -72,6 +72,8 @@ def sweep(name: str, out: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEE
     """
     require(name in AXES, "axis", name, "one of " + " ".join(AXES), "see --help")
     require(len(seeds) > 0, "seeds", seeds, "at least one", "name some")
+    for overrides, _ in AXES[name].rows.values():
+        run_config(overrides, 0, steps)  # before the judge is trained
     axis, judge, results = AXES[name], DigitsEvaluation(), {}
     for row, (overrides, fid) in axis.rows.items():
         scores = []

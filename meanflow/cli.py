@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin
 
 import tyro
 import tyro.constructors
@@ -34,6 +34,18 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1, metavar="PATH", instance_from_str=read, is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
+    )  # fmt: skip
+
+
+@CHECKED.primitive_rule
+def _choice(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Choices that have commas in them are shown apart."""
+    choices = get_args(info.type) if get_origin(info.type) is Literal else ()
+    if not any("," in str(choice) for choice in choices):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="{" + " | ".join(choices) + "}", instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value in choices, str_from_instance=lambda value: [value], choices=choices,
     )  # fmt: skip
 
 
@@ -68,6 +80,6 @@ def _one_line(message: str) -> str:
             sections.append(" ".join(section))
             section = []
     problem = re.sub(r"^Error parsing [\w.-]+: (?=[\w.]+: got)", "", sections[0])  # one of our own checks
-    hints = (re.match(r"(?:Perhaps you meant|Argument helptext): (--\S+(?: [^a-z ]\S*)?)", s) for s in sections[1:])
+    hints = (re.match(r"(?:Perhaps you meant|Argument helptext): (--\S+(?: (?:\[[A-Z. \[\]]+\]|[^a-z ]\S*))?)", s) for s in sections[1:])
     hint = next((f"; wanted {hint[1]}" for hint in hints if hint), "")
     return f"{problem}{hint}; see --help"

@@ -25,6 +25,7 @@ from .foreign import full, read_network
 from .presets import preset
 from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, to_zhuyu
 from .weights import check_whole, find_format, load_run
+from .weights import read_names as read_class_names
 
 SCALES = {"zhuyu": 0.18125}
 """Factors on the latents that are not Stable Diffusion's 0.18215."""
@@ -129,6 +130,7 @@ def _from_pipeline(path: Path) -> Weights:
     net, recipe = pipeline.transformer, pipeline.config.recipe or {}
     model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
     config = recipe.get("config", {"model": asdict(model)})
+    config = config | ({"classes": pipeline.config.id2label} if pipeline.config.id2label else {})
     part, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
     tensors = {name: full(x) for name, x in net.state_dict().items()}
     return Weights(tensors, model, config, recipe.get("step", 0), origin, part)
@@ -176,7 +178,7 @@ def make_pipeline(
 
     Args:
         vae: folder of the autoencoder, whose scale becomes that of the latents; without one the pipeline gives latents.
-        names: of the classes. scores: what was measured, for the model card.
+        names: of the classes (default: those that the run knows from its data). scores: what was measured, for the model card.
 
     Raises:
         UserError: where the autoencoder cannot be loaded or has other latents.
@@ -197,10 +199,12 @@ def make_pipeline(
             channels == net.in_channels, "vae", f"{channels} channels", wanted, "name the autoencoder it learnt from"
         )
         autoencoder.register_to_config(scaling_factor=data.get("scale", 0.18215))
-    config = weights.config | {"data": data | {"path": ""}}  # where the data lay is nobody else's business
+    known = weights.config.get("classes")
+    if names is None and known:
+        names = {int(i): name for i, name in known.items()}
+    # where the data lay is nobody else's business, and the pipeline has the names itself
+    config = {key: value for key, value in weights.config.items() if key != "classes"} | {"data": data | {"path": ""}}
     recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.part, "config": config}
-    if names is None and data.get("name") == "digits":
-        names = {i: str(i) for i in range(weights.model.num_classes)}
     return MeanFlowPipeline(
         net.eval().requires_grad_(False), MeanFlowScheduler(), autoencoder, names, data.get("pixels", "symmetric"),
         recipe, scores,
@@ -228,15 +232,7 @@ def read_names(source: str, classes: int) -> dict[int, str]:
     Raises:
         UserError: where they cannot be read, or name other classes.
     """
-    path = Path(__file__).with_name("imagenet_classes.txt") if source == "imagenet" else Path(source)
-    try:
-        text = path.read_text()
-        names = json.loads(text) if path.suffix == ".json" else dict(enumerate(text.splitlines()))
-        names = {int(i): str(name) for i, name in names.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"names: got {source}, which cannot be read ({error}), wanted imagenet, JSON or a name a line; correct it"
-        ) from None
+    names = {int(i): name for i, name in read_class_names(source).items()}
     wanted = f"names of the classes 0 to {classes - 1}"
     require(set(names) <= set(range(classes)), "names", f"{len(names)} names", wanted, "correct the file")
     return names

@@ -36,6 +36,8 @@ class Dataset(Protocol):
     shape: tuple[int, int, int]
     """(channels, size, size) of a sample."""
     num_classes: int
+    classes: list[str] | None
+    """Names of the classes, where the data has them."""
 
     def __len__(self) -> int: ...
 
@@ -49,6 +51,7 @@ class Digits:
 
     shape = (1, 8, 8)
     num_classes = 10
+    classes = [str(i) for i in range(10)]
 
     def __init__(self):
         from sklearn.datasets import load_digits  # a second to import, and nothing else here needs it
@@ -84,7 +87,8 @@ class Latents:
         found, classes = self.cache.manifest["pixels"], self.cache.manifest["classes"]
         require(found == pixels, "data.pixels", pixels, f"{found!r}, the latents'", f"set --data.pixels {found}")
         self.labels = torch.from_numpy(self.cache.labels)
-        self.shape, self.num_classes = self.cache.shape, len(classes) if classes else num_classes
+        self.shape, self.classes = self.cache.shape, classes
+        self.num_classes = len(classes) if classes else num_classes
         check_labels(self.labels, self.num_classes, f"{path}: labels")
 
     def __len__(self) -> int:

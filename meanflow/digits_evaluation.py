@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from .data import Digits
 from .draws import Draws, Stream
@@ -79,7 +80,7 @@ class DigitsEvaluation:
             optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
             held_out = torch.arange(len(self.digits)) % HELD_OUT == 0
             images, labels = self.digits.images[~held_out], self.digits.labels[~held_out]
-            for _ in range(CLASSIFIER_EPOCHS):
+            for _ in tqdm(range(CLASSIFIER_EPOCHS), "the judge learns", unit="epoch", delay=1.0, leave=False):
                 for part in torch.randperm(len(labels)).split(CLASSIFIER_BATCH):
                     noisy = images[part] + CLASSIFIER_NOISE * torch.randn_like(images[part])
                     optimizer.zero_grad()

@@ -1,6 +1,8 @@
 """The errors a user can cause or must act on, each one clear line."""
 
+import difflib
 import math
+from collections.abc import Collection
 from dataclasses import fields
 
 
@@ -16,6 +18,11 @@ def require(condition: bool, name: str, got: object, wanted: str, hint: str) -> 
     """Raise the one-line :class:`UserError` unless the condition holds."""
     if not condition:
         raise UserError(f"{name}: got {got!r}, wanted {wanted}; {hint}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The two known names most like one, in words."""
+    return " and ".join(map(repr, difflib.get_close_matches(name, known, n=2, cutoff=0)))
 
 
 def require_finite(options: object, section: str = "") -> None:

@@ -9,10 +9,9 @@ What wraps a network puts words into its parameters' names, what saves it puts i
 """
 
 import argparse
-import difflib
 import pickle
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 ANCHOR = "x_embedder.proj.weight"
 """A name that a DiT and a SiT have, and nothing else in a checkpoint."""
@@ -85,11 +84,6 @@ def plain(name: str) -> str:
 def full(x: Tensor) -> Tensor:
     """A tensor of at least 32-bit numbers."""
     return x.float() if x.is_floating_point() and x.itemsize < 4 else x
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """The two known names most like one, in words."""
-    return " and ".join(map(repr, difflib.get_close_matches(name, known, n=2, cutoff=0)))
 
 
 def _networks(held: Mapping, where: str = "", depth: int = 0) -> Iterator[Network]:

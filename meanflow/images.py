@@ -1,15 +1,19 @@
 """From latents to pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cache import read_manifest
 from .config import DataConfig
 from .vae import check_vae, load_vae
+
+CAPTION = 16
+"""Pixels above an image for what it is of."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -47,6 +51,25 @@ def grid(images: Tensor, columns: int) -> Tensor:
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         picture[top : top + height, left : left + width] = image
     return picture
+
+
+def captioned(images: Tensor, captions: Sequence[str], columns: int, zoom: int = 1) -> Tensor:
+    """:func:`grid` with each pixel repeated zoom times and, above an image, what it is of, as far as it fits."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    n, channels, height, width = images.shape
+    high, wide = zoom * (height + 1), zoom * (width + 1)
+    rows = -(-n // columns)
+    canvas = Image.new("L" if channels == 1 else "RGB", (columns * wide + zoom, rows * (high + CAPTION) + zoom), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(CAPTION - 4)
+    for i, (image, caption) in enumerate(zip(images.cpu().permute(0, 2, 3, 1), captions, strict=True)):
+        left, top = i % columns * wide + zoom, i // columns * (high + CAPTION)
+        while draw.textlength(caption, font) > wide - zoom:
+            caption = caption[:-1]
+        draw.text((left, top), caption, "black", font)
+        pixels = image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+        canvas.paste(Image.fromarray(pixels.squeeze(-1).numpy()), (left, top + CAPTION))
+    return torch.from_numpy(np.array(canvas)).reshape(canvas.height, canvas.width, channels)
 
 
 def save_png(path: Path | BinaryIO, picture: Tensor, zoom: int = 1) -> None:

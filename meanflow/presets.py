@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
-from .errors import require
+from .errors import nearest, require
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 BATCH = 256
@@ -149,5 +149,8 @@ PRESETS: dict[str, Preset] = {
 
 def preset(name: str) -> RunConfig:
     """The whole configuration of a preset."""
-    require(name in PRESETS, "preset", name, "one of " + " ".join(PRESETS), "see --help for what each is")
+    require(
+        name in PRESETS, "preset", name, f"a preset, of which {nearest(name, PRESETS)} are nearest",
+        "scripts/train.py alone lists them all",
+    )  # fmt: skip
     return PRESETS[name].config()

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, require
-from .images import grid, save_png
+from .images import captioned, save_png
 from .objective import Terms
 from .peaks import PEAKS
 from .step import Done
+from .weights import CLASSES
 from .world import World
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "safetensors")
@@ -112,14 +113,17 @@ class RunLog:
                     "name another folder by --out to start a new run",
                 )  # fmt: skip
 
-    def start(self, config: dict, step: int) -> None:
-        """Record the configuration and drop the lines after a step: the run goes on from there."""
+    def start(self, config: dict, step: int, classes: list[str] | None = None) -> None:
+        """Record the configuration and the classes' names, and drop the lines after a step: the run goes on there."""
         if not self.world.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
+        if classes:
+            names = json.dumps(dict(enumerate(classes)), indent=1, ensure_ascii=False)
+            write_atomically(self.out / CLASSES, names + "\n")
         path = self.out / "log.jsonl"
         if path.exists():
             kept = []
@@ -286,13 +290,13 @@ class RunLog:
             raise self._unwritable(error) from None
         tqdm.write(f"{self.out}: step {step}: {what}")
 
-    def picture(self, step: int, images: Tensor, columns: int) -> None:
-        """Write a grid of uint8 samples; the first process does."""
+    def picture(self, step: int, images: Tensor, captions: list[str], columns: int) -> None:
+        """Write a grid of uint8 samples with what each is of; the first process does."""
         if not self.world.is_main:
             return
-        picture = grid(images, columns)
+        picture = captioned(images, captions, columns, zoom=max(1, 32 // images.shape[-1]))
         try:
-            save_png(self.out / "samples" / f"step_{step:08d}.png", picture, zoom=max(1, 32 // images.shape[-1]))
+            save_png(self.out / "samples" / f"step_{step:08d}.png", picture)
             self._tensorboard.add_image("samples/one_step", picture.numpy(), step, dataformats="HWC")
             if self._wandb is not None:
                 import wandb

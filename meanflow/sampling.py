@@ -11,7 +11,7 @@ from .graph import Graph
 
 def even_times(num_steps: int) -> tuple[float, ...]:
     """num_steps equal steps from 1 to 0. (The official default schedule takes one step whatever the number.)"""
-    require(num_steps >= 1, "num_steps", num_steps, "a positive whole number", "1 is MeanFlow's one-step generation")
+    require(num_steps >= 1, "steps", num_steps, "a positive whole number", "1 is MeanFlow's one-step generation")
     return tuple(1 - i / num_steps for i in range(num_steps)) + (0.0,)
 
 

@@ -206,7 +206,7 @@ class Trainer:
         self._restore(good)
         self.position = reached
         self.guard.went_back(found)
-        self.log.start(to_dict(self.config), self.step)
+        self.log.start(to_dict(self.config), self.step, self.dataset.classes)
         self.log.event(self.step, f"back here from position {reached}, on with new data", reason=found.reason())
         return True
 
@@ -236,7 +236,9 @@ class Trainer:
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
         latents = sample(self.ema, noise, labels)
         if self.world.is_main:
-            self.log.picture(self.step, to_uint8(decode(latents)).cpu(), GRID_CLASSES)
+            names = self.dataset.classes
+            captions = [names[i] if names else str(i) for i in labels.tolist()]
+            self.log.picture(self.step, to_uint8(decode(latents)).cpu(), captions, GRID_CLASSES)
 
     def _judge(self) -> Judge:
         return make_judge(self.config, self.dataset, self.world, self.out / "evaluation" / "reference")

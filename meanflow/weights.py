@@ -18,9 +18,11 @@ from . import checkpoint as ckpt
 from .config import DataConfig, ModelConfig, RunConfig, from_dict
 from .dit import DiT
 from .engine import build_net, fill
-from .errors import UserError, require
-from .foreign import is_safetensors, nearest
+from .errors import UserError, nearest, require
+from .foreign import is_safetensors
 
+CLASSES = "classes.json"
+"""Of a run folder: the names of its data's classes by number, where the data has them."""
 ORBAX = {"manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"}
 
 
@@ -90,7 +92,40 @@ def load_run(path: Path, part: str) -> tuple[dict[str, Tensor], dict, Path, int]
         )
     header = ckpt.read_header(path)
     ckpt.verify(path, header, ema_only=part == "ema")
-    return ckpt.load_part(path, part), header.config, path, header.step
+    names = known_names(path)
+    config = header.config | ({"classes": names} if names else {})
+    return ckpt.load_part(path, part), config, path, header.step
+
+
+def known_names(path: Path) -> dict[str, str]:
+    """Names of the classes by number that weights have with them: a checkpoint's run, a file, a pipeline; else none."""
+    kind = find_format(path)
+    if kind == "pipeline":
+        return json.loads((path / "model_index.json").read_text()).get("id2label") or {}
+    if kind != "run":
+        return {}
+    if path.is_dir():
+        names = home(path) / CLASSES
+        return read_names(str(names)) if names.exists() else {}
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"]).get("classes", {})
+
+
+def read_names(source: str) -> dict[str, str]:
+    """Names of classes by number: "imagenet", a JSON object {number: name}, or a text file with a name a line.
+
+    Raises:
+        UserError: where they cannot be read.
+    """
+    path = Path(__file__).with_name("imagenet_classes.txt") if source == "imagenet" else Path(source)
+    try:
+        text = path.read_text()
+        names = json.loads(text) if path.suffix == ".json" else dict(enumerate(text.splitlines()))
+        return {str(int(i)): str(name) for i, name in names.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"names: got {source}, which cannot be read ({error}), wanted imagenet, JSON or a name a line; correct it"
+        ) from None
 
 
 def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:

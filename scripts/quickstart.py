@@ -3,6 +3,7 @@
 import startup  # noqa: F401  (first: it finds the environment)
 
 import json
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,16 @@ class Options:
     """Where everything goes. A finished run reprints its report; another configuration goes to a folder beside it."""
 
 
+def following(out: Path) -> list[str]:
+    """Commands that go on from what is there now."""
+    run = shlex.quote(str(out / "meanflow"))
+    return [
+        f"python scripts/sample.py {run} --steps 2 --labels 3 5 --count 20",
+        f"python scripts/page.py {run}",
+        f"python scripts/convert.py {run} --out {shlex.quote(str(out / 'pipeline'))}",
+    ]
+
+
 def main(args: list[str]) -> int:
     options = cli.parse(Options, args, prog="quickstart", description=__doc__, default=Options(preset("digits")))
     from meanflow.quickstart import compare, folder_of, report_lines  # seconds to import
@@ -36,6 +47,7 @@ def main(args: list[str]) -> int:
             return code
     print("\n".join(report_lines(json.loads(report.read_text()))))
     print(f"\n{out / 'samples.png'}   {out / 'report.md'}   {report}   ({time.perf_counter() - start:.0f} s)")
+    print("\nNext:\n" + "\n".join(f"    {line}" for line in following(out)))
     return 0
 
 

@@ -2,20 +2,22 @@
 
 import startup  # noqa: F401  (first: it finds the environment)
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from tyro.conf import Positional
 
 from meanflow import cli
 from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError, require
-from meanflow.images import grid, make_decoder, save_png, to_uint8
+from meanflow.images import captioned, make_decoder, save_png, to_uint8
 from meanflow.sampling import check_times, even_times, sample
-from meanflow.weights import home, load_ema
+from meanflow.weights import home, known_names, load_ema, read_names
 from meanflow.world import choose_device
 
 
@@ -40,13 +42,31 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     out: Path | None = None
-    """Where to write, without the ending (default: RUN/generated/stepN_nfeN_seedN)."""
+    """Where to write, without the ending (default: in RUN/generated, by step, times, seed, classes and count)."""
+    overwrite: bool = False
+    """Write over what is there."""
+    names: str = ""
+    """Names of the classes, for the grid: "imagenet", a JSON file {number: name}, or a file with a name a line (default:
+    those of the run's data, or numbers)."""
+
+
+def name_of(options: Options, step: int) -> str:
+    """The files' name: what is drawn, and of what."""
+    words = [f"step{step}", f"nfe{options.steps}", f"seed{options.seed}"]
+    if options.times:
+        words[1] = "times" + "-".join(f"{t:g}" for t in options.times)
+    if options.labels:
+        labels = "-".join(map(str, options.labels))
+        short = f"{len(options.labels)}of{hashlib.sha256(labels.encode()).hexdigest()[:8]}"
+        words.append("classes" + (labels if len(labels) <= 60 else short))
+    return "_".join([*words, f"count{options.count}"])
 
 
 def main(args: list[str]) -> None:
     options = cli.parse(Options, args, prog="sample.py", description=__doc__)
     for name in ("count", "batch", "columns"):
         require(getattr(options, name) >= 1, name, getattr(options, name), "a positive whole number", "change it")
+    require(options.steps >= 1, "steps", options.steps, "a positive whole number", "1 is one-step generation")
     times = check_times(options.times) if options.times else even_times(options.steps)
     device = choose_device(options.device)
     net, config, path, step = load_ema(options.checkpoint, device)
@@ -54,21 +74,29 @@ def main(args: list[str]) -> None:
     classes = config.model.num_classes
     for label in options.labels:
         require(0 <= label < classes, "labels", label, f"classes from 0 to {classes - 1}", "correct it")
-    out = options.out or home(path) / "generated" / f"step{step}_nfe{len(times) - 1}_seed{options.seed}"
+    out = options.out or home(path) / "generated" / name_of(options, step)
     targets = [out.with_name(out.name + ending) for ending in (".png", ".npz")]
     for target in targets:
-        require(not target.exists(), "out", str(target), "a file that does not exist yet", "name another by --out")
+        require(
+            options.overwrite or not target.exists(), "out", str(target), "a file that does not exist yet",
+            "name another by --out, or take --overwrite",
+        )  # fmt: skip
+    names = read_names(options.names) if options.names else known_names(path)
 
     pool = torch.tensor(options.labels or range(classes))
     labels = pool[torch.arange(options.count) % len(pool)]
     decode, images = make_decoder(config.data, device), []
+    bar = tqdm(total=options.count, unit="img", desc=out.name, delay=1.0, dynamic_ncols=True)
     for part in torch.arange(options.count).split(options.batch):
         noise = Draws(options.seed, 0, part.to(device)).normal(Stream.NOISE, (net.in_channels, *[net.input_size] * 2))
         images.append(to_uint8(decode(sample(net, noise, labels[part].to(device), times))).cpu())
+        bar.update(len(part))
+    bar.close()
     pixels = torch.cat(images)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_png(targets[0], grid(pixels, options.columns), zoom=max(1, 32 // pixels.shape[-1]))
+        captions = [names.get(str(label), str(label)) for label in labels.tolist()]
+        save_png(targets[0], captioned(pixels, captions, options.columns, zoom=max(1, 32 // pixels.shape[-1])))
         np.savez(targets[1], images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     except OSError as error:
         raise UserError(

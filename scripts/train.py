@@ -19,6 +19,10 @@ from meanflow.errors import require
 from meanflow.presets import PRESETS, preset
 
 
+COMMON = "--out --data.path --train.steps --train.batch --train.precision --train.init --train.save-every --optim.lr \
+--objective.omega --objective.kappa --evaluation.every --dry-run"
+
+
 @dataclass(frozen=True)
 class Options:
     config: Annotated[RunConfig, arg(name="")]
@@ -35,13 +39,13 @@ def main(args: list[str]) -> int:
         for name, recipe in PRESETS.items():
             fid = "" if recipe.fid is None else f" (paper: FID {recipe.fid})"
             print(f"  {name:22s} {recipe.summary}{fid}")
-        return 0 if args else 2
+        return 0
     name, *overrides = args
     options = cli.parse(
         Options,
         overrides,
         prog=f"train.py {name}",
-        description=f"Train the preset {name}. The same command again resumes the run.",
+        description=f"Train the preset {name}. The same command again resumes the run.\n\nCommon: {COMMON}",
         default=Options(preset(name), Path("runs") / name),
     )
     config, warmup = options.config, options.config.optim.warmup_steps

@@ -135,7 +135,7 @@ def test_sample(command, run_folder, tmp_path):
     "args, message",
     {
         "--labels 3 10": "labels: got 10, wanted classes from 0 to 9",
-        "--steps 0": "num_steps: got 0",
+        "--steps 0": "steps: got 0",
         "--times 0 1": "times: got (0.0, 1.0), wanted at least two falling times",
         "--count 0": "count: got 0",
     }.items(),
@@ -240,7 +240,7 @@ def test_evaluate_by_protocols(command, run_folder, tmp_path, monkeypatch):
         "--protocols offical": "protocols: got 'offical', wanted names among official",
         "--count 19": "count: got 19, wanted at least 20 samples",
         "--batch 0": "batch: got 0",
-        "--steps 0": "num_steps: got 0",
+        "--steps 0": "steps: got 0",
     }.items(),
 )
 def test_bad_input_to_evaluate(command, run_folder, args, message):

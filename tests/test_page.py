@@ -119,7 +119,7 @@ def test_every_source_draws_the_same(sources, address, name):
 
 BAD = {
     "classes=11": "class: got '11'", "classes=dog": "class: got 'dog'", "classes=-1": "class: got '-1'",
-    "steps=0": "num_steps: got 0", "steps=one": "steps: got 'one'", "steps=257": "steps: got 257",
+    "steps=0": "steps: got 0", "steps=one": "steps: got 'one'", "steps=257": "steps: got 257",
     "times=0,1": "times: got (0.0, 1.0)", "times=1": "times: got (1.0,)", "times=1,x": "times: got 'x'",
     "each=0": "images a class: got 0", "each=300": "images: got 300", "classes=1,2&each=200": "images: got 400",
     "seed=-1": "seed: got -1", "seed=1.5": "seed: got '1.5'", "colour=red": "query: got ['colour']",

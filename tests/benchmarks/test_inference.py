@@ -141,7 +141,7 @@ def test_slices_and_tiles_of_larger_latents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, message", {
-    "--batch 0": "batch: got 0", "--steps 0": "num_steps: got 0", "--model Q/3": "model: got 'Q/3'",
+    "--batch 0": "batch: got 0", "--steps 0": "steps: got 0", "--model Q/3": "model: got 'Q/3'",
 }.items())  # fmt: skip
 def test_bad_input(line, message):
     with pytest.raises(SystemExit, match=message):

@@ -102,7 +102,7 @@ def test_scheduler_refuses_what_it_cannot_do(scheduler):
     for times in ([1], [0, 1], [1, 1, 0], [1.5, 0]):
         with pytest.raises(ValueError, match="times: got"):
             scheduler.set_timesteps(timesteps=times)
-    with pytest.raises(ValueError, match="num_steps: got 0"):
+    with pytest.raises(ValueError, match="steps: got 0"):
         scheduler.set_timesteps(0)
     scheduler.set_timesteps(timesteps=[1, 0.5, 0])
     with pytest.raises(ValueError, match=r"timestep: got 0.7, wanted one of \[1.0, 0.5\]"):
