@@ -167,6 +167,9 @@ def filled(text: str, found: dict[str, str]) -> str:
 def make(folder: Path) -> None:
     """The report and the picture of a folder."""
     rows = read([folder])
+    for row in rows.by_kind["breakdown"]:
+        if not (folder / row.get("trace", "")).is_file():  # traces are too large to keep
+            row.pop("trace", None)
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copy(report.write(rows, Path(scratch)), folder / "report.html")
         steps = rows.by_kind["step"]

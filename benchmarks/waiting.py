@@ -26,6 +26,14 @@ from .table import table
 
 WARM_STEPS = 3
 RUN = "import sys; from benchmarks.waiting import rate; print(rate(float(sys.argv[1])))"
+# it ends with this process, however that ends
+SPIN = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(10**6):
+        pass
+"""
 POLICIES = {"default": None, "passive": "PASSIVE"}
 """Values of OMP_WAIT_POLICY."""
 
@@ -54,7 +62,7 @@ def spinning(count: int):
     """Within it so many other processes keep the cores busy."""
     with ExitStack() as stack:
         for _ in range(count):
-            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            process = subprocess.Popen([sys.executable, "-c", SPIN])
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield
@@ -77,6 +85,7 @@ def pairs(count: int, seconds: float, busy: int) -> list[dict[str, float]]:
         for i in range(count):
             order = list(POLICIES)[:: 1 if i % 2 else -1]
             found.append({name: measure(POLICIES[name], seconds) for name in order})
+            print(f"pair {i + 1} of {count}: " + ", ".join(f"{k} {v:.0f}" for k, v in found[-1].items()), file=sys.stderr)
     return found
 
 

@@ -17,6 +17,7 @@ from .entries import HIDDEN, NO_DATA, Entries, holds_images, is_hidden, is_image
 from .errors import UserError, require
 from .labels import read_label
 from .tars import TarFiles
+from .vae import hub_answers
 
 __all__ = ["ClassFolders", "HuggingFace", "Source", "TarFiles", "centre_crop", "decode", "fingerprint", "open_source"]
 
@@ -99,7 +100,8 @@ class HuggingFace:
             ) from None
         try:
             if name.startswith(HUB):
-                data = datasets.load_dataset(name.removeprefix(HUB), split=split)
+                config = datasets.DownloadConfig(local_files_only=not hub_answers())
+                data = datasets.load_dataset(name.removeprefix(HUB), split=split, download_config=config)
             else:
                 data = datasets.load_from_disk(name)
             alone = isinstance(data, datasets.Dataset) and not name.startswith(HUB)

@@ -1,6 +1,7 @@
 """The autoencoder whose latents are learnt."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,17 +20,35 @@ def load_vae(name: str, device: torch.device, option: str) -> nn.Module:
     """
     from diffusers import AutoencoderKL  # nine seconds to import
 
+    offline = not Path(name).exists() and not hub_answers()
     try:
-        vae, loaded = AutoencoderKL.from_pretrained(name, output_loading_info=True, low_cpu_mem_usage=False)
+        vae, loaded = AutoencoderKL.from_pretrained(
+            name, output_loading_info=True, low_cpu_mem_usage=False,
+            local_files_only=offline,
+        )  # fmt: skip
         reason = f"it lacks the weights {loaded['missing_keys'][:1]}" if loaded["missing_keys"] else None
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] + "; the hub does not answer" * offline
     if reason is not None:
         raise UserError(
             f"{option}: got {name!r}, which cannot be loaded ({reason}), wanted a diffusers AutoencoderKL; "
             f"name a local folder by --{option} FOLDER"
         )
     return vae.to(device).eval().requires_grad_(False)
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached: one question, where its own downloads try again for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of whichever HTTP library it is
+        return False
+    return True
 
 
 def identity(name: str, vae: nn.Module) -> dict:

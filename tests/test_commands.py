@@ -10,9 +10,12 @@ import runs
 import torch
 from PIL import Image
 
+from meanflow.cache import _checksum, _write_json, read_manifest
 from meanflow.digits_evaluation import Scores
+from meanflow.images import CAPTION
 from meanflow.presets import PRESETS
 from meanflow.training import train
+from meanflow.weights import known_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +28,7 @@ def run_folder(tmp_path_factory):
 
 
 BAD_TRAINING = {
-    "digitz": "preset: got 'digitz', wanted one of digits",
+    "digitz": "preset: got 'digitz', wanted a preset, of which 'digits' and 'digits-flow-matching' are nearest",
     "digits --train.stepss 3": "Unrecognized options: --train.stepss, 3; wanted --train.steps",
     "digits --train.steps many": "--train.steps",
     "digits --train.steps -5": "train.steps: got -5, wanted a positive whole number",
@@ -110,7 +113,9 @@ def test_help_and_dry_run(command):
     code, out, _ = command("train", "--help")
     assert code == 0 and all(name in out for name in PRESETS)
     code, out, _ = command("train", "imagenet-xl2", "--help")
-    assert code == 0 and "Learning rate" in out
+    assert code == 0 and "Learning rate" in out and "{t,h | t,r | t,r,h | h}" in out
+    common = out.partition("Common: ")[2].partition("\n\n")[0].split()
+    assert len(common) > 5 and all(f"{option} " in out.partition("options")[2] or f"{option}," in out for option in common)
     code, out, _ = command("train", "imagenet-xl2", "--objective.omega", "0.5", "--dry-run")
     config = json.loads(out)
     assert code == 0 and config["objective"]["omega"] == 0.5 and config["objective"]["kappa"] == 0.92
@@ -123,12 +128,45 @@ def test_sample(command, run_folder, tmp_path):
         assert arrays["images"].shape == (7, 8, 8, 1) and arrays["images"].dtype == np.uint8
         assert arrays["labels"].tolist() == [3, 5, 3, 5, 3, 5, 3]
         images = arrays["images"]
-    assert Image.open(tmp_path / "a.png").size == ((10 * 9 + 1) * 4, (1 * 9 + 1) * 4)
+    assert Image.open(tmp_path / "a.png").size == ((10 * 9 + 1) * 4, (1 * 9 + 1) * 4 + CAPTION)
     command("sample", run_folder, "--labels", 3, 5, "--count", 5, "--batch", 2, "--steps", 2, "--out", tmp_path / "b")
     with np.load(tmp_path / "b.npz") as arrays:  # a sample depends on its seed and place alone
         assert np.abs(arrays["images"].astype(int) - images[:5]).max() <= 1
     code, _, err = command("sample", run_folder, "--out", tmp_path / "a")
-    assert code == 2 and "wanted a file that does not exist yet" in err
+    assert code == 2 and "wanted a file that does not exist yet" in err and "or take --overwrite" in err
+    assert command("sample", run_folder, "--count", 4, "--out", tmp_path / "a", "--overwrite")[0] == 0
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert len(arrays["images"]) == 4
+
+
+def test_samples_of_other_options_have_other_names(command, run_folder):
+    options = ["", "--labels 3", "--labels 3 5", "--times 1 0.5 0", "--times 1 0.25 0", "--seed 1", "--steps 2"]
+    for line in options:
+        assert command("sample", run_folder, "--count", 2, *line.split())[0] == 0, line
+    names = {path.stem for path in (run_folder / "generated").glob("*.png")}
+    assert len(names) == len(options) and "step10_times1-0.25-0_seed0_count2" in names
+
+
+def test_names_of_classes_go_from_the_cache_to_the_pipeline(command, tmp_path):
+    names = ["tench", "great white shark, white shark", "hen"]
+    (tmp_path / "names.json").write_text(json.dumps(dict(enumerate("abc"))))
+    cache = caches.cache_of(tmp_path, np.zeros((8, 1, 8, 8)), np.ones((8, 1, 8, 8)), np.arange(8) % 3)
+    manifest = read_manifest(cache) | {"classes": names}  # as an image set's
+    _write_json(cache / "manifest.json", manifest | {"checksum": _checksum(manifest)})
+    args = f"--data.path {cache} --out {tmp_path}/run --model.input-size 8 --model.num-classes 3 --model.depth 1 "
+    args += "--model.in-channels 1 --model.hidden-size 16 --model.num-heads 2 --train.steps 1 --train.batch 8 "
+    code, _, err = command("train", "imagenet-b4", *args.split(), "--train.no-compile", "--data.vae", tmp_path)
+    assert code == 0, err
+    assert command("export", tmp_path / "run", "--out", tmp_path / "weights.safetensors")[0] == 0
+    for source in ("run", "weights.safetensors"):
+        pipeline = tmp_path / f"pipeline of {source}"
+        assert command("convert", tmp_path / source, "--out", pipeline)[0] == 0
+        found = json.loads((pipeline / "model_index.json").read_text())["id2label"]
+        assert [found[str(i)] for i in range(3)] == names
+        assert known_names(tmp_path / source) == known_names(pipeline) == found
+    # names of one's own go first
+    assert command("convert", tmp_path / "run", "--out", tmp_path / "own", "--names", tmp_path / "names.json")[0] == 0
+    assert known_names(tmp_path / "own") == {"0": "a", "1": "b", "2": "c"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""What a command does before anything else: find its environment, say how threads wait, or what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "script": ["scripts/train.py", "digits", "--out", "a b"],
+    "another script": ["scripts/sample.py"],
+    "benchmark": ["-m", "benchmarks.recipes", "--json"],
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The source tree, without an environment."""
+    for name in ("meanflow", "kernels", "scripts", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("meanflow", "scripts"):  # which find the tree by their own place
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        for path in (ROOT / name).glob("*.py"):
+            shutil.copy(path, tmp_path / name)
+    return tmp_path
+
+
+def make_venv(tree: Path) -> None:
+    """An environment whose Python says how it was called."""
+    python = tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "policy $OMP_WAIT_POLICY"\nfor word in "$@"; do echo "$word"; done\n')
+    python.chmod(0o755)
+
+
+def run(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CONDA_PREFIX", "OMP_WAIT_POLICY")}
+    return subprocess.run([sys.executable, *args], cwd=tree, env=inherited | env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("args", COMMANDS.values(), ids=COMMANDS)
+def test_a_python_without_packages_gives_way_to_the_environment(tree, args):
+    make_venv(tree)
+    done = run(tree, "-S", *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["policy PASSIVE", "-S", *args]
+
+
+@pytest.mark.parametrize("args", COMMANDS.values(), ids=COMMANDS)
+def test_without_an_environment_one_line_says_what_is_missing(tree, args):
+    done = run(tree, "-S", *args)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"got {sys.executable}, which lacks " in done.stderr and "torch" in done.stderr
+    assert "bash scripts/setup.sh makes one" in done.stderr
+
+
+def test_a_chosen_environment_that_has_all_stays(tree):
+    make_venv(tree)
+    (tree / "scripts" / "tell.py").write_text("import startup, os; print(os.environ['OMP_WAIT_POLICY'])")
+    done = run(tree, "scripts/tell.py", CONDA_PREFIX="/conda")
+    assert (done.stdout, done.returncode) == ("PASSIVE\n", 0), done.stderr
+    assert run(tree, "scripts/tell.py", CONDA_PREFIX="/conda", OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+
+
+def test_every_command_starts_so():
+    for path in (ROOT / "scripts").glob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
+        assert path.name == "startup.py" or lines[0].startswith("import startup"), path
+
+
+def test_threads_by_the_work(monkeypatch):
+    import torch
+
+    from meanflow.engine import fit_threads
+    from meanflow.presets import preset
+
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    digits, large = preset("digits").model, preset("imagenet-xl2").model
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    fit_threads(digits, 64)
+    assert taken == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for model, batch in ((digits, 64), (digits, 1), (large, 32)):
+        fit_threads(model, batch)
+    assert taken == [3, 1, 64]
