@@ -4,6 +4,8 @@ import argparse
 import math
 import sys
 
+import torch
+
 
 class BadInput(SystemExit):
     """Bad input: one line on standard error, exit code 2."""
@@ -20,6 +22,15 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a finite number")
     return value
+
+
+def available(name: str) -> str:
+    """cpu, or a cuda that torch sees."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            "got cuda, but torch sees no GPU, wanted one; --device cpu times it here, S/8 in a minute, XL/2 in hours"
+        )
+    return name
 
 
 def positive(text: str) -> int:

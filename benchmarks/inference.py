@@ -37,7 +37,7 @@ from meanflow.sampling import Sampler, even_times
 from meanflow.vae import load_vae
 
 from . import arbiter
-from .arguments import BadInput, finite, positive
+from .arguments import BadInput, available, finite, positive
 from .decoders import DECODES, DTYPES, random_vae
 from .environment import clocks, merge
 from .measuring import Reason, attempt, turns
@@ -327,7 +327,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--decode", nargs="+", choices=DECODES, default=list(DECODES), help="default all")
     parser.add_argument("--vae", default="", help="decoder: a folder or name for diffusers (default random weights)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=available, choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--repeats", type=positive, default=None, help="turns")
     parser.add_argument("--seconds", type=finite, default=math.inf, help="no turn is begun after these, but three are")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")

@@ -22,7 +22,7 @@ from meanflow.errors import UserError
 from meanflow.presets import preset
 
 from . import arbiter
-from .arguments import BadInput, finite, positive
+from .arguments import BadInput, available, finite, positive
 from .environment import environment, merge
 from .measuring import measure
 from .table import table
@@ -46,7 +46,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--interval", type=finite, nargs=2, default=(0.0, 1.0), help="t that is guided (default 0 1)")
     parser.add_argument("--share", type=finite, default=0.25, help="share of r != t (default 0.25)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=available, default="cuda", help="cuda (default), or cpu")
     parser.add_argument("--repeats", type=positive, default=None, help="timed steps")
     parser.add_argument("--seconds", type=finite, default=math.inf, help="CPU: fewer steps where they take longer")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")

@@ -206,7 +206,7 @@ class Trainer:
         self._restore(good)
         self.position = reached
         self.guard.went_back(found)
-        self.log.start(to_dict(self.config), self.step, self.dataset.classes)
+        self.log.start(to_dict(self.config), self.step)
         self.log.event(self.step, f"back here from position {reached}, on with new data", reason=found.reason())
         return True
 
@@ -267,7 +267,7 @@ class Trainer:
         found = ckpt.last_good(self.out / ckpt.FOLDER, self.world)
         if found is not None:
             self._restore(found)
-        self.log.start(to_dict(self.config), self.step)
+        self.log.start(to_dict(self.config), self.step, self.dataset.classes)
         if self.step < self.config.train.steps:
             self.log.record_start(self.step)
 

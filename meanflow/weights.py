@@ -105,8 +105,8 @@ def known_names(path: Path) -> dict[str, str]:
     if kind != "run":
         return {}
     if path.is_dir():
-        names = home(path) / CLASSES
-        return read_names(str(names)) if names.exists() else {}
+        names = next((p for p in (path / CLASSES, home(path) / CLASSES) if p.exists()), None)
+        return read_names(str(names)) if names else {}
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["config"]).get("classes", {})
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import breakdown, projection, regression, report, scaling, step, variants
+from benchmarks import breakdown, inference, projection, regression, report, scaling, step, variants
 from benchmarks.accounting import account
 from benchmarks.environment import merge
 from benchmarks.kernel_table import activities, kind_of
@@ -66,11 +66,19 @@ def test_what_is_missing_stays_said():
 
 def test_bad_input():
     with pytest.raises(SystemExit, match="--compare: got .*'fastest'"):
-        step.main(["--compare", "fastest"])
+        step.main(["--compare", "fastest", "--device", "cpu"])
     with pytest.raises(SystemExit, match="model: got 'Q/3'"):
         step.main(["--model", "Q/3", "--device", "cpu"])
     with pytest.raises(SystemExit, match="objective.kappa: got 2"):
         breakdown.main(["--kappa", "2", "--device", "cpu"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("bench", [step, breakdown, scaling, inference], ids=lambda bench: bench.__name__)
+def test_without_a_gpu_no_large_step_is_begun(bench, capsys):
+    with pytest.raises(SystemExit) as exit:
+        bench.main(["--model", "XL/2"] + ["--axis", "batch"] * (bench is scaling))
+    assert exit.value.code == 2 and "torch sees no GPU, wanted one; --device cpu times it here" in capsys.readouterr().err
 
 
 def ours(op: str) -> list[str]:
