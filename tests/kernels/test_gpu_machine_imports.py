@@ -40,6 +40,7 @@ def zip_pairs(*pairs):
 
 results = [
     mk.attention_jvp(*zip_pairs(q, k, v)),
+    mk.attention_qkv_jvp(*zip_pairs(pair(2, 8, 3, 2, 16))),
     mk.adaln_jvp(*zip_pairs(x, shift, scale)),
     *mk.gate_adaln_jvp(*zip_pairs(x, y, gate, shift, scale)),
     mk.bias_gelu_jvp(*zip_pairs(hidden), bias),
