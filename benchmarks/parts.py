@@ -97,7 +97,7 @@ ATTENTION_TESTS = [
     f"tests/kernels/test_attention{what}.py" for what in ("", "_backends", "_backward", "_properties", "_qkv")
 ]
 ELSEWHERE = [
-    *(f"tests/meanflow/test_{name}.py" for name in ("step", "training", "sampling", "prefetch", "pipeline")),
+    *(f"tests/meanflow/test_{name}.py" for name in ("step", "training", "copies", "sampling", "prefetch", "pipeline")),
     "tests/benchmarks/test_inference.py",
 ]
 """Files with tests, marked "gpu", that need one, beside those of the operators; others may import what is not there."""
