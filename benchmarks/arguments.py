@@ -27,8 +27,9 @@ def finite(text: str) -> float:
 def available(name: str) -> str:
     """cpu, or a cuda that torch sees."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            "got cuda, but torch sees no GPU, wanted one; --device cpu times it here, S/8 in a minute, XL/2 in hours"
+        raise BadInput(
+            "--device: got cuda, but torch sees no GPU, wanted one; --device cpu times it here, S/8 in a minute, XL/2 in "
+            "hours"
         )
     return name
 

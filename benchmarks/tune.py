@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +27,7 @@ import torch
 from meanflow_kernels.launch import arch_of
 
 from . import arbiter
-from .arguments import finite
+from .arguments import BadInput, finite
 from .environment import clocks, environment, merge
 from .stopwatch import relative_error
 from .timing import FLUSH, ColdCache, host_ms, quantiles, timed_ms, wall_ms
@@ -243,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     arbiter.join(options.turns)
     device = options.device or ("cuda" if torch.cuda.is_available() or options.list else "cpu")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BadInput("--device: got cpu, where kernels have no launch configs, wanted an NVIDIA GPU; --list shows them")
     arch = arch_of(torch.device("cuda")) if torch.cuda.is_available() else 90
     every = subjects(arch, device)
     known = list(dict.fromkeys(subject.op for subject in every))

@@ -39,6 +39,7 @@ class Options:
 
 def main(args: list[str]) -> None:
     options = cli.parse(Options, args, prog="convert.py", description=__doc__)
+    require(options.source.exists(), "source", str(options.source), "a file or folder that is there", "check the path")
     require(options.out is not None, "out", None, "where to write", "name it by --out")
     require(not options.out.exists(), "out", str(options.out), "what does not exist yet", "name another by --out")
     weights = converters.load(
