@@ -28,8 +28,8 @@ def available(name: str) -> str:
     """cpu, or a cuda that torch sees."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput(
-            "--device: got cuda, but torch sees no GPU, wanted one; --device cpu times it here, S/8 in a minute, XL/2 in "
-            "hours"
+            "--device: got cuda, but torch sees no GPU, wanted one; --device cpu times it here, "
+            "S/8 in a minute, XL/2 in hours"
         )
     return name
 

@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     arbiter.join(options.turns)
     device = options.device or ("cuda" if torch.cuda.is_available() or options.list else "cpu")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BadInput("--device: got cpu, where kernels have no launch configs, wanted an NVIDIA GPU; --list shows them")
+        raise BadInput("--device: got cpu, which has no launch configs, wanted an NVIDIA GPU; --list shows them")
     arch = arch_of(torch.device("cuda")) if torch.cuda.is_available() else 90
     every = subjects(arch, device)
     known = list(dict.fromkeys(subject.op for subject in every))

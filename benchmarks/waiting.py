@@ -85,7 +85,8 @@ def pairs(count: int, seconds: float, busy: int) -> list[dict[str, float]]:
         for i in range(count):
             order = list(POLICIES)[:: 1 if i % 2 else -1]
             found.append({name: measure(POLICIES[name], seconds) for name in order})
-            print(f"pair {i + 1} of {count}: " + ", ".join(f"{k} {v:.0f}" for k, v in found[-1].items()), file=sys.stderr)
+            rates = ", ".join(f"{name} {value:.0f}" for name, value in found[-1].items())
+            print(f"pair {i + 1} of {count}: {rates}", file=sys.stderr)
     return found
 
 

@@ -80,6 +80,7 @@ def _one_line(message: str) -> str:
             sections.append(" ".join(section))
             section = []
     problem = re.sub(r"^Error parsing [\w.-]+: (?=[\w.]+: got)", "", sections[0])  # one of our own checks
-    hints = (re.match(r"(?:Perhaps you meant|Argument helptext): (--\S+(?: (?:\[[A-Z. \[\]]+\]|[^a-z ]\S*))?)", s) for s in sections[1:])
+    option = re.compile(r"(?:Perhaps you meant|Argument helptext): (--\S+(?: (?:\[[A-Z. \[\]]+\]|[^a-z ]\S*))?)")
+    hints = (option.match(section) for section in sections[1:])
     hint = next((f"; wanted {hint[1]}" for hint in hints if hint), "")
     return f"{problem}{hint}; see --help"

@@ -178,7 +178,8 @@ def make_pipeline(
 
     Args:
         vae: folder of the autoencoder, whose scale becomes that of the latents; without one the pipeline gives latents.
-        names: of the classes (default: those that the run knows from its data). scores: what was measured, for the model card.
+        names: of the classes (default: those that the run knows from its data).
+        scores: what was measured, for the model card.
 
     Raises:
         UserError: where the autoencoder cannot be loaded or has other latents.

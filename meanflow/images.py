@@ -60,7 +60,8 @@ def captioned(images: Tensor, captions: Sequence[str], columns: int, zoom: int =
     n, channels, height, width = images.shape
     high, wide = zoom * (height + 1), zoom * (width + 1)
     rows = -(-n // columns)
-    canvas = Image.new("L" if channels == 1 else "RGB", (columns * wide + zoom, rows * (high + CAPTION) + zoom), "white")
+    size = columns * wide + zoom, rows * (high + CAPTION) + zoom
+    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(CAPTION - 4)
     for i, (image, caption) in enumerate(zip(images.cpu().permute(0, 2, 3, 1), captions, strict=True)):
         left, top = i % columns * wide + zoom, i // columns * (high + CAPTION)

@@ -46,8 +46,8 @@ class Options:
     overwrite: bool = False
     """Write over what is there."""
     names: str = ""
-    """Names of the classes, for the grid: "imagenet", a JSON file {number: name}, or a file with a name a line (default:
-    those of the run's data, or numbers)."""
+    """Names of the classes, for the grid: "imagenet", a JSON file {number: name}, or a file with a name a line
+    (default: those of the run's data, or numbers)."""
 
 
 def name_of(options: Options, step: int) -> str:

@@ -39,7 +39,7 @@ install_torch() {
     .venv/bin/python -c 'import torch' 2>/dev/null && return
     if [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
         pip_install "torch==$torch_version+cpu" 2>/dev/null && return
-        say "no NVIDIA driver, but no index offers the CPU build (README, Start, says which does): the ordinary one, several GB"
+        say "no index offers the CPU build (README, Start, says which does): taking the ordinary one, several GB"
     fi
     pip_install "torch==$torch_version"
 }

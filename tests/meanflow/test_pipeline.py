@@ -271,7 +271,7 @@ REFUSED = {
     "output_type: got 'jpeg'": {"output_type": "jpeg"},
     "generator: got 1": {"generator": [seed()]},
     "latents: got (1, 1, 8, 8)": {"latents": torch.zeros(1, 1, 8, 8)},
-    "num_steps: got 0": {"num_inference_steps": 0},
+    "steps: got 0": {"num_inference_steps": 0},
     "times: got (0.0, 1.0)": {"timesteps": [0, 1], "num_inference_steps": None},
     "timesteps: got [1, 0]": {"timesteps": [1, 0]},
 }
