@@ -19,9 +19,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from meanflow.errors import require
+from meanflow.errors import UserError, require
 from meanflow.presets import preset
 
+from .arguments import BadInput, finite, positive
 from .table import table
 
 WARM_STEPS = 3
@@ -94,13 +95,15 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.waiting", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--spinning", type=int, default=0, help="busy processes beside it (default 0)")
-    parser.add_argument("--pairs", type=int, default=5, help="of runs (default 5)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="that a run is measured (default 5)")
+    parser.add_argument("--pairs", type=positive, default=5, help="of runs (default 5)")
+    parser.add_argument("--seconds", type=finite, default=5.0, help="that a run is measured (default 5)")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args(args)
-    require(options.pairs >= 1, "pairs", options.pairs, "a positive whole number", "change it")
-    require(0 < options.seconds < 600, "seconds", options.seconds, "a number in (0, 600)", "change it")
-    require(0 <= options.spinning <= 64, "spinning", options.spinning, "a number from 0 to 64", "change it")
+    try:
+        require(0 < options.seconds < 600, "seconds", options.seconds, "a number in (0, 600)", "change it")
+        require(0 <= options.spinning <= 64, "spinning", options.spinning, "a number from 0 to 64", "change it")
+    except UserError as error:
+        raise BadInput(f"benchmarks.waiting: error: {error}") from None
     load, found = os.getloadavg()[0], pairs(options.pairs, options.seconds, options.spinning)
     medians = {name: statistics.median(pair[name] for pair in found) for name in POLICIES}
     ratio = statistics.median(pair["passive"] / pair["default"] for pair in found)

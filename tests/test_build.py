@@ -113,9 +113,11 @@ def test_nvcc_and_no_gpu(tree):
         usage = subprocess.run(
             [cuobjdump, "-arch", arch, "-res-usage", library], capture_output=True, text=True, check=True
         ).stdout
-        stacks = re.findall(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
-        assert len(stacks) == 5, usage
-        assert all(int(reg) <= 80 and stack == local == "0" for reg, stack, local in stacks), usage
+        kernels = re.findall(r"adamw_ema_kernelILi(\d)E.*\n\s*REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
+        assert len(kernels) == 5, usage
+        assert all(stack == local == "0" for _, _, stack, local in kernels), usage
+        # up to two averages leave three programs of 256 threads on an SM, more of them two
+        assert all(int(registers) <= (80 if int(emas) <= 2 else 128) for emas, registers, _, _ in kernels), usage
         sass = subprocess.run(
             [cuobjdump, "-arch", arch, "-sass", library], capture_output=True, text=True, check=True
         ).stdout

@@ -117,11 +117,15 @@ def test_a_benchmark_refuses_what_is_not_finite(module, monkeypatch, capsys):
             assert exit.value.code == 2 and f"argument {option}: " in capsys.readouterr().err
 
 
+CPU = ("--device", "cpu")
+
+
 @pytest.mark.parametrize("module, args, message", [
-    ("step", ("--model", "Q/3"), "model: got 'Q/3'"), ("step", ("--compare", "fastest"), "--compare: got"),
-    ("scaling", ("--model", "Q/3"), "model: got 'Q/3'"), ("breakdown", ("--kappa", "2"), "objective.kappa: got 2"),
+    ("step", (*CPU, "--model", "Q/3"), "model: got 'Q/3'"), ("step", (*CPU, "--compare", "fastest"), "--compare: got"),
+    ("scaling", (*CPU, "--model", "Q/3"), "model: got 'Q/3'"),
+    ("breakdown", (*CPU, "--kappa", "2"), "objective.kappa: got 2"),
     ("accounting", ("--preset", "none", "--batch", "8"), "preset: got 'none'"),
-    ("inference", ("--model", "Q/3"), "model: got 'Q/3'"), ("projection", ("/nowhere",), "ROWS: got /nowhere"),
+    ("inference", (*CPU, "--model", "Q/3"), "model: got 'Q/3'"), ("projection", ("/nowhere",), "ROWS: got /nowhere"),
     ("recipes", ("--mfu", "2"), "mfu: got 2"),
 ])  # fmt: skip
 def test_bad_input_to_a_benchmark_is_one_line_and_exit_code_2(module, args, message, capsys):

@@ -259,7 +259,7 @@ def test_command(command, tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     {
-        "--preset digitz --batch 8": "preset: got 'digitz', wanted one of digits",
+        "--preset digitz --batch 8": "preset: got 'digitz', wanted a preset, of which 'digits'",
         "--preset digits --batch 0": "train.batch: got 0, wanted a positive whole number",
         "--preset imagenet-xl2 --batch 3": "train.batch: got 3, wanted one that a share of r = t of 0.75 divides",
         "--preset digits --batch 8 --gpu GTX": "gpu: got 'GTX', wanted one of NVIDIA A100",

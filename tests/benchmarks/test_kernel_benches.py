@@ -24,7 +24,8 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_every_operator_has_a_bench_of_its_name():
     ops = {name for name in meanflow_kernels.__all__ if name + "_jvp" in meanflow_kernels.__all__}
-    assert ops and {path.stem.removeprefix("bench_") for path in BENCHES} == ops
+    # a packed projection's kernels are attention's
+    assert ops and {path.stem.removeprefix("bench_") for path in BENCHES} == ops - {"attention_qkv"}
 
 
 def test_benches_run_on_a_cpu_and_say_so(tmp_path):

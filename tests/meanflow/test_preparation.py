@@ -208,6 +208,7 @@ def replace(*args):
     rename(*args)
 os.replace = replace
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
