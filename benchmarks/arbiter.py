@@ -51,8 +51,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def join(fd: int | None) -> None:
-    """Take turns with the other processes of the suite; without ``fd`` this process is alone anyway."""
-    if fd is not None:
+    """Take turns with the other processes of the suite, from the first call on; without ``fd`` it is alone anyway."""
+    if fd is not None and _channel.end is None:
         _channel.end = socket.socket(fileno=fd)
 
 
