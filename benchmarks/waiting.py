@@ -1,4 +1,4 @@
-"""Train digits with threads that spin while they wait, and passively as the commands do, in pairs on this CPU.
+"""Train digits with threads that spin while they wait, and passively, in pairs on this CPU.
 
 python -m benchmarks.waiting --spinning 4      beside four busy processes
 python -m benchmarks.waiting                   on a machine that is to be at rest
