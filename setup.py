@@ -67,15 +67,18 @@ LIBRARIES = {"meanflow_kernels.native_cpu": ["csrc/ops.cpp", "csrc/adamw_ema_cpu
 if find_nvcc():
     LIBRARIES["meanflow_kernels.native_cuda"] = ["csrc/adamw_ema_cuda.cu"]
 
+COMMANDS = ("ablate", "convert", "evaluate", "export", "page", "prepare_data", "quickstart", "sample", "train")
+
 setup(
     name="meanflow",
     version="0.1.0",
     description="MeanFlow training with fused forward-mode kernels",
     python_requires=">=3.11",
     # the folder kernels/ is not a package: Hugging Face's PyPI package `kernels` keeps that import name
-    packages=["meanflow", *find_packages("kernels")],
+    packages=[*find_packages(include=["meanflow", "meanflow.*"]), *find_packages("kernels")],
     package_dir={"meanflow": "meanflow", "meanflow_kernels": "kernels/meanflow_kernels"},
-    package_data={"meanflow": ["imagenet_classes.txt", "page.html"]},
+    package_data={"meanflow.apps": ["page.html"], "meanflow.interop": ["imagenet_classes.txt"]},
+    entry_points={"console_scripts": [f"meanflow-{n.replace('_', '-')} = meanflow.apps.{n}:run" for n in COMMANDS]},
     ext_modules=[Extension(name, files, optional=True) for name, files in LIBRARIES.items()],
     cmdclass={"build_ext": BuildNative},
     install_requires=[

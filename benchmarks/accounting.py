@@ -24,21 +24,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from meanflow_kernels.adamw_ema import adamw_ema_bytes
-from meanflow_kernels.routing import Route, force_route
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from meanflow.config import RunConfig
 from meanflow.draws import Draws, Stream
-from meanflow.engine import build_net
 from meanflow.errors import UserError, require
-from meanflow.objective import drop_mask, meanflow_terms
-from meanflow.peaks import PEAKS
-from meanflow.plan import Plan, Planner
+from meanflow.method.objective import drop_mask, meanflow_terms
+from meanflow.method.plan import Plan, Planner
+from meanflow.method.times import draw_times
+from meanflow.model.build import build_net
 from meanflow.presets import preset
-from meanflow.times import draw_times
+from meanflow.training.peaks import PEAKS
+from meanflow_kernels.adamw_ema import adamw_ema_bytes
+from meanflow_kernels.routing import Route, force_route
 
 from .arguments import finite
 from .environment import environment, known_gpu

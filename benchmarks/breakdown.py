@@ -23,13 +23,16 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from meanflow.copies import product_layers, products_kept
-from meanflow.engine import build_net
 from meanflow.errors import UserError
-from meanflow.objective import MeanFlowLoss
-from meanflow.optim import make_optimizer
-from meanflow.plan import Plan, Planner
-from meanflow.step import Inputs, compile_loss, declare_sizes, draw_batch
+from meanflow.method.objective import MeanFlowLoss
+from meanflow.method.plan import Plan, Planner
+from meanflow.model.build import build_net
+from meanflow.model.copies import product_layers, products_kept
+from meanflow.training.draw import draw_batch
+from meanflow.training.engine import compile_loss
+from meanflow.training.messages import StepInputs
+from meanflow.training.optim import make_optimizer
+from meanflow.training.step import declare_sizes
 
 from . import kernel_table
 from .arbiter import alone
@@ -64,7 +67,7 @@ class Parts:
         self.products = product_layers(self.net)
         self.planner = Planner(run.objective, run.train.batch)
 
-    def times(self, inputs: Inputs, device: str) -> dict[str, float]:
+    def times(self, inputs: StepInputs, device: str) -> dict[str, float]:
         """Milliseconds of each phase."""
         plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu()).to(inputs.r.device)
         if self.compiled:
@@ -146,7 +149,7 @@ def profile_steps(work: Workload, trace: Path | None, *, ceilings: bool = False,
         name_passes(variant.net)
     batches = [work.inputs(k) for k in range(PROFILED_STEPS + 3)]
 
-    def steps(inputs: list[Inputs]) -> float:
+    def steps(inputs: list[StepInputs]) -> float:
         begin = stamp(work.device)
         for each in inputs:
             variant.prepare(each)

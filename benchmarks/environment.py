@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from meanflow.peaks import PEAKS
-from meanflow.runlog import commit as source_commit
+from meanflow.storage.record import commit as source_commit
+from meanflow.training.peaks import PEAKS
 
 
 def _triton() -> str | None:

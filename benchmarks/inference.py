@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.config import ModelConfig
-from meanflow.engine import build_net
+from meanflow.data.vae import load_vae
 from meanflow.errors import UserError, require
-from meanflow.flops import sample_flops
-from meanflow.peaks import PEAKS
-from meanflow.sampling import Sampler, even_times
-from meanflow.vae import load_vae
+from meanflow.method.sampling import Sampler, even_times
+from meanflow.model.build import build_net
+from meanflow.training.flops import sample_flops
+from meanflow.training.peaks import PEAKS
 
 from . import arbiter
 from .arguments import BadInput, available, finite, positive

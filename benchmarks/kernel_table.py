@@ -20,18 +20,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from meanflow_kernels.adaln import op as adaln
-from meanflow_kernels.adamw_ema import adamw_ema_bytes
-from meanflow_kernels.bias_gelu import op as bias_gelu
-from meanflow_kernels.counts import moved_bytes
-from meanflow_kernels.gate_adaln import op as gate_adaln
 from torch.autograd import DeviceType
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meanflow.config import RunConfig
-from meanflow.plan import Plan
+from meanflow.method.plan import Plan
+from meanflow_kernels.adaln import op as adaln
+from meanflow_kernels.adamw_ema import adamw_ema_bytes
+from meanflow_kernels.bias_gelu import op as bias_gelu
+from meanflow_kernels.counts import moved_bytes
+from meanflow_kernels.gate_adaln import op as gate_adaln
 
 from .accounting import MetaStep
 from .markup import NONE, Page, by_workload, grid, notes, number, older, percent, where

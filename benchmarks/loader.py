@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from meanflow.cache import Builder
-from meanflow.data import Latents, Order
+from meanflow.data.cache import Builder
+from meanflow.data.dataset import Latents, Order
 from meanflow.errors import UserError
-from meanflow.prefetch import Prefetcher
+from meanflow.training.prefetch import Prefetcher
 
 from .arguments import BadInput, finite, positive
 from .environment import environment

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from meanflow.config import RunConfig
-from meanflow.peaks import PEAKS
+from meanflow.training.peaks import PEAKS
 from meanflow_kernels.adamw_ema.native import MISSING
 
 from .accounting import account

@@ -5,7 +5,7 @@ because no fused one has forward-mode AD; torch.func.jvp and each guidance forwa
 backend computes 16-bit attention in fp32, and its backward under autocast and func.jvp fails on a GPU.)
 torch's forward-mode AD multiplies the zero tangent of a linear layer's weight too: its derivative costs two products
 where one is needed, eager and compiled, so that the step with kappa is 7 forwards and not 6.
-Parameters are named as in meanflow.dit: one's state_dict is the other's.
+Parameters are named as in meanflow.model.dit: one's state_dict is the other's.
 """
 
 import math
@@ -106,7 +106,7 @@ class FinalLayer(nn.Module):
 
 
 class NaiveDiT(nn.Module):
-    """u(z, r, t | y), like meanflow.dit.DiT without its tangents; the weights are to be loaded from one.
+    """u(z, r, t | y), like meanflow.model.dit.DiT without its tangents; the weights are to be loaded from one.
 
     Args:
         config: of the network. compute_dtype: of autocast; None is no autocast.

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from meanflow_kernels.adamw_ema import adamw_ema_bytes
 
 from meanflow.config import ModelConfig, OptimConfig
-from meanflow.engine import build_net
 from meanflow.errors import UserError
-from meanflow.optim import make_optimizer
+from meanflow.model.build import build_net
+from meanflow.training.optim import make_optimizer
+from meanflow_kernels.adamw_ema import adamw_ema_bytes
 
 from . import arbiter
 from .arguments import BadInput, positive

@@ -97,7 +97,17 @@ ATTENTION_TESTS = [
     f"tests/kernels/test_attention{what}.py" for what in ("", "_backends", "_backward", "_properties", "_qkv")
 ]
 ELSEWHERE = [
-    *(f"tests/meanflow/test_{name}.py" for name in ("step", "training", "copies", "sampling", "prefetch", "pipeline")),
+    *(
+        f"tests/meanflow/{name}.py"
+        for name in (
+            "training/test_step",
+            "training/test_training",
+            "model/test_copies",
+            "method/test_sampling",
+            "training/test_prefetch",
+            "interop/test_pipeline",
+        )
+    ),
     "tests/benchmarks/test_inference.py",
 ]
 """Files with tests, marked "gpu", that need one, beside those of the operators; others may import what is not there."""
@@ -124,8 +134,13 @@ CUDA_PARTS = [
     variant("xl2-naive-compiled", "naive-compiled", 330, 34),
     tests("attention", *ATTENTION_TESTS, seconds=60),
     variant("b4-captured", "ours-captured", 100, 16),
-    tests("operators", "tests/kernels", "--ignore=tests/kernels/test_static_report.py",
-          *(f"--ignore={path}" for path in ATTENTION_TESTS), seconds=130),  # fmt: skip
+    tests(
+        "operators",
+        "tests/kernels",
+        "--ignore=tests/kernels/test_static_report.py",
+        *(f"--ignore={path}" for path in ATTENTION_TESTS),
+        seconds=130,
+    ),  # fmt: skip
     variant("b4-naive-compiled", "naive-compiled", 150, 16),
     # it holds each config against fp64 itself
     Part("tune", "cuda", tune(), seconds=50),
@@ -152,7 +167,9 @@ CUDA_PARTS = [
         for name in ("no-kernels", "whole-tangent", "no-primal-reuse", "whole-batch", "torch-optimizer")
     ),
     variant("xl2-eager", "ours-eager", 30, 40),
-    Part("same-twice-b4", "cuda", twice("B/4", 256, "--kappa 0.5 --variant ours-eager"), seconds=40, gib=30),  # fmt: skip
+    Part(
+        "same-twice-b4", "cuda", twice("B/4", 256, "--kappa 0.5 --variant ours-eager"), seconds=40, gib=30
+    ),  # fmt: skip
     Part("accounting-xl2", "cuda", accounts("xl2"), seconds=30, gib=0),
     Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", seconds=10, again=True),
     # what --full adds
@@ -176,15 +193,31 @@ CUDA_PARTS = [
 ]
 
 CPU_PARTS = [
-    Part("tests", "cpu", f"{PYTEST} tests/kernels/test_attention.py tests/kernels/test_counts.py "
-         "tests/meanflow/test_plan.py", limit=90),  # fmt: skip
+    Part(
+        "tests",
+        "cpu",
+        f"{PYTEST} tests/kernels/test_attention.py tests/kernels/test_counts.py tests/meanflow/method/test_plan.py",
+        limit=90,
+    ),  # fmt: skip
     Part("step-s8", "cpu", step("S/8", 4, TINY, "naive,ours-eager"), limit=90, **CPU),
     Part("ablation-s8", "cpu", step("S/8", 4, TINY, ABLATION_CPU), limit=90, **CPU),
     Part("same-twice-s8", "cpu", twice("S/8", 4, f"{TINY} --variant ours-eager --repeats 21"), limit=90, **CPU),
-    Part("attention", "cpu", bench("attention", choice="not compiled and hd72 and not N1024"), limit=60,
-         needs=("pytest_benchmark",), **CPU),  # fmt: skip
-    Part("pointwise", "cpu", bench("adaln", "linear", choice="not compiled"), limit=60, needs=("pytest_benchmark",),
-         **CPU),  # fmt: skip
+    Part(
+        "attention",
+        "cpu",
+        bench("attention", choice="not compiled and hd72 and not N1024"),
+        limit=60,
+        needs=("pytest_benchmark",),
+        **CPU,
+    ),  # fmt: skip
+    Part(
+        "pointwise",
+        "cpu",
+        bench("adaln", "linear", choice="not compiled"),
+        limit=60,
+        needs=("pytest_benchmark",),
+        **CPU,
+    ),  # fmt: skip
     Part("optimizer", "cpu", "-m benchmarks.optimizer --model S/8 --repeats 15 {stamp}", limit=60, **CPU),
     Part("breakdown-s8", "cpu", breakdown("s8", "S/8", 4, f"{TINY} --eager --repeats 3"), limit=60, **CPU),
     Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60, **CPU),

@@ -14,8 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
-from meanflow.engine import build_net
 from meanflow.errors import UserError
+from meanflow.model.build import build_net
 from meanflow.presets import BATCH, preset
 
 from .accounting import META

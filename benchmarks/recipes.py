@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from meanflow.errors import UserError, require
-from meanflow.peaks import PEAKS
 from meanflow.presets import PRESETS, preset
+from meanflow.training.peaks import PEAKS
 
 from .accounting import account
 from .arguments import finite

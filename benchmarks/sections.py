@@ -3,11 +3,25 @@
 import html
 from itertools import compress
 
-from meanflow.peaks import PEAKS
+from meanflow.training.peaks import PEAKS
 
 from . import plots
 from .markup import (
-    GIB, NONE, Page, by_workload, figures_of, gib, grid, notes, number, older, percent, power, spread, where, workload
+    GIB,
+    NONE,
+    Page,
+    by_workload,
+    figures_of,
+    gib,
+    grid,
+    notes,
+    number,
+    older,
+    percent,
+    power,
+    spread,
+    where,
+    workload,
 )  # fmt: skip
 from .ratios import speed_words
 from .rows import by_machine, device_name, hardware, missing, newest, why_untimed

@@ -5,11 +5,23 @@ from collections.abc import Callable, Iterable
 
 from matplotlib.figure import Figure
 
-from meanflow.peaks import PEAKS
+from meanflow.training.peaks import PEAKS
 
 from . import plots
 from .markup import (
-    NONE, Page, by_workload, figures_of, gib, grid, notes, number, older, percent, spread, where, workload
+    NONE,
+    Page,
+    by_workload,
+    figures_of,
+    gib,
+    grid,
+    notes,
+    number,
+    older,
+    percent,
+    spread,
+    where,
+    workload,
 )  # fmt: skip
 from .ratios import mark, slowdown, speed, speed_words, uncompared_note
 from .regression import ITSELF, agrees

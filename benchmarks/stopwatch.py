@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from meanflow.peaks import PEAKS
+from meanflow.training.peaks import PEAKS
 from meanflow_kernels.counts import Work
 
 from . import timing

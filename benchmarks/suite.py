@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from meanflow.errors import UserError
-from meanflow.runlog import write_atomically
+from meanflow.storage.record import write_atomically
 
 from . import report
 from .arguments import finite

@@ -11,8 +11,16 @@ import torch
 from meanflow_kernels.adaln import candidates as adaln_candidates
 from meanflow_kernels.adaln import op as adaln_op
 from meanflow_kernels.attention import candidates as attention_candidates
-from meanflow_kernels.attention.config import BACKWARD, BESIDE, FORWARD, Backend, preferred
-from meanflow_kernels.attention.config import backward_configs, dual_config, plain_config
+from meanflow_kernels.attention.config import (
+    BACKWARD,
+    BESIDE,
+    FORWARD,
+    Backend,
+    backward_configs,
+    dual_config,
+    plain_config,
+    preferred,
+)
 from meanflow_kernels.bias_gelu import candidates as bias_gelu_candidates
 from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import candidates as gate_adaln_candidates

@@ -7,19 +7,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from meanflow_kernels.routing import Route, force_route
 from torch import Tensor, nn
 
 from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
-from meanflow.data import Batch
+from meanflow.data.dataset import Batch
 from meanflow.draws import Draws, Stream
-from meanflow.engine import build_net
-from meanflow.objective import MeanFlowLoss, drop_mask
-from meanflow.optim import make_optimizer, set_learning_rate
-from meanflow.plan import Plan, Planner, whole_batch
+from meanflow.method.objective import MeanFlowLoss, drop_mask
+from meanflow.method.plan import Plan, Planner, whole_batch
+from meanflow.method.times import draw_times
+from meanflow.model.build import build_net
 from meanflow.presets import preset
-from meanflow.step import Inputs, Step, compile_loss, draw_batch
-from meanflow.times import draw_times
+from meanflow.training.draw import draw_batch
+from meanflow.training.engine import compile_loss
+from meanflow.training.messages import StepInputs
+from meanflow.training.optim import make_optimizer, set_learning_rate
+from meanflow.training.step import Step
+from meanflow_kernels.routing import Route, force_route
 
 from .naive import NaiveDiT, naive_terms
 
@@ -48,7 +51,7 @@ class Workload:
         """Initial weights without zeros, on the CPU."""
         return initial_weights(self.run.model, self.device)
 
-    def inputs(self, step: int) -> Inputs:
+    def inputs(self, step: int) -> StepInputs:
         """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
         run, samples = self.run, torch.arange(self.run.train.batch)
         draws, generator = Draws(0, step, samples), torch.Generator().manual_seed(step)
@@ -59,7 +62,7 @@ class Workload:
         labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)
         batch = Batch(mean, torch.full_like(mean, 0.1), labels)
         plan = Planner(run.objective, len(samples)).plan(r, t, drop)
-        return Inputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
+        return StepInputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,7 +88,7 @@ class Variant:
 
     net: nn.Module
 
-    def prepare(self, inputs: Inputs) -> None:
+    def prepare(self, inputs: StepInputs) -> None:
         """Take the inputs of the next step; this is not timed."""
         raise NotImplementedError
 
@@ -124,7 +127,7 @@ class Naive(Variant):
 
         self.loss = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 
-    def prepare(self, inputs: Inputs) -> None:
+    def prepare(self, inputs: StepInputs) -> None:
         x, e = self.draw(inputs.batch, inputs.samples, inputs.step)
         self.inputs = (x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop)
 
@@ -167,7 +170,7 @@ class Ours(Variant):
         self.reference = reference
         self.run, self.make_step = run, Step(run, loss, self.optimizer, self.planner)
 
-    def prepare(self, inputs: Inputs) -> None:
+    def prepare(self, inputs: StepInputs) -> None:
         if self.replan:
             plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu())
             inputs = inputs._replace(plan=plan).to(inputs.samples.device)

@@ -41,8 +41,8 @@ POLICIES = {"default": None, "passive": "PASSIVE"}
 
 def rate(seconds: float) -> float:
     """Images a second that this process trains, measured for so long."""
-    from meanflow.prefetch import Prefetcher
-    from meanflow.training import Trainer
+    from meanflow.training.prefetch import Prefetcher
+    from meanflow.training.trainer import Trainer
 
     config = preset("digits")
     never = 10**9

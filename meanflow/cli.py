@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin
 

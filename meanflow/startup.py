@@ -19,14 +19,19 @@ def crowded():
     return os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
 
 
+def choose_waiting():
+    """Let OpenMP's threads wait passively where others work, unless OMP_WAIT_POLICY is set. Before torch is imported."""
+    if crowded():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def enter(command, needed):
     """Go on in .venv where this Python is not of a chosen environment, or lacks something; else say what is missing.
 
     Args:
         command: its name, for the message. needed: packages to import.
     """
-    if crowded():
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    choose_waiting()
     found, here = ROOT / ".venv", Path(sys.prefix).resolve()
     chosen = sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ
     lacks = [name for name in needed if importlib.util.find_spec(name) is None]

@@ -1,37 +1,6 @@
-"""Write the weights of a run as one safetensors file, to sample from, to evaluate and to publish."""
+"""Write the weights of a run as one safetensors file: meanflow/apps/export.py; --help explains it."""
 
-import startup  # noqa: F401  (first: it finds the environment)
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-from tyro.conf import Positional
-
-from meanflow import cli
-from meanflow.checkpoint import save_weights
-from meanflow.errors import require
-from meanflow.weights import home, load_checkpoint
-
-
-@dataclass(frozen=True)
-class Options:
-    checkpoint: Positional[Path]
-    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
-    out: Path | None = None
-    """The file (default: beside the checkpoint, stepN_WEIGHTS.safetensors)."""
-    weights: Literal["ema", "model"] = "ema"
-    """The moving average, which samples better, or the weights in training."""
-
-
-def main(args: list[str]) -> None:
-    options = cli.parse(Options, args, prog="export.py", description=__doc__)
-    weights, config, path, step = load_checkpoint(options.checkpoint, options.weights)
-    out = options.out or home(path) / f"step{step}_{options.weights}.safetensors"
-    require(not out.exists(), "out", str(out), "a file that does not exist yet", "name another by --out")
-    save_weights(out, weights, config, step)
-    print(f"{out}: {sum(x.numel() for x in weights.values()) / 1e6:.1f} M numbers of step {step}")
-
+import startup
 
 if __name__ == "__main__":
-    cli.run(main)
+    startup.run("export")

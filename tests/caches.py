@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from meanflow.importers import ImportOptions, import_latents
+from meanflow.data.import_latents import ImportOptions, import_latents
 
 SIZE = 16  # of the cropped images
 SHAPE = (4, SIZE // 2, SIZE // 2)

@@ -5,7 +5,7 @@ is wrong). The interpreter has to be chosen before the first import of triton. C
 it: run it in a subprocess whose environment lacks TRITON_INTERPRET.
 """
 
-import importlib.util
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -17,7 +17,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # where the commands find `startup`
 
 
 def pytest_addoption(parser):
@@ -34,19 +33,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """Run a script in this process: exit code, output, error output."""
+    """Run a command in this process: exit code, output, error output."""
 
     from meanflow import cli
 
     def run(name: str, *args: object) -> tuple[int, str, str]:
-        path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"command_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)  # tyro reads the options' source for their help
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        main = importlib.import_module(f"meanflow.apps.{name}").main
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         with pytest.raises(SystemExit) as exit:
-            cli.run(module.main)
+            cli.run(main)
         out, err = capsys.readouterr()
         return exit.value.code or 0, out, err
 

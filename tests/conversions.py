@@ -1,10 +1,8 @@
 """What the tests of conversions share: the command, equality bit for bit, and SiT."""
 
 import contextlib
-import importlib.util
 import io
 import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,28 +10,17 @@ import torch
 from torch import nn
 
 from meanflow import cli
-from meanflow.dit import position_table
-
-ROOT = Path(__file__).parents[1]
-
-
-def module(path: Path):
-    """A Python file, imported."""
-    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded  # tyro reads the options' source for their help
-    spec.loader.exec_module(loaded)
-    return loaded
+from meanflow.apps import convert
+from meanflow.model.dit import position_table
 
 
-def convert(*args: object) -> tuple[int, str, str]:
-    """Run scripts/convert.py in this process: exit code, output, error output."""
+def run_convert(*args: object) -> tuple[int, str, str]:
+    """Run the command convert in this process: exit code, output, error output."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    script = module(ROOT / "scripts" / "convert.py")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with mock.patch.object(sys, "argv", ["convert.py", *map(str, args)]):
             try:
-                cli.run(script.main)
+                cli.run(convert.main)
             except SystemExit as exit:
                 code = exit.code or 0
     return code, out.getvalue(), err.getvalue()

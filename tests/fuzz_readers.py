@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
-from meanflow.cache import Cache, verify
-from meanflow.decoding import Unreadable, centre_crop, decode
+from meanflow.data.cache import Cache, verify
+from meanflow.data.decoding import Unreadable, centre_crop, decode
+from meanflow.data.import_latents import LAYOUTS, ImportOptions, import_latents, read_latent
+from meanflow.data.sources import open_source
 from meanflow.errors import UserError
-from meanflow.frechet import read_statistics
-from meanflow.importers import LAYOUTS, ImportOptions, import_latents, read_latent
-from meanflow.reference import ArrayImages, FolderImages
-from meanflow.sources import open_source
+from meanflow.evaluation.fid_reference import ArrayImages, FolderImages
+from meanflow.evaluation.frechet import read_statistics
 
 SECONDS, STUCK = 5, 60  # of work, and by the clock, on machines that others share
 Rng = np.random.Generator

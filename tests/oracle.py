@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meanflow.convert import from_official
-from meanflow.dit import DiT
+from meanflow.interop.official_weights import from_official
+from meanflow.model.dit import DiT
 
 FOLDER = Path(os.environ.get("MEANFLOW_ORACLE_DIR") or Path(__file__).parent / "data" / "oracle")
 

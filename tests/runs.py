@@ -69,7 +69,7 @@ die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 OUT = Path({str(out)!r})
 {prelude}
 sys.argv[0] = "train.py"
-run(lambda args: training.train(runs.tiny(**{train!r}), OUT))
+run(lambda args: trainer.train(runs.tiny(**{train!r}), OUT))
 """
     command = [sys.executable, "-c", program]
     if ranks > 1:

@@ -10,12 +10,12 @@ import runs
 import torch
 from PIL import Image
 
-from meanflow.cache import _checksum, _write_json, read_manifest
-from meanflow.digits_evaluation import Scores
-from meanflow.images import CAPTION
+from meanflow.data.cache import _checksum, _write_json, read_manifest
+from meanflow.data.images import CAPTION
+from meanflow.evaluation.digits import Scores
+from meanflow.interop.formats import known_names
 from meanflow.presets import PRESETS
-from meanflow.training import train
-from meanflow.weights import known_names
+from meanflow.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -225,7 +225,7 @@ def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
             self.floor = lambda: 1.1
             self.score_net = lambda net, device, times: Scores(len(times) / 10, 2.0, 3.0)
 
-    monkeypatch.setattr("meanflow.digits_evaluation.DigitsEvaluation", Judge)
+    monkeypatch.setattr("meanflow.evaluation.digits.DigitsEvaluation", Judge)
     code, out, _ = command("evaluate", run_folder, "--json", "--steps", 1, 2)
     assert code == 0 and [(row["evaluations"], row["accuracy"]) for row in json.loads(out)] == [(1, 0.2), (2, 0.3)]
     code, out, _ = command("evaluate", run_folder, "--times", 1, 0.25, 0)
@@ -250,7 +250,7 @@ class FewFeatures:
 
 
 def test_evaluate_by_protocols(command, run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("meanflow.features.Extractor", FewFeatures)
+    monkeypatch.setattr("meanflow.evaluation.features.Extractor", FewFeatures)
     reference = tmp_path / "adm.npz"
     np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
     args = [run_folder, "--inception", "any", "--reference", reference, "--count", 30, "--batch", 8, "--steps", 1, 2]

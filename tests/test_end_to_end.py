@@ -15,7 +15,7 @@ import pytest
 from fresh import ROOT, environment
 from safetensors.torch import save_file
 
-from meanflow.inception import Inception
+from meanflow.evaluation.inception import Inception
 
 MODEL = (
     "--model.input-size 8 --model.in-channels 4 --model.num-classes 3 --model.depth 1 --model.hidden-size 32 "

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[1]
 IMPORTS = """
 import sys
 import meanflow, meanflow_kernels
-import meanflow.dit
+import meanflow.model.dit
 from kernels import get_kernel
 import diffusers, kernels
 from diffusers import AutoencoderKL
 assert callable(get_kernel) and "site-packages" in kernels.__file__, kernels.__file__
-assert meanflow.dit.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time under another name
+assert meanflow.model.dit.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time under another name
 print(meanflow_kernels.__file__)
 """
 
@@ -76,3 +76,17 @@ def test_normal_install(tmp_path):
     assert done.returncode == 0, done.stderr
     for cwd in (ROOT, tmp_path):
         assert run_imports(cwd, site).is_relative_to(site)
+    installed = {path.relative_to(site) for path in (site / "meanflow").rglob("*") if "__pycache__" not in path.parts}
+    files = {path.relative_to(ROOT) for path in (ROOT / "meanflow").rglob("*.*") if path.suffix not in (".pyc", ".md")}
+    assert files <= installed, files - installed
+    commands = sorted(
+        path.stem for path in (ROOT / "meanflow" / "apps").glob("*.py") if "run = partial" in path.read_text()
+    )
+    assert len(commands) == 9
+    programs = {path.name for path in (site / "bin").iterdir()}
+    assert programs == {f"meanflow-{name.replace('_', '-')}" for name in commands}
+    help = subprocess.run(
+        [site / "bin" / "meanflow-train", "--help"], cwd=tmp_path, env=env | {"PYTHONPATH": str(site)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert help.returncode == 0 and "imagenet-xl2" in help.stdout, help.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# knowledge flows csrc -> kernels -> meanflow -> scripts
+# csrc -> kernels -> meanflow -> scripts
 ROOMS = {  # folder: the project's own modules it may import
     "kernels": {"meanflow_kernels"},
     "meanflow": {"meanflow_kernels", "meanflow"},
@@ -33,6 +33,85 @@ def test_imports_follow_the_direction(room):
     assert files
     for path in files:
         assert not imports(path) & OURS - ROOMS[room], path
+
+
+# the rooms of meanflow/, each with those it may import; all of them may import what they share at the root
+INNER = {
+    "model": set(),
+    "method": set(),
+    "storage": set(),
+    "data": set(),
+    "evaluation": {"method", "data", "storage"},
+    "interop": {"model", "method", "data", "storage"},
+    "training": {"model", "method", "data", "storage", "evaluation", "interop"},
+    "apps": {"method", "data", "storage", "evaluation", "interop", "training"},
+    "": set(),
+}
+MOST_MODULES, LONGEST_CHAIN, LONGEST_CHAIN_OF_ROOMS, MOST_LINES = 12, 8, 4, 400
+
+
+def modules() -> dict[str, Path]:
+    """The modules of meanflow by their dotted names within it, rooms left out."""
+    package = ROOT / "meanflow"
+    files = (p for p in package.rglob("*.py") if p.name != "__init__.py")
+    return {".".join(p.relative_to(package).with_suffix("").parts): p for p in files}
+
+
+def room_of(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+def inner_imports(module: str, path: Path, lazy: bool) -> set[str]:
+    """The modules of meanflow that one imports; lazy: those that it imports when a function is called, too."""
+    known, found, tree = modules(), set(), ast.parse(path.read_text())
+    for node in ast.walk(tree) if lazy else tree.body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = room_of(module).split(".") if room_of(module) else []
+        base = base[: len(base) - node.level + 1] + (node.module.split(".") if node.module else [])
+        inside = {".".join([*base, alias.name]) for alias in node.names} | {".".join(base)}
+        found |= inside & known.keys()
+    return found
+
+
+def graph(lazy: bool) -> dict[str, set[str]]:
+    return {name: inner_imports(name, path, lazy) for name, path in modules().items()}
+
+
+def chain(edges: dict[str, set[str]], start: str, seen: tuple[str, ...] = ()) -> list[str]:
+    """The longest way down from a node; fails on a circle."""
+    assert start not in seen, [*seen, start]
+    ways = [chain(edges, end, (*seen, start)) for end in edges[start]]
+    return [start, *max(ways, key=len, default=[])]
+
+
+def test_the_rooms_import_downwards():
+    assert {room_of(module) for module in modules()} == INNER.keys()
+    for module, imported in graph(lazy=True).items():
+        rooms = {room_of(name) for name in imported} - {room_of(module), ""}
+        assert rooms <= INNER[room_of(module)], module
+
+
+def test_chains_are_short_and_no_circle():
+    edges, lazily = graph(lazy=False), graph(lazy=True)
+    longest = max((chain(edges, module) for module in edges), key=len)
+    assert len(longest) <= LONGEST_CHAIN, longest
+    for module in lazily:
+        chain(lazily, module)  # no circle among them either
+    inner = {room: below for room, below in INNER.items() if room}
+    longest = max((chain(inner, room) for room in inner), key=len)
+    assert len(longest) <= LONGEST_CHAIN_OF_ROOMS, longest
+
+
+def test_rooms_and_modules_are_small():
+    names = modules()
+    for room in INNER:
+        held = [name for name in names if room_of(name) == room]
+        assert len(held) <= MOST_MODULES, held
+    files = [path for folder in ROOMS for path in (ROOT / folder).rglob("*.py")]
+    for path in [*files, *(ROOT / "tests").rglob("*.py")]:
+        lines = len(path.read_text().splitlines())
+        assert lines <= MOST_LINES, (path, lines)
 
 
 def test_top_level():

@@ -20,7 +20,7 @@ def on_standin(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_training_step_is_captured():
-    tests = ("tests/meanflow/test_training.py", "-k", "does_not_wait_for_the_gpu")
+    tests = ("tests/meanflow/training/test_training.py", "-k", "does_not_wait_for_the_gpu")
     done = on_standin("-m", "pytest", "-s", "-p", "no:cacheprovider", "-m", "gpu", *tests)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
     assert "stand-in: captured" in done.stderr and "0 calls that a capture forbids" in done.stderr

@@ -23,9 +23,7 @@ def tree(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("meanflow", "scripts"):  # which find the tree by their own place
         (tmp_path / name).unlink()
-        (tmp_path / name).mkdir()
-        for path in (ROOT / name).glob("*.py"):
-            shutil.copy(path, tmp_path / name)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
@@ -60,23 +58,26 @@ def test_without_an_environment_one_line_says_what_is_missing(tree, args):
 
 def test_a_chosen_environment_that_has_all_stays(tree):
     make_venv(tree)
-    (tree / "scripts" / "tell.py").write_text("import startup, os; print(os.environ['OMP_WAIT_POLICY'])")
+    (tree / "scripts" / "tell.py").write_text("import startup; startup.run('tell')")
+    (tree / "meanflow/apps/tell.py").write_text("import os\ndef run(): print(os.environ['OMP_WAIT_POLICY'])")
     # a wait policy of the user's own stays too
     done = run(tree, "scripts/tell.py", CONDA_PREFIX="/conda", OMP_WAIT_POLICY="ACTIVE")
     assert (done.stdout, done.returncode) == ("ACTIVE\n", 0), done.stderr
 
 
 def test_every_command_starts_so():
-    for path in (ROOT / "scripts").glob("*.py"):
-        lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
-        assert path.name == "startup.py" or lines[0].startswith("import startup"), path
+    commands = {path.stem: path.read_text() for path in (ROOT / "scripts").glob("*.py") if path.stem != "startup"}
+    assert len(commands) == 9
+    for name, text in commands.items():
+        lines = [line.strip() for line in text.splitlines()[2:] if line]
+        assert lines == ["import startup", 'if __name__ == "__main__":', f'startup.run("{name}")'], name
 
 
 def test_threads_by_the_work(monkeypatch):
     import torch
 
-    from meanflow.engine import fit_threads
     from meanflow.presets import preset
+    from meanflow.training.engine import fit_threads
 
     taken = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)

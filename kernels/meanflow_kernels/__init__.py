@@ -11,6 +11,7 @@ from .silu import silu, silu_jvp
 from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
 
 # last: it registers the FLOPs of the operators above
+# isort: split
 from . import counts  # noqa: E402, F401
 
 __all__ = [

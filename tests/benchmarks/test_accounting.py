@@ -6,20 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from meanflow_kernels.routing import Route, force_route
 from torch import nn
 
 from benchmarks import accounting
-from benchmarks.accounting import ExactPlanner, Flops, MetaStep, account, count, plan_sizes
-from benchmarks.accounting import find_rates, floor, saved_bytes
+from benchmarks.accounting import (
+    ExactPlanner,
+    Flops,
+    MetaStep,
+    account,
+    count,
+    find_rates,
+    floor,
+    plan_sizes,
+    saved_bytes,
+)
 from meanflow.config import ModelConfig, RunConfig
 from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError
-from meanflow.objective import drop_mask, func_jvp, meanflow_terms
-from meanflow.peaks import PEAKS
-from meanflow.plan import Planner, whole_batch
+from meanflow.method.objective import drop_mask, func_jvp, meanflow_terms
+from meanflow.method.plan import Planner, whole_batch
+from meanflow.method.times import draw_times
 from meanflow.presets import preset
-from meanflow.times import draw_times
+from meanflow.training.peaks import PEAKS
+from meanflow_kernels.routing import Route, force_route
 
 BARS = {  # overrides of XL/2's own objective, most F a step
     "unguided": ({"omega": 1.0, "kappa": 0.0}, 3.30),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import decoders, inference, report
-from meanflow.flops import sample_flops
-from meanflow.sampling import Sampler
+from meanflow.method.sampling import Sampler
+from meanflow.training.flops import sample_flops
 
 TINY = "--device cpu --model S/4 --input-size 8 --batch 2 --repeats 3".split()
 

@@ -16,8 +16,8 @@ from benchmarks import breakdown, kernel_table, step
 from benchmarks.kernel_table import OPERATORS, Activity, Counted, OperatorCalls, activities, kernel_rows, kind_of
 from benchmarks.timing import Ceilings
 from meanflow import config
-from meanflow.engine import build_net
-from meanflow.plan import Planner
+from meanflow.method.plan import Planner
+from meanflow.model.build import build_net
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 from meanflow_kernels.adamw_ema.native import MISSING
 

@@ -78,7 +78,9 @@ def test_bad_input():
 def test_without_a_gpu_no_large_step_is_begun(bench, capsys):
     with pytest.raises(SystemExit) as exit:
         bench.main(["--model", "XL/2"] + ["--axis", "batch"] * (bench is scaling))
-    assert exit.value.code == 2 and "torch sees no GPU, wanted one; --device cpu times it here" in capsys.readouterr().err
+    assert (
+        exit.value.code == 2 and "torch sees no GPU, wanted one; --device cpu times it here" in capsys.readouterr().err
+    )
 
 
 def ours(op: str) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks.measuring import joules
 from benchmarks.shapes import MODELS, naming, on
 from benchmarks.stopwatch import Stopwatch, check, relative_error
 from benchmarks.timing import Ceilings, device_ms, measure_ceilings, quantiles
-from meanflow.peaks import PEAKS
+from meanflow.training.peaks import PEAKS
 from meanflow_kernels import silu, silu_jvp
 from meanflow_kernels.counts import Work
 

@@ -259,7 +259,11 @@ def test_every_kernel_is_tested_before_it_is_timed():
     assert apart <= set(shlex.split(parts["tests-attention"].command))
     words = set(shlex.split(parts["tests-operators"].command))
     # the static report needs no GPU, and takes long
-    assert {*(f"--ignore={path}" for path in apart), "tests/kernels", "--ignore=tests/kernels/test_static_report.py"} <= words
+    assert {
+        *(f"--ignore={path}" for path in apart),
+        "tests/kernels",
+        "--ignore=tests/kernels/test_static_report.py",
+    } <= words
     assert parts["attention"].tests == ("tests-attention",) and parts["pointwise"].tests == ("tests-operators",)
 
 

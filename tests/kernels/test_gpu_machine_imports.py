@@ -54,10 +54,10 @@ assert all(tensor.isfinite().all() for result in results for tensor in result)
 
 STEP = """
 import torch
-from meanflow.objective import meanflow_terms
-from meanflow.optim import make_optimizer
+from meanflow.method.objective import meanflow_terms
+from meanflow.training.optim import make_optimizer
 from meanflow.presets import preset
-from meanflow.engine import build_net
+from meanflow.model.build import build_net
 
 config = preset("digits")
 net = build_net(config.model)

@@ -6,10 +6,11 @@ import torch
 from scipy import stats
 
 from meanflow.config import DataConfig, ObjectiveConfig
-from meanflow.data import Batch, Order, draw_flips, draw_latents
+from meanflow.data.dataset import Batch, Order
 from meanflow.draws import Draws, Stream, philox
-from meanflow.objective import drop_mask
-from meanflow.times import draw_times
+from meanflow.method.objective import drop_mask
+from meanflow.method.times import draw_times
+from meanflow.training.draw import draw_flips, draw_latents
 
 N = 20_000
 

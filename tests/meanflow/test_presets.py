@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.config import ModelConfig, from_dict, to_dict
-from meanflow.engine import build_net
 from meanflow.errors import UserError
+from meanflow.model.build import build_net
 from meanflow.presets import PRESETS, preset
 
 # paper, Table 4: parameters in millions, GMACs a forward pass, steps, omega, kappa, guidance interval

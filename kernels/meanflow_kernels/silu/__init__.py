@@ -1,5 +1,5 @@
 """The silu operator."""
 
-from .op import silu, silu_jvp, compile_cases
+from .op import compile_cases, silu, silu_jvp
 
 __all__ = ["silu", "silu_jvp", "compile_cases"]

@@ -1,0 +1,164 @@
+"""MeanFlow beside flow matching on digits: the same budget, the same network, one step each."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig, to_dict
+from ..data.images import to_uint8
+from ..draws import Draws, Stream
+from ..errors import require
+from ..evaluation.digits import DigitsEvaluation
+from ..interop.weights import load_ema
+from ..method.sampling import sample
+from ..storage.record import environment, write_atomically
+from ..training.runlog import foreign_entry
+from ..training.trainer import train
+from ..world import choose_device
+
+ROWS, CLASSES = 8, 10
+TITLES = {
+    "real": "real digits",
+    "meanflow": "MeanFlow, one step",
+    "flow_matching": "flow matching, one step",
+}
+
+
+def folder_of(out: Path, config: RunConfig) -> Path:
+    """The folder of a configuration: out, or a folder beside it where out holds another one."""
+    text = json.dumps(to_dict(config), indent=2) + "\n"
+    recorded = out / "config.json"
+    if recorded.exists() and recorded.read_text() != text:
+        out = out.with_name(f"{out.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+        recorded = out / "config.json"
+    if not recorded.exists():
+        foreign = foreign_entry(out)
+        wanted = f"an empty folder or a quickstart's: this one holds {foreign}"
+        require(foreign is None, "out", str(out), wanted, "name another by --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(recorded, text)
+    return out
+
+
+def compare(configs: dict[str, RunConfig], out: Path) -> int:
+    """Train each configuration, judge its one-step samples, write samples.png, report.json and report.md into out.
+
+    Returns:
+        0, or the exit code of a training that a signal stopped.
+    """
+    for name, config in configs.items():
+        require(
+            config.data.name == "digits", "data.name", config.data.name, "digits", "for latents see scripts/train.py"
+        )
+        code = train(config, out / name)
+        if code:
+            return code
+
+    judge = DigitsEvaluation()
+    images = {"real": _real_grid(judge)}
+    scores, speed = {}, {}
+    for name, config in configs.items():
+        device = choose_device(config.train.device)
+        net, *_ = load_ema(out / name, device)
+        scores[name] = judge.score_net(net, device)
+        images[name] = _grid_of(net, config.train.seed, device)
+        speed[name] = _speed(out / name)
+    report = {
+        **scores["meanflow"].as_dict(),
+        "frechet_floor": judge.floor(),
+        "frechet_flow_matching": scores["flow_matching"].frechet,
+        "frechet_class_means": judge.class_means(),
+        "accuracy_flow_matching": scores["flow_matching"].accuracy,
+        "variance_ratio_flow_matching": scores["flow_matching"].variance_ratio,
+        "classifier_accuracy_real": judge.accuracy_real,
+        "steps": configs["meanflow"].train.steps,
+        "train_seconds": sum(seconds for seconds, _ in speed.values()),
+        "images_per_second": speed["meanflow"][1],
+        "images_per_second_flow_matching": speed["flow_matching"][1],
+        "environment": environment(),
+    }
+    draw_samples(out / "samples.png", images)
+    write_atomically(out / "report.md", "\n".join(report_lines(report)) + "\n")
+    write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")  # last: it marks the end
+    return 0
+
+
+def report_lines(report: dict) -> list[str]:
+    """The report as Markdown."""
+    r = report
+    rows = [
+        ("", "MeanFlow", "flow matching", "real digits"),
+        ("---",) * 4,
+        (
+            "Fréchet distance",
+            f"{r['frechet']:.2f}",
+            f"{r['frechet_flow_matching']:.2f}",
+            f"{r['frechet_floor']:.2f} (floor)",
+        ),
+        (
+            "within-class variance, of the real",
+            f"{r['variance_ratio']:.2f}",
+            f"{r['variance_ratio_flow_matching']:.2f}",
+            "1",
+        ),
+        (
+            "put into the right class",
+            f"{r['accuracy']:.1%}",
+            f"{r['accuracy_flow_matching']:.1%}",
+            f"{r['classifier_accuracy_real']:.1%} (held out)",
+        ),
+        ("trained at, images/s", f"{r['images_per_second']:.0f}", f"{r['images_per_second_flow_matching']:.0f}", ""),
+    ]
+    return [
+        "# One-step generation of handwritten digits",
+        "",
+        f"Two networks, {r['steps']} training steps each ({r['train_seconds']:.0f} s for both), "
+        "one evaluation an image.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        "Fréchet distance: in the features of a small classifier; the floor is that of as many real digits drawn with",
+        f"replacement, the classes' mean images score {r['frechet_class_means']:.1f}. Flow matching in one step gives "
+        "class means: always the",
+        "right class, never any variety.",
+    ]
+
+
+def _speed(run: Path) -> tuple[float, float]:
+    """Seconds of training and the median images a second, from a run's log."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    config = json.loads((run / "config.json").read_text())["train"]
+    rates = torch.tensor([row["images_per_second"] for row in rows], dtype=torch.float64)
+    steps = torch.tensor([row["step"] for row in rows], dtype=torch.float64).diff(prepend=torch.zeros(1).double())
+    return float((steps * config["batch"] / rates).sum()), float(rates.median())
+
+
+def _real_grid(judge: DigitsEvaluation) -> Tensor:
+    digits = judge.digits
+    columns = [torch.nonzero(digits.labels == c)[:ROWS, 0] for c in range(CLASSES)]
+    return to_uint8(digits.images[torch.stack(columns, 1).flatten()])
+
+
+def _grid_of(net, seed: int, device: torch.device) -> Tensor:
+    indices = torch.arange(ROWS * CLASSES, device=device)
+    noise = Draws(seed, 0, indices).normal(Stream.NOISE, (net.in_channels, net.input_size, net.input_size))
+    return to_uint8(sample(net, noise, indices % CLASSES)).cpu()
+
+
+def draw_samples(path: Path, images: dict[str, Tensor]) -> None:
+    """Grids of uint8 digits side by side, a column a class."""
+    from matplotlib.figure import Figure
+
+    from ..data.images import grid
+
+    figure = Figure(figsize=(4.2 * len(images), 4.4), layout="constrained")
+    for axes, (name, digits) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
+        axes.imshow(grid(digits, CLASSES).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(TITLES[name])
+        axes.set_xticks([9 * c + 4.5 for c in range(CLASSES)], range(CLASSES))
+        axes.set_yticks([])
+        axes.set_xlabel("class")
+    figure.savefig(path, dpi=150)

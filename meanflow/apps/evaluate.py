@@ -1,0 +1,108 @@
+"""Judge a trained model: FID, sFID, Inception Score, precision and recall by named protocols; digits by a classifier.
+
+Several GPUs: torchrun --nproc-per-node 8 scripts/evaluate.py RUN ... Repeating an interrupted command continues it.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tyro.conf import Positional
+
+from .. import cli
+from ..data.decoder import make_decoder
+from ..evaluation.digits import DigitsEvaluation
+from ..evaluation.evaluator import Plan, Sampler, evaluate, table
+from ..evaluation.features import Extractor, digest
+from ..evaluation.protocols import named
+from ..interop.formats import home
+from ..interop.weights import load_ema
+from ..method.sampling import check_times, even_times
+from ..world import World
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Positional[Path]
+    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
+    steps: tuple[int, ...] = (1,)
+    """Evaluations of the network an image, evenly spaced in time; several are measured one after the other."""
+    times: tuple[float, ...] = ()
+    """A schedule of one's own instead, falling from 1 to 0."""
+    count: int = 50_000
+    """Samples of each kind."""
+    protocols: tuple[str, ...] = ("official",)
+    """official balanced round floor pytorch-fid clean-fid own-data, several joined by +: measured side by side."""
+    inception: Path | None = None
+    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits are judged by a classifier
+    of their own."""
+    reference: Path | None = None
+    """ADM's VIRTUAL_imagenet256_labeled.npz, or a file of its mu and sigma."""
+    data_reference: Path | None = None
+    """For own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
+    dinov2: Path | None = None
+    """A folder with facebook/dinov2-large, for the FDD."""
+    vae: str = ""
+    """The autoencoder to decode with, instead of the run's."""
+    out: Path | None = None
+    """Where features and report are written (default: RUN/evaluation/stepN_seedN_PRECISION)."""
+    seed: int = 0
+    """Seed of the noise and the labels (and of the digits' classifier)."""
+    batch: int = 64
+    """Samples generated at a time by each process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the model's matrix products. Features and scores are in fp32 and fp64 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    json: bool = False
+    """Print JSON alone."""
+
+
+def main(args: list[str]) -> None:
+    options = cli.parse(Options, args, prog="evaluate.py", description=__doc__)
+    schedules = (check_times(options.times),) if options.times else tuple(even_times(n) for n in options.steps)
+    plan = Plan(options.count, schedules, {name: named(name) for name in options.protocols}, options.batch)
+    with World(options.device) as world:
+        net, config, path, step = load_ema(options.checkpoint, world.device)
+        if options.precision == "bf16":
+            net.compute_dtype = torch.bfloat16
+        if config.data.name == "digits" and options.inception is None:
+            if world.is_main:
+                judge_digits(options, net, schedules, {"checkpoint": str(path), "step": step}, world.device)
+            return
+        extractor = Extractor(options.inception, world.device, options.dinov2)
+        data = replace(config.data, vae=options.vae) if options.vae else config.data
+        shape = (net.in_channels, net.input_size, net.input_size)
+        decode = make_decoder(data, world.device)
+        sampler = Sampler(net, decode, shape, config.model.num_classes, options.seed, world.device)
+        settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
+        settings |= {"data": data.name, "vae": None if data.name == "digits" else data.vae}
+        name = f"step{step}_seed{options.seed}_{options.precision}"
+        out = options.out or home(path) / "evaluation" / name
+        sources = {"adm": options.reference, "data": options.data_reference}
+        report = evaluate(sampler, extractor, plan, sources, out, settings, world)
+        if report is not None:
+            print(json.dumps(report, indent=2) if options.json else f"{table(report)}\n{out / 'report.json'}")
+
+
+def judge_digits(
+    options: Options, net: torch.nn.Module, schedules: tuple[tuple[float, ...], ...], about: dict, device: torch.device
+) -> None:
+    """Print what the digits' own judge says; JSON is an object, or a list of them for several schedules."""
+    judge = DigitsEvaluation(options.seed)
+    floor = {"frechet_floor": judge.floor(), "classifier_accuracy_real": judge.accuracy_real}
+    results = [
+        {**about, "evaluations": len(times) - 1, **judge.score_net(net, device, times).as_dict(), **floor}
+        for times in schedules
+    ]
+    if options.json:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=2))
+        return
+    for name, value in (item for result in results for item in result.items()):
+        print(f"{name:26s} {value:.4g}" if isinstance(value, float) else f"{name:26s} {value}")
+
+
+run = partial(cli.run, main)

@@ -1,0 +1,32 @@
+"""From latents to images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import DataConfig
+from .cache import read_manifest
+from .vae import check_vae, load_vae
+
+
+def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity for digits.
+
+    Raises:
+        UserError: where the autoencoder cannot be loaded, or is not the one that the latents at data.path are of.
+    """
+    if config.name == "digits":
+        return lambda latents: latents
+    vae = load_vae(config.vae, device, "data.vae")
+    # sampling may run where the latents are not
+    if (Path(config.path) / "manifest.json").exists():
+        check_vae(config.vae, vae, read_manifest(Path(config.path)))
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        images = torch.cat([vae.decode(part / config.scale).sample for part in latents.split(16)])
+        return images if config.pixels == "symmetric" else 2 * images - 1
+
+    return decode

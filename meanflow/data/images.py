@@ -1,0 +1,56 @@
+"""Images as bytes and as pictures: grids with captions, PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CAPTION = 16
+"""Pixels above an image for what it is of."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8 as the official evaluation does it: 127.5 x + 128, clipped and truncated."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """uint8 images (N, channels, height, width) as one picture (height, width, channels) with a pixel between them."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    picture = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, dtype=torch.uint8)
+    for i, image in enumerate(images.cpu().permute(0, 2, 3, 1)):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def captioned(images: Tensor, captions: Sequence[str], columns: int, zoom: int = 1) -> Tensor:
+    """:func:`grid` with each pixel repeated zoom times and, above an image, what it is of, as far as it fits."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    n, channels, height, width = images.shape
+    high, wide = zoom * (height + 1), zoom * (width + 1)
+    rows = -(-n // columns)
+    size = columns * wide + zoom, rows * (high + CAPTION) + zoom
+    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(CAPTION - 4)
+    for i, (image, caption) in enumerate(zip(images.cpu().permute(0, 2, 3, 1), captions, strict=True)):
+        left, top = i % columns * wide + zoom, i // columns * (high + CAPTION)
+        while draw.textlength(caption, font) > wide - zoom:
+            caption = caption[:-1]
+        draw.text((left, top), caption, "black", font)
+        pixels = image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+        canvas.paste(Image.fromarray(pixels.squeeze(-1).numpy()), (left, top + CAPTION))
+    return torch.from_numpy(np.array(canvas)).reshape(canvas.height, canvas.width, channels)
+
+
+def save_png(path: Path | BinaryIO, picture: Tensor, zoom: int = 1) -> None:
+    """A uint8 picture (height, width, 1 or 3) as a PNG file, each pixel repeated zoom times."""
+    from PIL import Image
+
+    picture = picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    Image.fromarray(picture.squeeze(-1).numpy()).save(path, format="PNG")

@@ -1,0 +1,48 @@
+"""How good the average's one-step samples are while it trains: digits by their classifier, latents by FID."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from ..config import RunConfig
+from ..data.dataset import Dataset
+from ..data.decoder import make_decoder
+from ..errors import require
+from ..world import World
+
+Judge = Callable[[nn.Module], dict[str, float]]
+
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth, from github.com/mseitzer/pytorch-fid/releases"
+
+
+def make_judge(config: RunConfig, dataset: Dataset, world: World, kept: Path) -> Judge:
+    """A function from a network to its scores by name; all processes call it together, and all get them.
+
+    Args:
+        kept: folder for features of the reference, for the next time.
+
+    Raises:
+        UserError: for weights or statistics that are missing.
+    """
+    if config.data.name == "digits":
+        from .digits import DigitsEvaluation
+
+        digits = DigitsEvaluation()
+        return lambda net: digits.score_net(net, world.device).as_dict()
+    from .evaluator import Evaluator
+    from .features import Extractor
+    from .fid_reference import load_reference
+    from .protocols import OFFICIAL
+
+    options = config.evaluation
+    require(
+        options.inception != "", "evaluation.inception", options.inception, WEIGHTS,
+        "name the file by --evaluation.inception, or set evaluation.every 0",
+    )  # fmt: skip
+    extractor = Extractor(Path(options.inception), world.device)
+    path = Path(options.reference) if options.reference else None
+    reference = load_reference("adm", path, extractor, OFFICIAL.resize, kept, config.train.batch // world.size, world)
+    decode = make_decoder(config.data, world.device)
+    evaluator = Evaluator(extractor, reference, decode, dataset.shape, config.model.num_classes, world=world)
+    return lambda net: evaluator.score(net, options.count)

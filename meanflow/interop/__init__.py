@@ -1,0 +1,1 @@
+"""Weights of anyone, and diffusers: read, converted, written."""

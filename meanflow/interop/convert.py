@@ -1,0 +1,259 @@
+"""From any of the known formats to a pipeline, to weights to start from, and back to the formats of others.
+
+run       a run folder, a checkpoint or exported weights of this project
+pipeline  a folder of MeanFlowPipeline
+official  a checkpoint of the official JAX code (flax)
+sit, dit, zhuyu    .pt or .safetensors files, in whatever wrapped them: see :mod:`meanflow.interop.sit`
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..config import ModelConfig, from_dict, to_dict
+from ..errors import UserError, require
+from ..presets import preset
+from ..storage.checkpoint import save_weights
+from ..storage.flax_files import read_flax, write_flax
+from ..storage.foreign import full, read_network
+from .formats import check_whole, find_format, load_run
+from .formats import read_names as read_class_names
+from .official_weights import from_official, to_official
+from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, to_zhuyu
+
+SCALES = {"zhuyu": 0.18125}
+"""Factors on the latents that are not Stable Diffusion's 0.18215."""
+NET = "net/"
+PLACES = ("checkpoint", "reference_source")
+"""What reports say of the machine's files, which a model card does not."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights and what is known of them."""
+
+    tensors: dict[str, Tensor]
+    """State dict of :class:`meanflow.model.dit.DiT`."""
+    model: ModelConfig
+    config: dict
+    """Of the run by sections, or model and data alone where nothing else is known."""
+    step: int
+    origin: str
+    """Where from, in words."""
+    part: str
+    """"ema" or "model"."""
+    note: str = ""
+    """What a person should know about the conversion."""
+
+
+def load(
+    path: Path, format: str, part: str = "ema", *, num_heads: int | None = None, input_size: int | None = None
+) -> Weights:
+    """Weights of any format, in fp32 or more.
+
+    Args:
+        format: one of the above; "auto" finds it. part: "ema" or "model", where the source has both.
+        num_heads, input_size: where the source does not tell.
+
+    Raises:
+        UserError: where it cannot be read or is something else, or not a whole network.
+    """
+    weights = _load(path, find_format(path) if format == "auto" else format, part, num_heads, input_size)
+    check_whole(weights.tensors, weights.model)
+    return weights
+
+
+def _load(path: Path, format: str, part: str, num_heads: int | None, input_size: int | None) -> Weights:
+    if format == "run":
+        tensors, config, _, step = load_run(path, part)
+        return Weights(tensors, from_dict(config).model, config, step, "a run of this project", part)
+    if format == "pipeline":
+        return _from_pipeline(path)
+    if format == "official":
+        arrays, step, found = read_flax(path, part)
+        try:
+            tensors = {name: full(x) for name, x in from_official(arrays).items()}
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        found_all = len(tensors) == len(arrays)
+        require(found_all, "checkpoint", f"{len(arrays)} arrays of {len(tensors)} names", "one network", "name another")
+        model = infer_model(tensors, num_heads=num_heads, input_size=input_size)
+        return _foreign(tensors, model, format, step, f"the official code's {found.name}", part)
+    require(format in FAMILIES, "format", format, f"one of {', '.join(FAMILIES)} for a .pt file", "name it by --format")
+    state, step, found = read_network(path, part)
+    note, part = "" if found == part else f"It holds no {part!r}: these are its {found!r}. ", found
+    if format == "sit":
+        tensors, model = from_sit(state, num_heads)
+        note += "u(z, r, t) is SiT's velocity for every r: a start, not yet a one-step model."
+    elif format == "dit":
+        tensors, model, error = from_dit(state, num_heads)
+        note += (
+            "DiT is a diffusion model, this is no flow-matching model: a start alone. Its time embedding is fitted to "
+            f"a relative error of {error:.1%}."
+        )
+    else:
+        tensors, model = from_zhuyu(state, num_heads)
+    return _foreign(tensors, model, format, step, f"{format}'s {path.name}", part, note)
+
+
+def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, part: str, note: str = "") -> Weights:
+    data = replace(preset("imagenet-b4").data, scale=SCALES.get(format, 0.18215))
+    config = {"model": asdict(model), "data": asdict(data)}
+    return Weights(tensors, model, config, step, origin, part, note)
+
+
+def load_pipeline(path: Path, **options):
+    """A saved MeanFlowPipeline; options are from_pretrained's.
+
+    Raises:
+        UserError: for a folder that holds none, or a damaged one.
+    """
+    from .pipeline import MeanFlowPipeline
+
+    try:
+        return MeanFlowPipeline.from_pretrained(path, low_cpu_mem_usage=False, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"source: got {path}, which cannot be loaded ({str(error).splitlines()[0]}), wanted a folder of "
+            "MeanFlowPipeline.save_pretrained; name another"
+        ) from None
+
+
+def _from_pipeline(path: Path) -> Weights:
+    pipeline = load_pipeline(path, vae=None)
+    net, recipe = pipeline.transformer, pipeline.config.recipe or {}
+    model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
+    config = recipe.get("config", {"model": asdict(model)})
+    config = config | ({"classes": pipeline.config.id2label} if pipeline.config.id2label else {})
+    part, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
+    tensors = {name: full(x) for name, x in net.state_dict().items()}
+    return Weights(tensors, model, config, recipe.get("step", 0), origin, part)
+
+
+def run_config(weights: Weights) -> dict:
+    """A whole run's configuration: the weights' own, or the paper's recipe for what is not known."""
+    known = weights.config
+    return known if "train" in known else to_dict(preset("imagenet-b4")) | known | {"model": asdict(weights.model)}
+
+
+def save_start(weights: Weights, out: Path) -> None:
+    """One safetensors file: to start a run from, to sample from and to evaluate."""
+    save_weights(out, weights.tensors, run_config(weights), weights.step)
+
+
+def save_official(weights: Weights, out: Path) -> None:
+    """A checkpoint (msgpack) of the official code, whose params and ema_params are these weights.
+
+    Raises:
+        UserError: for networks that the official code does not have.
+    """
+    arrays = {NET + key: x for key, x in to_official(weights.tensors).items()}
+    write_flax(out, arrays, arrays, weights.step)
+
+
+def save_zhuyu(weights: Weights, out: Path) -> None:
+    """A .pt file of zhuyu-cs's code, whose model and ema are these weights.
+
+    Raises:
+        UserError: for networks that it does not have, or where it cannot be written.
+    """
+    state = to_zhuyu(weights.tensors, weights.model)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": state, "ema": state, "steps": weights.step}, out)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"out: got {out}, which cannot be written ({error}), wanted room; name another") from None
+
+
+def make_pipeline(
+    weights: Weights, vae: str = "", names: Mapping[int, str] | None = None, scores: list[dict] | None = None
+):
+    """A :class:`meanflow.interop.pipeline.MeanFlowPipeline` of the weights, on the CPU.
+
+    Args:
+        vae: folder of the autoencoder, whose scale becomes that of the latents; without one the pipeline gives latents.
+        names: of the classes (default: those that the run knows from its data).
+        scores: what was measured, for the model card.
+
+    Raises:
+        UserError: where the autoencoder cannot be loaded or has other latents.
+    """
+    from ..data.vae import load_vae
+    from .pipeline import MeanFlowPipeline
+    from .scheduler import MeanFlowScheduler
+    from .transformer import MeanFlowTransformer2DModel
+
+    net = MeanFlowTransformer2DModel(**asdict(weights.model))
+    net.load_state_dict(weights.tensors)
+    data = weights.config.get("data", {})
+    autoencoder = None
+    if vae:
+        autoencoder = load_vae(vae, torch.device("cpu"), "vae")
+        channels, wanted = autoencoder.config.latent_channels, f"{net.in_channels} channels of latents, as the model's"
+        require(
+            channels == net.in_channels, "vae", f"{channels} channels", wanted, "name the autoencoder it learnt from"
+        )
+        autoencoder.register_to_config(scaling_factor=data.get("scale", 0.18215))
+    known = weights.config.get("classes")
+    if names is None and known:
+        names = {int(i): name for i, name in known.items()}
+    # where the data lay is nobody else's business, and the pipeline has the names itself
+    config = {key: value for key, value in weights.config.items() if key != "classes"} | {"data": data | {"path": ""}}
+    recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.part, "config": config}
+    return MeanFlowPipeline(
+        net.eval().requires_grad_(False), MeanFlowScheduler(), autoencoder, names, data.get("pixels", "symmetric"),
+        recipe, scores,
+    )  # fmt: skip
+
+
+def save_pipeline(pipeline, out: Path) -> None:
+    """A pipeline's folder, whole or absent.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    try:
+        pipeline.save_pretrained(out)
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise UserError(f"out: got {out}, which cannot be written ({error}), wanted room; name another") from None
+
+
+def read_names(source: str, classes: int) -> dict[int, str]:
+    """Names of the classes: "imagenet", a JSON object {number: name}, or a text file with a name a line.
+
+    Raises:
+        UserError: where they cannot be read, or name other classes.
+    """
+    names = {int(i): name for i, name in read_class_names(source).items()}
+    wanted = f"names of the classes 0 to {classes - 1}"
+    require(set(names) <= set(range(classes)), "names", f"{len(names)} names", wanted, "correct the file")
+    return names
+
+
+def read_scores(path: Path) -> list[dict]:
+    """The rows of scripts/evaluate.py's report.json, or of its --json, for the model card: plain values.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        report = json.loads(path.read_text())
+        rows = report if isinstance(report, list) else report.get("results", [report])
+        return [{key: _plain(value) for key, value in row.items() if key not in PLACES} for row in rows]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"scores: got {path}, which cannot be read ({error}), wanted a report.json") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict) and "value" in value:  # a score with its interval
+        return value["value"]
+    return " ".join(map(str, value)) if isinstance(value, list) else value

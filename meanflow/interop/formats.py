@@ -1,0 +1,123 @@
+"""What holds weights: found by what it holds, runs read, and their classes' names."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import UserError, nearest, require
+from ..model.build import build_net
+from ..storage import checkpoint as ckpt
+from ..storage.foreign import is_safetensors
+
+CLASSES = "classes.json"
+"""Of a run folder: the names of its data's classes by number, where the data has them."""
+ORBAX = {"manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"}
+
+
+def find_format(path: Path) -> str:
+    """The format of a file or folder, by what it holds; "" for a file of tensors, whose families share their names.
+
+    Raises:
+        UserError: where there is nothing.
+    """
+    require(path.exists(), "source", str(path), "a file or folder", "check the path")
+    if path.is_dir():
+        names = {p.name for p in path.iterdir()}
+        if "model_index.json" in names:
+            return "pipeline"
+        return "official" if names & ORBAX or any(name.startswith("checkpoint_") for name in names) else "run"
+    with path.open("rb") as file:
+        head = file.read(4)
+    if is_safetensors(path):
+        return "run" if _is_ours(path) else ""
+    if head == b"PK\x03\x04" or head[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".ckpt"):
+        return ""
+    # msgpack's map of a few entries is what flax begins with
+    return "official" if path.name.startswith("checkpoint_") or b"\x81" <= head[:1] <= b"\x8f" else "run"
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == ckpt.WEIGHTS_FORMAT
+    except (OSError, SafetensorError):
+        return True  # damaged: let the reader say how
+
+
+def load_run(path: Path, part: str) -> tuple[dict[str, Tensor], dict, Path, int]:
+    """Tensors, configuration, place and step of a checkpoint, of a run folder's last one, or of an exported file."""
+    if path.is_file() or path.suffix == ".safetensors":
+        tensors, config, step = ckpt.load_weights(path)
+        return tensors, config, path, step
+    found = ckpt.checkpoints(path / ckpt.FOLDER) or ckpt.checkpoints(path) or [path]
+    path = found[-1]
+    if not (path / ckpt.HEADER).exists():
+        raise UserError(
+            f"checkpoint: got {path}, where there is none, wanted a run folder, a checkpoint, exported weights or a "
+            "pipeline; train first"
+        )
+    header = ckpt.read_header(path)
+    ckpt.verify(path, header, ema_only=part == "ema")
+    names = known_names(path)
+    config = header.config | ({"classes": names} if names else {})
+    return ckpt.load_part(path, part), config, path, header.step
+
+
+def known_names(path: Path) -> dict[str, str]:
+    """Names of the classes by number that weights have with them: a checkpoint's run, a file, a pipeline; else none."""
+    kind = find_format(path)
+    if kind == "pipeline":
+        return json.loads((path / "model_index.json").read_text()).get("id2label") or {}
+    if kind != "run":
+        return {}
+    if path.is_dir():
+        names = next((p for p in (path / CLASSES, home(path) / CLASSES) if p.exists()), None)
+        return read_names(str(names)) if names else {}
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"]).get("classes", {})
+
+
+def read_names(source: str) -> dict[str, str]:
+    """Names of classes by number: "imagenet", a JSON object {number: name}, or a text file with a name a line.
+
+    Raises:
+        UserError: where they cannot be read.
+    """
+    path = Path(__file__).with_name("imagenet_classes.txt") if source == "imagenet" else Path(source)
+    try:
+        text = path.read_text()
+        names = json.loads(text) if path.suffix == ".json" else dict(enumerate(text.splitlines()))
+        return {str(int(i)): str(name) for i, name in names.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"names: got {source}, which cannot be read ({error}), wanted imagenet, JSON or a name a line; correct it"
+        ) from None
+
+
+def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
+    """Raise unless the tensors are those of the network, none missing, unknown or of another shape.
+
+    Raises:
+        UserError: naming one that is not, and the two names nearest to an unknown one.
+    """
+    with torch.device("meta"):
+        wanted = {name: x.shape for name, x in build_net(model).state_dict().items()}
+    found = {name: x.shape for name, x in tensors.items()}
+    strange = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if not strange:
+        return
+    name = min(strange, key=lambda name: (name in wanted, name))  # an unknown one says more than a missing one
+    near = "" if name in wanted else f", nearest to it {nearest(name, wanted)}"
+    raise UserError(
+        f"checkpoint: got {len(strange)} tensors missing, too many or of another shape, such as {[name]}{near}, "
+        f"wanted the network {model.name}; is it whole, and of this format?"
+    )
+
+
+def home(path: Path) -> Path:
+    """The folder for what is made of weights: their run's, or the one that they lie in."""
+    return path.parent.parent if path.parent.name == ckpt.FOLDER else path.parent

@@ -1,0 +1,69 @@
+"""The one loader of weights to sample from, to evaluate, to export and to start from.
+
+run       a run folder, a checkpoint, or weights exported from one, whatever the file is called
+pipeline  a folder of MeanFlowPipeline
+official  a checkpoint of the official JAX code (flax)
+""        a file of tensors whose family only its owner knows: see :mod:`meanflow.interop.convert`
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import DataConfig, RunConfig, from_dict
+from ..errors import require
+from ..model.build import build_net, fill
+from ..model.dit import DiT
+from .formats import check_whole, find_format, load_run
+
+
+def load_checkpoint(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], dict, Path, int]:
+    """The weights ("ema" or "model") of whatever tells itself what it is: tensors, a run's configuration as a dict,
+    where from (of a run folder, its last checkpoint) and step.
+
+    Raises:
+        UserError: where there is nothing, or something damaged or foreign, or a file of one of several families.
+    """
+    kind = find_format(path) if path.exists() else "run"
+    require(
+        kind != "", "checkpoint", str(path), "a run folder, a checkpoint, exported weights or a pipeline",
+        "convert such a file by scripts/convert.py --to weights --format sit, dit or zhuyu",
+    )  # fmt: skip
+    if kind == "run":
+        tensors, config, path, step = load_run(path, part)
+        check_whole(tensors, from_dict(config).model)
+        return tensors, config, path, step
+    from . import convert  # which needs the packages of others
+
+    weights = convert.load(path, kind, part)
+    return weights.tensors, convert.run_config(weights), path, weights.step
+
+
+def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:
+    """The network with the averaged weights of :func:`load_checkpoint`, its configuration, where from and step.
+
+    Raises:
+        UserError: as :func:`load_checkpoint`.
+    """
+    weights, values, found, step = load_checkpoint(path)
+    config = from_dict(values)
+    if (path / "vae" / "config.json").exists():
+        config = replace(config, data=_with_vae(config.data, path))
+    net = build_net(config.model)
+    fill(net, weights, found)
+    return net.to(device).eval().requires_grad_(False), config, found, step
+
+
+def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:
+    """The data whose latents a pipeline's own autoencoder decodes."""
+    values, vae = json.loads((pipeline / "model_index.json").read_text()), pipeline / "vae"
+    known = json.loads((vae / "config.json").read_text())
+    shifted = [name for name in ("shift_factor", "latents_mean", "latents_std") if known.get(name) is not None]
+    require(not shifted, "checkpoint", f"an autoencoder with {shifted}", "a scaling_factor alone", "call the pipeline")
+    return replace(
+        data, name="latents", path="", vae=str(vae), scale=known.get("scaling_factor", data.scale),
+        pixels=values.get("pixels") or data.pixels,
+    )  # fmt: skip

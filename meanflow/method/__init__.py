@@ -1,0 +1,1 @@
+"""MeanFlow itself: times, objective, which samples need which pass, sampling."""

@@ -1,0 +1,175 @@
+"""The MeanFlow training target and loss (arXiv 2505.13447, Algorithm 1 and section 4.2).
+
+x data, e noise, z = (1 - t) x + t e, v = e - x, u(z, r, t) average velocity, sg stop-gradient. Tensors are
+(B, channels, height, width), times and losses (B,).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ObjectiveConfig
+from .plan import Plan, whole_batch
+from .terms import Terms
+
+# (net, (z, r, t), (z_dot, r_dot, t_dot), y, start) -> u, du_dt; the directions are those of the samples from start on
+Jvp = Callable[[nn.Module, tuple, tuple, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def func_jvp(net, primals, tangents, y, start=0):
+    """u and du/dt by torch.func.jvp, for any network; autograd records the derivative, and of all samples."""
+
+    def whole(x, x_dot):
+        out = torch.zeros_like(x)
+        if x_dot is not None:
+            out[start:] = x_dot
+        return out
+
+    tangents = tuple(whole(x, x_dot) for x, x_dot in zip(primals, tangents, strict=True))
+    u, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), primals, tangents)
+    return u, du_dt[start:]
+
+
+def pair_jvp(net, primals, tangents, y, start=0):
+    """u and du/dt by the network's explicit pairs: nothing is recorded for the derivative."""
+    if start == len(y):
+        return net(*primals, y), primals[0][start:]
+    return net(*primals, y, tangents=tangents, tangent_start=start)
+
+
+def drop_mask(config: ObjectiveConfig, uniforms: Tensor) -> Tensor:
+    """Which samples of a device's batch train on the null class, from one uniform number a sample (B,)."""
+    drop = uniforms < config.label_drop
+    if config.drop_placement == "bernoulli":
+        return drop
+    return torch.arange(len(drop), device=drop.device) < drop.sum()
+
+
+def mix(config: ObjectiveConfig, v: Tensor, u_null: Tensor, u_cond: Tensor | None) -> Tensor:
+    """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null) (paper, appendix B.1).
+
+    u_cond None is kappa 0.
+    """
+    v_g = config.omega * v + (1 - config.omega - config.kappa) * u_null
+    return v_g if u_cond is None else v_g + config.kappa * u_cond
+
+
+class Guidance(NamedTuple):
+    """The network's own predictions at h = 0, for the samples that are guided."""
+
+    config: ObjectiveConfig
+    plan: Plan
+    predictions: Tensor
+    """(G, ...), a row for each row of the plan."""
+
+    @classmethod
+    @torch.no_grad()
+    def predict(cls, config: ObjectiveConfig, net: nn.Module, z: Tensor, t: Tensor, y: Tensor, plan: Plan):
+        """One forward of all rows; none at all without rows."""
+        if not len(plan.rows):
+            return cls(config, plan, z[:0])
+        t = t[plan.rows]
+        y = torch.where(plan.null, net.num_classes, y[plan.rows])
+        return cls(config, plan, net(z[plan.rows], t, t, y))
+
+    def velocity(self, v: Tensor, u: Tensor | None, samples: slice) -> Tensor:
+        """The guided velocity of some samples.
+
+        u is the primal pass of the same samples; None where the plan has none of them take it for a prediction.
+        """
+        plan, v = self.plan, v[samples]
+        if not len(plan.rows):
+            # every guided sample has rows of its own
+            return v
+        cond_row, u_cond = plan.cond_row[samples], None
+        if self.config.kappa:
+            u_cond = self.predictions[cond_row.clamp(min=0)]
+            if u is not None:
+                u_cond = torch.where(_column(cond_row < 0, v), u, u_cond)
+        v_g = mix(self.config, v, self.predictions[plan.null_row[samples]], u_cond)
+        return torch.where(_column(plan.guided[samples], v), v_g, v)
+
+
+def meanflow_terms(
+    config: ObjectiveConfig,
+    net: nn.Module,
+    x: Tensor,
+    e: Tensor,
+    r: Tensor,
+    t: Tensor,
+    y: Tensor,
+    drop: Tensor,
+    plan: Plan | None = None,
+    *,
+    guide: nn.Module | None = None,
+    jvp: Jvp = pair_jvp,
+) -> Terms:
+    """The loss of a batch whose noise, times and dropped labels are given.
+
+    Args:
+        net: u(z, r, t, y) with an attribute num_classes, the null class.
+        x, e: data and noise. r, t: times. y: labels, int64. drop: (B,) bool, who trains on the null class.
+        plan: which samples need which pass (`Planner.plan`); None is the official step, each on every sample. The
+            numbers are the same.
+        guide: the network that predicts guidance; None is net itself.
+        jvp: how the derivative is taken.
+    """
+    plan = whole_batch(config, r, t, drop) if plan is None else plan
+    if plan.order is not None:
+        x, e, r, t, y, drop = (a[plan.order] for a in (x, e, r, t, y, drop))
+    t_ = _column(t, x)
+    z = (1 - t_) * x + t_ * e
+    v = e - x
+    equal, rest = slice(0, plan.start), slice(plan.start, None)
+    guidance = Guidance.predict(config, net if guide is None else guide, z, t, y, plan)
+    v_g_rest = guidance.velocity(v, None, rest)
+
+    direction = (v_g_rest, *(torch.full_like(t[rest], rate) if rate else None for rate in config.tangent))
+    u, du_dt = jvp(net, (z, r, t), direction, torch.where(drop, net.num_classes, y), plan.start)
+    u_sg, du_dt = u.detach(), du_dt.detach()
+    gap = (t - r).clamp(0, 1) if config.clip_gap else t - r
+    # the MeanFlow identity as a target (Eq. 10); where r = t it is the velocity
+    v_g_equal = guidance.velocity(v, u_sg[equal], equal)
+    u_tgt = torch.cat([v_g_equal, v_g_rest - _column(gap[rest], x) * du_dt])
+
+    raw = (u - u_tgt).square().flatten(1).sum(1)
+    weight = (raw.detach() + config.norm_c) ** config.norm_p  # appendix B.2
+    return Terms(
+        loss=(raw / weight).mean(),
+        raw=raw.detach(),
+        weight=weight,
+        v_loss=(u_sg - v).square().flatten(1).sum(1),
+        equal=r == t,
+        u=u_sg,
+        du_dt=du_dt,
+        u_tgt=u_tgt,
+        v_g=torch.cat([v_g_equal, v_g_rest]),
+    )
+
+
+class MeanFlowLoss(nn.Module):
+    """:func:`meanflow_terms` as one module, so that all passes of a step are one call to compile, or to wrap in DDP.
+
+    Args:
+        net: the network in training. config: of the objective.
+        guide: the network that predicts guidance, for weights other than net's; it is not trained.
+    """
+
+    def __init__(self, config: ObjectiveConfig, net: nn.Module, guide: nn.Module | None = None):
+        super().__init__()
+        self.config, self.net = config, net
+        # in a tuple, which keeps it out of the module's parameters
+        self._guide = (guide,)
+
+    def forward(
+        self, x: Tensor, e: Tensor, r: Tensor, t: Tensor, y: Tensor, drop: Tensor, plan: Plan | None = None
+    ) -> Terms:
+        """The arguments of :func:`meanflow_terms`."""
+        return meanflow_terms(self.config, self.net, x, e, r, t, y, drop, plan, guide=self._guide[0])
+
+
+def _column(a: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1)."""
+    return a.reshape(-1, *[1] * (like.ndim - 1))

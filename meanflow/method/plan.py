@@ -1,0 +1,181 @@
+"""Which samples of a batch need which pass of the network.
+
+The official step runs every pass on every sample. Much of that is multiplied by zero or computed twice: where r = t
+the factor of the derivative is zero and u(z, t, t | y) is the primal pass itself; without a label, or outside the
+guidance interval, no guidance is used. A plan says what is left. It is made on the host from the times and dropped
+labels, before the device is asked for anything.
+
+A group's size decides the shapes of a step, so groups are padded to a few declared sizes: whoever compiles or captures
+the step knows all of them beforehand.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import ObjectiveConfig
+from ..errors import require
+from .times import equal_prefix
+
+SIZES_PER_BATCH = 8
+"""Groups grow in steps of an eighth of the batch: padding then costs a sixteenth of a forward pass on average."""
+
+
+class Plan(NamedTuple):
+    """A step's passes, for B samples in planned order: those that need no derivative come first."""
+
+    tangent: Tensor
+    """The samples that get the derivative (n,) int64: the last of the order. All others have r = t."""
+    order: Tensor | None
+    """The planned order (B,) int64; None where the batch has it already."""
+    guided: Tensor
+    """Whether a sample's target is guided (B,) bool."""
+    rows: Tensor
+    """The sample of each row of the guidance forward (G,) int64. Padding repeats one."""
+    null: Tensor
+    """Whether a row of the guidance forward is on the null class (G,) bool."""
+    null_row: Tensor
+    """Where a guided sample's u(z, t, t | null) is in the guidance forward (B,) int64."""
+    cond_row: Tensor
+    """Where its u(z, t, t | y) is (B,) int64, or -1: it is the primal pass."""
+
+    @property
+    def start(self) -> int:
+        """The first sample that gets the derivative."""
+        return len(self.guided) - len(self.tangent)
+
+    def to(self, device: torch.device) -> "Plan":
+        """On another device; nothing waits."""
+        return Plan(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+
+
+def guided_mask(config: ObjectiveConfig, t: Tensor, drop: Tensor) -> Tensor:
+    """Which samples are guided (B,): t within the interval, both ends included, and the label not dropped."""
+    inside = (config.guidance_start <= t) & (t <= config.guidance_end)
+    if not config.guided:
+        inside = torch.zeros_like(inside)
+    return inside if config.guide_dropped else inside & ~drop
+
+
+class Planner:
+    """Makes the plans of one device's batches.
+
+    Args:
+        config: of the objective.
+        batch: samples B, of a device or of a micro-batch.
+        prefixes: how many samples at the start of a batch may be known to have r = t; None is the official number.
+    """
+
+    def __init__(self, config: ObjectiveConfig, batch: int, prefixes: Iterable[int] | None = None):
+        self.config, self.batch = config, batch
+        self._prefixes = {equal_prefix(config, batch)} if prefixes is None else set(prefixes)
+        # torch specialises a compiled region on a dimension of one
+        self.granule = max(2, -(-batch // SIZES_PER_BATCH))
+        self.tangent_sizes = self._tangent_sizes()
+        self.guidance_sizes = self._guidance_sizes()
+
+    def _multiples(self, most: int) -> tuple[int, ...]:
+        return (*range(0, most, self.granule), most)
+
+    def _tangent_sizes(self) -> tuple[int, ...]:
+        if self.config.equal_placement == "first":
+            return tuple(sorted(self.batch - prefix for prefix in self._prefixes))
+        return self._multiples(self.batch)
+
+    def _guidance_sizes(self) -> tuple[int, ...]:
+        config, conditional = self.config, 0
+        if not config.guided:
+            return (0,)
+        if config.kappa:
+            conditional = self.batch if config.guide_dropped or not self._primal_serves else self.tangent_sizes[-1]
+        most = self.batch + conditional
+        always = (config.guidance_start, config.guidance_end) == (0, 1)
+        if always and config.label_drop == 0 and len(self.tangent_sizes) == 1:
+            return (most,)
+        # never none: one shape less to compile, and devices that share one network's weights call it equally often
+        return self._multiples(most)[1:]
+
+    @property
+    def _primal_serves(self) -> bool:
+        """Whether the primal pass is a conditional prediction where r = t: of the weights that guide."""
+        return self.config.guidance_weights == "current"
+
+    def plan(self, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
+        """The passes of a batch.
+
+        Args:
+            r, t: times (B,), on the CPU. drop: (B,) bool, who trains on the null class.
+
+        Raises:
+            UserError: for another batch size, or r < t where the configuration promises r = t.
+        """
+        require(len(t) == self.batch, "batch", len(t), f"the plan's {self.batch}", "make a Planner for each size")
+        unequal, order = r != t, None
+        if self.config.equal_placement == "bernoulli":
+            start = self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
+            order = unequal.int().argsort(stable=True)
+            t, drop = t[order], drop[order]
+        else:
+            known = (start for start in self._prefixes if not unequal[:start].any())
+            start = max(known, default=None)
+            require(start is not None, "r", "r < t", f"r = t in the first {min(self._prefixes)} samples",
+                    "set objective.equal_placement to bernoulli")  # fmt: skip
+        return self._guidance(guided_mask(self.config, t, drop), drop, start, order)
+
+    def _guidance(self, guided: Tensor, drop: Tensor, start: int, order: Tensor | None) -> Plan:
+        sample = torch.arange(self.batch)
+        null = sample[guided]
+        conditional = guided & bool(self.config.kappa)
+        if self._primal_serves:
+            conditional &= (sample >= start) | drop
+        rows = torch.cat([null, sample[conditional]])
+        padding = _padded(len(rows), self.guidance_sizes) - len(rows)
+        null_row, cond_row = torch.zeros_like(sample), torch.full_like(sample, -1)
+        null_row[null] = torch.arange(len(null))
+        cond_row[conditional] = torch.arange(len(null), len(rows))
+        return Plan(
+            tangent=sample[start:],
+            order=order,
+            guided=guided,
+            rows=torch.cat([rows, rows.new_zeros(padding)]),
+            null=torch.arange(len(rows) + padding) < len(null),
+            null_row=null_row,
+            cond_row=cond_row,
+        )
+
+    def example(self, guidance_size: int, tangent_size: int | None = None) -> Plan:
+        """A plan of given sizes, to compile or count a step with; what it computes means nothing."""
+        start = self.batch - (self.tangent_sizes[-1] if tangent_size is None else tangent_size)
+        sample = torch.arange(self.batch)
+        rows = torch.arange(guidance_size) % self.batch
+        return Plan(
+            tangent=sample[start:],
+            order=None if self.config.equal_placement == "first" else sample,
+            guided=torch.full((self.batch,), guidance_size > 0),
+            rows=rows,
+            null=rows >= 0,
+            null_row=sample % max(guidance_size, 1),
+            cond_row=torch.where(sample < start, -1, 0),
+        )
+
+
+def whole_batch(config: ObjectiveConfig, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
+    """The official step: each pass on every sample."""
+    sample = torch.arange(len(t), device=t.device)
+    passes = 0 if not config.guided else 2 if config.kappa else 1
+    return Plan(
+        # a tensor of its own: a compiled region would take one that is passed twice for a case of its own
+        tangent=sample.clone(),
+        order=None,
+        guided=guided_mask(config, t, drop),
+        rows=sample.repeat(passes),
+        null=torch.arange(passes * len(t), device=t.device) < len(t),
+        null_row=sample,
+        cond_row=sample + len(t) if config.kappa else torch.full_like(sample, -1),
+    )
+
+
+def _padded(count: int, sizes: tuple[int, ...]) -> int:
+    return next(size for size in sizes if size >= count)

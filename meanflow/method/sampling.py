@@ -1,0 +1,92 @@
+"""Images from noise: z_r = z_t - (t - r) u(z_t, r, t), from t = 1 to r = 0 in one step or several."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require
+from ..graph import Graph
+
+
+def even_times(num_steps: int) -> tuple[float, ...]:
+    """num_steps equal steps from 1 to 0. (The official default schedule takes one step whatever the number.)"""
+    require(num_steps >= 1, "steps", num_steps, "a positive whole number", "1 is MeanFlow's one-step generation")
+    return tuple(1 - i / num_steps for i in range(num_steps)) + (0.0,)
+
+
+def check_times(times: Sequence[float]) -> tuple[float, ...]:
+    """The schedule, if it falls strictly within [0, 1].
+
+    Raises:
+        UserError: otherwise.
+    """
+    times = tuple(float(t) for t in times)
+    falls = len(times) >= 2 and all(a > b for a, b in zip(times, times[1:], strict=False))
+    require(
+        falls and times[0] <= 1 and times[-1] >= 0,
+        "times", times, "at least two falling times in [0, 1]", "for instance 1 0.5 0",
+    )  # fmt: skip
+    return times
+
+
+def take_step(net: nn.Module, z: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+    """z_r (B, channels, height, width) from z_t and labels y (B,), by one evaluation of the network; t, r (B,)."""
+    return z - (t - r)[:, None, None, None] * net(z, r, t, y)
+
+
+class Sampler:
+    """:func:`sample` for many batches, compiled or captured once for each of their shapes.
+
+    Args:
+        net: the network; in ``net.to(torch.bfloat16)`` matrix products and the stream between blocks are bf16, the
+            latents stay in the noise's dtype. Once captured, its weights may change but not move.
+        compile: torch.compile the step, for up to torch's limit of eight shapes of a network.
+        cuda_graph: capture the step: at small batches a GPU otherwise waits for the host. One graph serves every
+            number of steps, for the times are inputs.
+
+    A diffusers pipeline is compiled in diffusers' way, ``pipeline.transformer.compile(fullgraph=True, dynamic=False)``,
+    and captured by ``mode="reduce-overhead"`` beside these; its decoder by ``pipeline.vae.decoder.compile(...)``.
+    """
+
+    def __init__(self, net: nn.Module, *, compile: bool = False, cuda_graph: bool = False):
+        self.net, self.cuda_graph = net, cuda_graph
+        self._step = torch.compile(take_step, fullgraph=True, dynamic=False) if compile else take_step
+        self._graphs: dict[tuple, Graph] = {}
+        self._pool = None
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
+        """Latents, as :func:`sample` gives them.
+
+        Raises:
+            UserError: for times that do not fall within [0, 1], and for a CUDA graph without a GPU.
+        """
+        z = noise
+        for t, r in zip(times, check_times(times)[1:], strict=False):
+            t, r = (torch.full_like(z[:, 0, 0, 0], time) for time in (t, r))
+            z = self._run((z, t, r, y))
+        # the next call overwrites what a graph returns
+        return z.clone() if self.cuda_graph else z
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        if not self.cuda_graph:
+            return self._step(self.net, *inputs)
+        z, *_, y = inputs
+        require(z.is_cuda, "cuda_graph", True, f"a GPU to capture on, not {z.device}", "leave it out, or move to a GPU")
+        key = (z.shape, z.dtype, y.dtype)
+        if key not in self._graphs:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            # by hand first: it compiles and loads the kernels, which a capture must not do
+            self._step(self.net, *inputs)
+            self._graphs[key] = Graph(lambda held: self._step(self.net, *held), inputs, self._pool)
+        return self._graphs[key](inputs)
+
+
+def sample(net: nn.Module, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
+    """Latents (B, channels, height, width) from noise of the same shape and labels y (B,), without guidance.
+
+    Args:
+        times: the schedule, falling from 1 to 0; one evaluation of the network between each two.
+    """
+    return Sampler(net)(noise, y, times)

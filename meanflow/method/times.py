@@ -1,0 +1,42 @@
+"""The times (r, t) of a training batch."""
+
+import torch
+from torch import Tensor
+
+from ..config import ObjectiveConfig
+from ..draws import Draws, Stream
+
+
+def equal_count(batch: int, share_equal: float) -> int:
+    """How many samples of a device's batch have r = t: the official truncated product."""
+    return int(batch * share_equal)
+
+
+def equal_prefix(config: ObjectiveConfig, batch: int) -> int:
+    """How many samples at the start of a device's batch are known to have r = t, whatever is drawn."""
+    return equal_count(batch, config.share_equal) if config.equal_placement == "first" else 0
+
+
+def equal_mask(config: ObjectiveConfig, draws: Draws) -> Tensor:
+    """(B,) bool, which samples have r = t."""
+    samples = draws.samples
+    if config.equal_placement == "bernoulli":
+        return draws.uniform(Stream.EQUAL) < config.share_equal
+    return torch.arange(len(samples), device=samples.device) < equal_prefix(config, len(samples))
+
+
+def draw_times(config: ObjectiveConfig, draws: Draws) -> tuple[Tensor, Tensor]:
+    """The times r <= t, each (B,) fp32, of the samples of one device's batch (paper, section 4.3)."""
+    draw = draws.normal if config.time_distribution == "logit_normal" else draws.uniform
+    return arrange_times(draw(Stream.TIME_A), draw(Stream.TIME_B), equal_mask(config, draws), config)
+
+
+def arrange_times(a: Tensor, b: Tensor, equal: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Two base draws (B,) a sample, normal or uniform, to r <= t: mapped, sorted, r = t where equal says so."""
+    if config.time_distribution == "logit_normal":
+        a = (a * config.time_std + config.time_mean).sigmoid()
+        b = (b * config.time_std + config.time_mean).sigmoid()
+    t, r = torch.maximum(a, b), torch.minimum(a, b)
+    if config.equal_time == "single":
+        t = torch.where(equal, a, t)
+    return torch.where(equal, t, r), t

@@ -1,0 +1,1 @@
+"""Networks, written once on (primal, tangent) pairs."""

@@ -1,0 +1,380 @@
+"""The diffusion transformer of MeanFlow, u(z, r, t | y), written once on (primal, tangent) pairs.
+
+Letters: B batch, L tokens, C model width, H heads, D head width, p patch. A plain forward is a dual forward whose
+tangents are absent. Class and parameter names are DiT's (Peebles & Xie, arXiv 2212.09748); the architecture is the
+one of the official MeanFlow code (Gsunshine/meanflow).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meanflow_kernels import (
+    adaln_jvp,
+    attention_qkv_jvp,
+    bias_gelu_jvp,
+    gate_adaln_jvp,
+    linear_jvp,
+    silu_jvp,
+    timestep_embedding_jvp,
+)
+from meanflow_kernels.dual import guard
+
+from .copies import by_copy
+from .pairs import Dual, dual, on
+
+TIME_FEATURES = 256
+LABEL_STD = TIME_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """A linear layer on pairs, computed in its input's dtype.
+
+    The buffer ``copy`` holds the weight in that dtype, where an optimizer keeps it (`DiT.make_copies`); else there is
+    none, and each call casts the weight.
+    """
+
+    def keep_copy(self, dtype: torch.dtype) -> Tensor:
+        """Keep a copy of the weight, for an optimizer to keep up to date."""
+        self.register_buffer("copy", self.weight.detach().to(dtype), persistent=False)
+        return self.copy
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if hasattr(self, "copy"):
+            self.copy.copy_(self.weight.detach())
+
+    def forward(self, x: Dual) -> Dual:
+        """x (..., in_features) -> (..., out_features)."""
+        return self._product(x, self.bias.to(x.primal.dtype))
+
+    def _product(self, x: Dual, bias: Tensor | None) -> Dual:
+        dtype = x.primal.dtype
+        kept = hasattr(self, "copy") and self.copy.dtype == dtype
+        weight = by_copy(self.weight, self.copy) if kept else self.weight.to(dtype)
+        return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
+
+
+class LinearGelu(Linear):
+    """A linear layer and its tanh-GELU, whose kernel adds the bias."""
+
+    def forward(self, x: Dual) -> Dual:
+        """x (..., in_features) -> (..., out_features)."""
+        return on(bias_gelu_jvp, self._product(x, None), bias=self.bias)
+
+
+class SiLU(nn.Module):
+    """SiLU on pairs."""
+
+    def forward(self, x: Dual) -> Dual:
+        """x of any shape -> the same."""
+        return on(silu_jvp, x)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution of patches that do not overlap, on pairs, as the linear map it is."""
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        weight = self.weight.flatten(1).to(dtype)
+        patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
+        bias = self.bias.to(dtype)
+        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of p x p pixels to tokens, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = PatchConv(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        return self.proj(z, dtype)
+
+
+def _patchify(x: Tensor, p: int) -> Tensor:
+    b, c, height, width = x.shape
+    x = x.reshape(b, c, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
+
+
+def _unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
+    x = x.reshape(x.shape[0], grid, grid, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)  # channel was fastest
+
+
+class TimestepEmbedder(nn.Module):
+    """A scalar time in [0, 1], unscaled, to a vector."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Dual, dtype: torch.dtype) -> Dual:
+        """t (B,) -> (B, C)."""
+        return self.mlp(on(timestep_embedding_jvp, t, dim=TIME_FEATURES).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A class to a vector; the last row is the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B,) -> (B, C)."""
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Dual) -> Dual:
+        """x (B, L, C) -> (B, L, C)."""
+        qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
+        o = on(attention_qkv_jvp, qkv)  # (B, L, H, D)
+        return self.proj(o.map(lambda a: a.flatten(2)))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, hidden_size: int, mlp_hidden: int):
+        super().__init__()
+        self.fc1 = LinearGelu(hidden_size, mlp_hidden)
+        self.fc2 = Linear(mlp_hidden, hidden_size)
+
+    def forward(self, x: Dual) -> Dual:
+        """x (B, L, C) -> (B, L, C)."""
+        return self.fc2(self.fc1(x))
+
+
+def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
+    # DiT's names count a SiLU, which is the same for all layers: the network applies it once
+    return nn.Sequential(nn.Identity(), Linear(hidden_size, parts * hidden_size))
+
+
+class Stream(NamedTuple):
+    """The residual stream between blocks: x + gate * branch, not yet added up: the sum fuses into the next adaLN."""
+
+    x: Dual
+    branch: Dual | None = None
+    gate: Dual | None = None
+
+    def adaln(self, shift: Dual, scale: Dual, dtype: torch.dtype) -> tuple[Dual, Dual]:
+        """The stream added up (B, L, C), and its LayerNorm modulated by shift and scale (B, C), in dtype."""
+        if self.branch is None:
+            return self.x, on(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
+        return on(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, checkpointed: bool = False):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = _modulation(hidden_size, 6)
+
+    def forward(self, stream: Stream, c: Dual) -> Stream:
+        """stream of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
+        # inside the block, so that its hooks (FSDP's) run once a pass
+        if self.checkpointed and torch.is_grad_enabled():
+            return _checkpointed(self._branches, stream, c)
+        return self._branches(stream, c)
+
+    def _branches(self, stream: Stream, c: Dual) -> Stream:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6)
+        x, h = stream.adaln(shift_msa, scale_msa, c.primal.dtype)
+        x, h = Stream(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, c.primal.dtype)
+        return Stream(x, self.mlp(h), gate_mlp)
+
+
+def _checkpointed(branches: Callable[[Stream, Dual], Stream], stream: Stream, c: Dual) -> Stream:
+    """branches(stream, c), which backward computes again instead of keeping what it saves."""
+    if torch.compiler.is_compiling():
+        return checkpoint(branches, stream, c, use_reentrant=False, preserve_rng_state=False)
+    # what is saved depends on the primals alone: neither keep the tangents for the second time nor compute them
+    duals = [(stream, c)]
+
+    def run(*primals: Tensor | None) -> Stream:
+        if duals:
+            return branches(*duals.pop())
+        *stream, c = (None if x is None else Dual(x) for x in primals)
+        return branches(Stream(*stream), c)
+
+    primals = (None if x is None else x.primal for x in (*stream, c))
+    return checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
+
+
+class FinalLayer(nn.Module):
+    """The last adaLN and the projection to pixels."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = _modulation(hidden_size, 2)
+
+    def forward(self, stream: Stream, c: Dual) -> Dual:
+        """stream of (B, L, C) -> (B, L, p p channels)."""
+        shift, scale = self.adaLN_modulation(c).split(2)
+        _, h = stream.adaln(shift, scale, c.primal.dtype)
+        return self.linear(h)
+
+
+class DiT(nn.Module):
+    """u(z, r, t | y): the average velocity from t back to r.
+
+    Args:
+        input_size: height and width of the latents. patch_size: p. in_channels: channels of the latents.
+        hidden_size, depth, num_heads, mlp_ratio: the transformer.
+        num_classes: classes without the null class, whose label is ``num_classes``.
+        time_embedding: which of "t", "r" and "h" (= t - r) are embedded, each by its own MLP (paper, Table 1c).
+        compute_dtype: dtype of matrix products and attention; None is the parameters' dtype. The residual stream,
+            LayerNorm statistics, time features and the output keep the parameters' dtype.
+        checkpoint_blocks: compute each block a second time in backward, and keep only its inputs until then.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        time_embedding: tuple[str, ...] = ("t", "h"),
+        compute_dtype: torch.dtype | None = None,
+        checkpoint_blocks: bool = False,
+    ):
+        super().__init__()
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes = num_classes
+        self.time_embedding = tuple(time_embedding)
+        self.compute_dtype = compute_dtype
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        for time in self.time_embedding:
+            self.add_module(f"{time}_embedder", TimestepEmbedder(hidden_size))
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, checkpoint_blocks) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        # on the default device, whichever the parameters are on: what loads weights later knows of no table
+        table = position_table(hidden_size, input_size // patch_size, dtype=torch.get_default_dtype())
+        self.register_buffer("pos_embed", table, persistent=False)
+        self.init_weights()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, also where hooks keep some of them in another until they are used."""
+        return self.pos_embed.dtype
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """The official one: Xavier uniform, N(0, 0.02) for times and labels, zeros for adaLN and the last layer."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                nn.init.zeros_(module.bias)
+        for time in self.time_embedding:
+            mlp = self.get_submodule(f"{time}_embedder").mlp
+            nn.init.normal_(mlp[0].weight, std=TIME_STD, generator=generator)
+            nn.init.normal_(mlp[2].weight, std=TIME_STD, generator=generator)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=LABEL_STD, generator=generator)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def make_copies(self) -> list[Tensor | None]:
+        """Keep the weights of the linear layers in compute_dtype too, for an optimizer to keep up to date.
+
+        Returns:
+            The copies in the order of parameters(), None for a parameter without one.
+        """
+        copies = {}
+        for module in self.modules():
+            if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
+                copies[module.weight] = module.keep_copy(self.compute_dtype)
+        return [copies.get(p) for p in self.parameters()]
+
+    def forward(
+        self,
+        z: Tensor,
+        r: Tensor,
+        t: Tensor,
+        y: Tensor,
+        tangents: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+        tangent_start: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The average velocity, and its derivative along a direction if one is given.
+
+        Args:
+            z: noised latents (B, channels, size, size). r, t: times (B,), 0 <= r <= t <= 1. y: labels (B,), int64.
+            tangents: direction (z_dot, r_dot, t_dot) for the samples that need it; an entry None is zero. No gradient
+                flows through it.
+            tangent_start: the first sample that has a tangent, where not the whole batch has one.
+
+        Returns:
+            u, shaped like z; with tangents, (u, u_dot), where u_dot has a row for each row of the tangents.
+        """
+        dtype = self.compute_dtype or self.dtype
+        z_dot, r_dot, t_dot = tangents or (None, None, None)
+        z, r, t = Dual(z, z_dot, tangent_start), Dual(r, r_dot, tangent_start), Dual(t, t_dot, tangent_start)
+
+        x = self.x_embedder(z, dtype).to(self.dtype)
+        x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
+        c = on(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
+        stream = Stream(x)
+        for block in self.blocks:
+            stream = block(stream, c)
+        u = self.final_layer(stream, c).to(self.dtype)
+        grid = self.input_size // self.patch_size
+        u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))
+        return u if tangents is None else (u, guard(u_dot, u))
+
+    def _condition(self, r: Dual, t: Dual, y: Tensor, dtype: torch.dtype) -> Dual:
+        times = {"t": t, "r": r, "h": t + r.map(torch.neg)}
+        c = Dual(self.y_embedder(y))  # (B, C)
+        for time in self.time_embedding:
+            c = c + self.get_submodule(f"{time}_embedder")(times[time], dtype).to(self.dtype)
+        return c
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.renew_position_table(self.pos_embed.dtype)
+        return self
+
+    def renew_position_table(self, dtype: torch.dtype) -> None:
+        """Compute the table of positions where it lies: a cast one would keep the old precision's rounding."""
+        grid, width, device = self.input_size // self.patch_size, self.pos_embed.shape[1], self.pos_embed.device
+        self.pos_embed = position_table(width, grid, dtype=dtype, device=device)
+
+
+def position_table(width: int, grid: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Fixed sin-cos positions (grid^2, width), rounded once to dtype (MAE's table, as DiT uses it).
+
+    The column is in the first half of the channels, the row in the second, each as sines then cosines.
+    """
+    quarter = width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64, device=device)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], -1)  # (grid, width / 2)
+    columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)
+    return torch.cat([columns, rows], -1).to(dtype)

@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints, records beside results, and the files of others."""

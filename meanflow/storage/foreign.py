@@ -1,0 +1,161 @@
+"""State dicts of others: read safely, found in whatever holds them, under plain names.
+
+What wraps a network puts words into its parameters' names, what saves it puts it into a dict of many things:
+
+    module. (DDP, AveragedModel)   _orig_mod. (torch.compile)   _fsdp_wrapped_module. ...   anywhere, dropped
+    model.  net.  ema.  ...        in front, whatever they are: found by the one name that every such network has
+    n_averaged, decay, step ...    counters beside the parameters, dropped
+    {"model": ..., "ema": ..., "opt": ...}, {"state_dict": ...}   looked into
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserError, nearest
+
+ANCHOR = "x_embedder.proj.weight"
+"""A name that a DiT and a SiT have, and nothing else in a checkpoint."""
+WRAPPERS = {
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module",
+}  # fmt: skip
+AVERAGES = {"ema", "average", "averaged", "avg", "shadow", "swa"}
+COUNTERS = ("steps", "step", "global_step", "train_steps")
+DEEPEST = 8
+"""Levels of dicts that are looked into; a file may hold one that holds itself."""
+
+
+class Network(NamedTuple):
+    """A network found in a file."""
+
+    where: str
+    """What stood before its names, such as "ema." or ""."""
+    tensors: dict[str, Tensor]
+    averaged: bool
+    """Whether it is a moving average, by what it is called or has counted."""
+
+
+def read_network(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], int, str]:
+    """The network of a file of tensors (torch's or safetensors, whatever it is called).
+
+    Args:
+        part: "ema" or "model" where the file has both; else the one it has.
+
+    Returns:
+        {plain name: tensor} with 16-bit and 8-bit numbers in fp32, the step, and which part it is.
+
+    Raises:
+        UserError: where it cannot be read, would run code when unpickled, or holds no such network.
+    """
+    held = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
+    if not isinstance(held, Mapping):
+        raise _refused(path, f"which holds a {type(held).__name__}")
+    networks = list(_networks(held))
+    if not networks:
+        names = [name for name, _ in _tensors(held)]
+        near = f", nearest to it {nearest(ANCHOR, names)}" if names else ""
+        raise _refused(path, f"without the state dict of a DiT or SiT: no {ANCHOR}{near}")
+    step = next((held[name] for name in COUNTERS if isinstance(held.get(name), int)), 0)
+    network = _choose(path, networks, part)
+    if network.averaged or network.where == "model.":
+        part = "ema" if network.averaged else "model"
+    return {name: full(x) for name, x in network.tensors.items()}, step, part
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors by its first bytes: a length, and JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def plain(name: str) -> str:
+    """A name without what wrapped the modules."""
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor of at least 32-bit numbers."""
+    return x.float() if x.is_floating_point() and x.itemsize < 4 else x
+
+
+def _networks(held: Mapping, where: str = "", depth: int = 0) -> Iterator[Network]:
+    """The networks of a mapping and of those it holds."""
+    here: dict[str, Tensor] = {}
+    for key, value in held.items():
+        if isinstance(value, Tensor):
+            here[plain(str(key))] = value
+        elif isinstance(value, Mapping) and depth < DEEPEST:
+            yield from _networks(value, f"{where}{key}.", depth + 1)
+    prefixes = sorted((name.removesuffix(ANCHOR) for name in here if _is_anchor(name)), key=len, reverse=True)
+    counted = {name.removesuffix("n_averaged") for name in here if name.split(".")[-1] == "n_averaged"}
+    for prefix in prefixes:  # the longest first: "" would take them all
+        mine = [name for name in here if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): x for name in mine if not _is_counter(x := here.pop(name))}
+        words = re.split(r"[._]", f"{where}{prefix}".lower())
+        yield Network(where + prefix, tensors, prefix in counted or not AVERAGES.isdisjoint(words))
+
+
+def _is_anchor(name: str) -> bool:
+    return name == ANCHOR or name.endswith("." + ANCHOR)
+
+
+def _is_counter(x: Tensor) -> bool:
+    return x.dim() == 0 or (x.numel() == 1 and not x.is_floating_point())
+
+
+def _choose(path: Path, networks: list[Network], part: str) -> Network:
+    fitting = [network for network in networks if network.averaged == (part == "ema")]
+    named = [network for network in fitting if network.where == f"{part}."]
+    # a file of one network is that network, whatever it is called
+    chosen = next((each for each in (named, fitting, networks) if len(each) == 1), None)
+    if chosen is None:
+        places = ", ".join(repr(network.where) for network in networks)
+        raise _refused(path, f"with several networks, under {places}", f"one of them to be its {part!r} by name")
+    return chosen[0]
+
+
+def _tensors(held: Mapping, where: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    for key, value in held.items():
+        if isinstance(value, Tensor):
+            yield f"{where}{key}", value
+        elif isinstance(value, Mapping) and depth < DEEPEST:
+            yield from _tensors(value, f"{where}{key}.", depth + 1)
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        # training checkpoints keep the command line's arguments, plain values in a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:  # its name may mislead
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = f"which holds more than tensors or is damaged ({_first(error)})"
+        raise _refused(path, what) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refused(path, f"which cannot be read ({_first(error)})") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, SafetensorError) as error:
+        raise _refused(path, f"which cannot be read ({_first(error)})") from None
+
+
+def _first(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if "Unsupported" in line] or str(error).splitlines() or [""]
+    return " ".join(lines[0].split()[:24])
+
+
+def _refused(path: Path, what: str, wanted: str = "a .pt or .safetensors file of tensors") -> UserError:
+    return UserError(
+        f"checkpoint: got {path}, {what}, wanted {wanted}; name another, or have its owner save the state dict alone"
+    )

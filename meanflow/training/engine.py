@@ -1,0 +1,119 @@
+"""What trains: network, average, objective and optimizer of a run, in one process or its share of several."""
+
+import copy
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from meanflow_kernels.inductor import declare_fallbacks
+
+from ..config import ModelConfig, RunConfig
+from ..errors import UserError, require
+from ..method.objective import MeanFlowLoss
+from ..model.build import build_net, fill
+from ..model.dit import DiT
+from ..world import World
+from .optim import make_optimizer
+from .parallel import compile_blocks, replicate, shard
+
+GRAIN = 32_768
+"""Numbers that are worth a thread: at::internal::GRAIN_SIZE."""
+
+
+class Engine(NamedTuple):
+    """The parts of a run that hold its weights."""
+
+    net: DiT
+    ema: DiT
+    """The moving average of its weights; the optimizer's step moves it."""
+    loss: nn.Module
+    """The objective of net, compiled and for several processes as configured."""
+    optimizer: torch.optim.Optimizer
+
+
+def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | None = None) -> Engine:
+    """The parts of a run, with random initial weights or those given.
+
+    Raises:
+        UserError: for settings that do not go together, or with the machine.
+    """
+    train = config.train
+    check(config, world)
+    dtype = torch.bfloat16 if train.precision == "bf16" else None
+    net = build_net(config.model, dtype, checkpoint_blocks=train.checkpoint_blocks)
+    if weights is None:
+        net.init_weights(torch.Generator().manual_seed(train.seed))
+    else:
+        fill(net, weights, train.init)
+    net = net.to(world.device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    guide = ema if config.objective.guidance_weights == "ema" else None
+    sharded = world.size > 1 and train.parallel != "ddp"
+    if sharded:
+        mesh = make_mesh(config, world)
+        for each in (net, ema):
+            if train.compile:
+                compile_blocks(each)
+            shard(each, mesh)
+    loss = MeanFlowLoss(config.objective, net, guide)
+    if not sharded:
+        if train.compile:
+            compile_loss(loss)
+        if world.size > 1:
+            loss = replicate(loss)
+    # shards are gathered in the compute dtype: no copies of the whole
+    copies = dtype is not None and not sharded
+    products = world.size == 1 and train.accumulate == 1
+    optimizer = make_optimizer(config.optim, net, ema, copies=copies, products=products, captured=train.cuda_graph)
+    return Engine(net, ema, loss, optimizer)
+
+
+def check(config: RunConfig, world: World) -> None:
+    """Raise where settings do not go together, or with the machine."""
+    train = config.train
+    if train.cuda_graph:
+        hint = "set train.cuda_graph False"
+        require(world.device.type == "cuda", "train.cuda_graph", True, "a GPU to capture on", f"{hint}, or a GPU")
+        require(world.size == 1, "train.cuda_graph", True, f"one process instead of {world.size}", hint)
+        require(train.accumulate == 1, "train.cuda_graph", True, "train.accumulate 1", hint)
+        require(
+            config.optim.implementation == "native", "optim.implementation", config.optim.implementation,
+            "native, whose step can be left out within a CUDA graph", hint,
+        )  # fmt: skip
+    if world.size > 1 and train.parallel != "ddp" and config.optim.implementation == "apex":
+        raise UserError("optim.implementation: got apex, wanted native or torch for shards; take native")
+
+
+def make_mesh(config: RunConfig, world: World):
+    """Over which processes the shards are, None for all; the first dimension is copied over.
+
+    Raises:
+        UserError: where hybrid's shards do not divide the processes.
+    """
+    if config.train.parallel == "fsdp":
+        return None
+    size = config.train.shard_size or world.local_size
+    require(world.size % size == 0, "train.shard_size", size, f"a divisor of the {world.size} processes", "change it")
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def compile_loss(loss: nn.Module) -> None:
+    """Compile the whole target computation, forward and backward, as one graph without a break."""
+    declare_fallbacks()
+    loss.compile(fullgraph=True, dynamic=False)
+
+
+def fit_threads(config: ModelConfig, batch: int) -> None:
+    """Take no more CPU threads than a step's activations have grains for, of torch's own size; OMP_NUM_THREADS rules.
+
+    Args:
+        batch: samples that this process computes with at a time.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    tokens = (config.input_size // config.patch_size) ** 2
+    grains = batch * tokens * config.hidden_size // GRAIN
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), grains)))

@@ -1,0 +1,340 @@
+"""What a run leaves to read: config, environment, JSON lines and TensorBoard scalars, pictures of samples."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.images import captioned, save_png
+from ..errors import UserError, require
+from ..interop.formats import CLASSES
+from ..method.terms import Terms
+from ..storage.record import environment, write_atomically
+from ..world import World
+from .messages import StepResult
+from .peaks import PEAKS
+
+SUMS = (
+    "steps", "samples", "unequal_samples", "loss", "raw", "raw_equal", "raw_unequal", "v_loss", "weight", "du_dt",
+    "grad_norm", "skipped",
+)  # fmt: skip
+
+
+class RunLog:
+    """The run folder's log. Sums over the steps of an interval stay on the device until they are written.
+
+    Args:
+        out: run folder. world: whose first process writes.
+        wandb: project of Weights & Biases, or "".
+    """
+
+    def __init__(self, out: Path, world: World, wandb: str = ""):
+        self.out, self.world, self._project = out, world, wandb
+        if wandb:
+            _check_wandb(wandb)
+        self.config_path = out / "config.json"
+        # on the device, where they are summed over the processes
+        self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64, device=world.device))
+        self._tensorboard = self._wandb = None
+        self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
+
+    # --- the folder ---
+
+    def held(self) -> dict | None:
+        """The configuration of the run that the folder holds, if any. Nothing is written.
+
+        Raises:
+            UserError: where the folder holds something else, or cannot be read.
+        """
+        values = None
+
+        def look():
+            nonlocal values
+            try:
+                values = json.loads(self.config_path.read_text()) if self.config_path.exists() else None
+                foreign = None if values else foreign_entry(self.out)
+            except (OSError, json.JSONDecodeError) as error:
+                raise UserError(
+                    f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
+                    "name another by --out"
+                ) from None
+            if values is not None and not (isinstance(values, dict) and {"model", "train"} <= values.keys()):
+                foreign = self.config_path.name
+            require(
+                foreign is None, "out", str(self.out), f"an empty folder or a run's: this one holds {foreign}",
+                "name another by --out",
+            )  # fmt: skip
+
+        self.world.agree(look, main_only=True)
+        return self.world.broadcast(values)
+
+    def check(self, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
+        """Raise unless a configuration continues the one that the folder holds."""
+        for section, options in config.items():
+            for name, value in options.items():
+                if f"{section}.{name}" in continuable:
+                    continue
+                before = held.get(section, {}).get(name)
+                require(
+                    before == value,
+                    f"{section}.{name}", value, f"{before!r}, as in the run that {self.out} holds",
+                    "name another folder by --out to start a new run",
+                )  # fmt: skip
+
+    def start(self, config: dict, step: int, classes: list[str] | None = None) -> None:
+        """Record the configuration and the classes' names, and drop the lines after a step: the run goes on there."""
+        if not self.world.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # two seconds to import
+
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
+        if classes:
+            names = json.dumps(dict(enumerate(classes)), indent=1, ensure_ascii=False)
+            write_atomically(self.out / CLASSES, names + "\n")
+        path = self.out / "log.jsonl"
+        if path.exists():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the half line of a run that was killed
+                    break
+                if row["step"] > step:
+                    break
+                kept.append(line + "\n")
+            write_atomically(path, "".join(kept))
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._tensorboard = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1 if step else None)
+        if self._project and self._wandb is None:
+            self._wandb = self._start_wandb(config)
+
+    def record_start(self, step: int) -> None:
+        """Note where and with what the run goes on: the last start's environment, and all starts'."""
+        if not self.world.is_main:
+            return
+        path, now = self.out / "environment.json", environment()
+        try:
+            before = json.loads(path.read_text())
+            starts = before.get("starts") or [before]
+        except (OSError, json.JSONDecodeError, AttributeError):
+            starts = []
+        starts.append({"time": time.time(), "step": step, "processes": self.world.size} | now)
+        write_atomically(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")
+
+    def _start_wandb(self, config: dict):
+        import wandb
+
+        # one run for a folder, whatever stops it
+        name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
+        return wandb.init(
+            project=self._project, name=self.out.name, id=name, dir=self.out, config=config, resume="allow"
+        )
+
+    def close(self) -> None:
+        """End the loggers."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    # --- numbers ---
+
+    def add(self, done: StepResult, flops: float) -> None:
+        """Add a step to the interval's sums; nothing waits for the device. flops: what it needed, of this process."""
+        share = 1 / (self.world.size * len(done.terms))
+        main = float(self.world.is_main)
+
+        def number(value: float) -> Tensor:
+            # filled there: a copy to a GPU would wait for it
+            return torch.full((), value, dtype=torch.float64, device=done.grad_norm.device)
+
+        values = dict.fromkeys(SUMS, number(0.0)) | {"steps": number(main), "grad_norm": done.grad_norm.detach() * main}
+        for terms in done.terms:
+            for name, value in _sums(terms).items():
+                values[name] = values[name] + value * (share if name == "loss" else 1)
+        row = torch.stack([values[name].double() for name in SUMS])
+        # what was not done may be not finite, and does not count
+        row = torch.where(done.skipped > 0, 0.0, row)
+        row[-1] = done.skipped * main
+        self._sums = self._sums + row
+        self._flops += flops
+        self._images += sum(len(terms.raw) for terms in done.terms)
+
+    def gathered_sums(self) -> Tensor:
+        """The unfinished interval of all processes, for the checkpoint; the first process holds it from then on."""
+        total = self.world.sum(self._sums)
+        self._sums = total if self.world.is_main else torch.zeros_like(total)
+        return total
+
+    def restore_sums(self, sums: Tensor) -> None:
+        """Continue a checkpoint's interval."""
+        self._sums = sums if self.world.is_main else torch.zeros_like(sums)
+
+    def write(self, step: int, epoch: float, lr: float, waited: float, **more: float | None) -> dict:
+        """Write the interval's means and start a new one; returns the row. All processes call it, the first writes.
+
+        Args:
+            waited: seconds that this process waited for data, since the run began. more: columns as they are.
+        """
+        s = dict(zip(SUMS, self.world.sum(self._sums).tolist(), strict=True))
+        self._sums = torch.zeros_like(self._sums)
+        now = time.perf_counter()
+        seconds = now - self._clock
+
+        def mean(name: str, count: str = "samples") -> float | None:
+            return s[name] / s[count] if s[count] else None
+
+        s["equal_samples"] = s["samples"] - s["unequal_samples"]
+        du_dt = mean("du_dt", "unequal_samples")
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "loss": mean("loss", "steps"),
+            "raw": mean("raw"),
+            "raw_equal": mean("raw_equal", "equal_samples"),
+            "raw_unequal": mean("raw_unequal", "unequal_samples"),
+            "v_loss": mean("v_loss"),
+            "weight": mean("weight"),
+            "du_dt_rms": None if du_dt is None else du_dt**0.5,
+            "grad_norm": mean("grad_norm", "steps"),
+            "lr": lr,
+            "skipped": int(s["skipped"]),
+            **more,
+            "images_per_second": self._images * self.world.size / seconds,
+            "data_wait": (waited - self._waited) / seconds,
+            "mfu": self._mfu(seconds),
+            "memory_gb": _memory_gb(self.world.device),
+            "time": time.time(),
+        }
+        self._clock, self._flops, self._images, self._waited = now, 0.0, 0, waited
+        if self.world.is_main:
+            self._write(step, row)
+        return row
+
+    def _write(self, step: int, row: dict) -> None:
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            scalars = {f"train/{k}": v for k, v in row.items() if v is not None and k not in ("step", "time")}
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+            if self._wandb is not None:
+                self._wandb.log(scalars, step=step)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _mfu(self, seconds: float) -> float | None:
+        """This process's share of its GPU's 16-bit datasheet peak, by the matrix products that the recipe needs."""
+        if self.world.device.type != "cuda":
+            return None
+        peak = PEAKS.get(torch.cuda.get_device_name(self.world.device))
+        return self._flops / seconds / (peak.tflops * 1e12) if peak else None
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Scores of samples: a line in scores.jsonl, and in the loggers."""
+        if not self.world.is_main:
+            return
+        try:
+            with open(self.out / "scores.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **scores}) + "\n")
+            for name, value in scores.items():
+                self._tensorboard.add_scalar(f"evaluation/{name}", value, step)
+            if self._wandb is not None:
+                self._wandb.log({f"evaluation/{name}": value for name, value in scores.items()}, step=step)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        tqdm.write(f"{self.out}: step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def event(self, step: int, what: str, **values) -> None:
+        """Something out of the ordinary: a line in events.jsonl and on the terminal."""
+        if not self.world.is_main:
+            return
+        try:
+            with open(self.out / "events.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "event": what, **values, "time": time.time()}) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        tqdm.write(f"{self.out}: step {step}: {what}")
+
+    def picture(self, step: int, images: Tensor, captions: list[str], columns: int) -> None:
+        """Write a grid of uint8 samples with what each is of; the first process does."""
+        if not self.world.is_main:
+            return
+        picture = captioned(images, captions, columns, zoom=max(1, 32 // images.shape[-1]))
+        try:
+            save_png(self.out / "samples" / f"step_{step:08d}.png", picture)
+            self._tensorboard.add_image("samples/one_step", picture.numpy(), step, dataformats="HWC")
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({"samples/one_step": wandb.Image(picture.numpy())}, step=step)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def flush(self) -> None:
+        """Hand everything written to the operating system."""
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"out: got {self.out}, which cannot be written ({error}), wanted room in a writable folder; make room and "
+            "repeat the command to resume"
+        )
+
+
+def _check_wandb(project: str) -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"train.wandb: got {project!r}, but its package is not installed, wanted wandb; "
+            "pip install wandb, or leave the option out: TensorBoard has the same"
+        ) from None
+
+
+def foreign_entry(folder: Path) -> str | None:
+    """The first thing in a folder that no run's start leaves there; hidden files and empty folders do not count."""
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        hidden = path.name.startswith(".") or path.suffix == ".partial"
+        if not hidden and not (path.is_dir() and not any(path.iterdir())):
+            return path.name
+    return None
+
+
+def _sums(terms: Terms) -> dict[str, Tensor]:
+    """What a micro-batch adds to the sums."""
+    raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
+    du_dt = terms.du_dt.square().flatten(1).mean(1)  # of the last samples of the batch, or all
+    return {
+        "samples": torch.full((), float(len(raw)), device=raw.device),
+        "unequal_samples": unequal.sum(),
+        "loss": terms.loss.double(),
+        "raw": raw.sum().double(),
+        "raw_equal": torch.where(equal, raw, 0).sum().double(),
+        "raw_unequal": torch.where(unequal, raw, 0).sum().double(),
+        "v_loss": terms.v_loss.sum().double(),
+        "weight": terms.weight.sum().double(),
+        "du_dt": torch.where(unequal[len(raw) - len(du_dt) :], du_dt, 0).sum().double(),
+    }
+
+
+def _memory_gb(device: torch.device) -> float | None:
+    """The most that this process has held so far on its GPU, or its resident memory now, in 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9

@@ -1,0 +1,375 @@
+"""The training loop: draw, differentiate, step, log, save, in one process or many. Repeating a run resumes it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import RunConfig, to_dict
+from ..data.dataset import Dataset, Order, open_dataset
+from ..data.decoder import make_decoder
+from ..data.images import to_uint8
+from ..draws import Draws, Stream
+from ..errors import TrainingStopped, UserError
+from ..evaluation.judge import Judge, make_judge
+from ..interop.weights import load_checkpoint
+from ..method.microbatch import Deal
+from ..method.plan import Planner
+from ..method.sampling import sample
+from ..owner import owned
+from ..storage import checkpoint as ckpt
+from ..world import World
+from .draw import draw_flips
+from .engine import build_engine, fit_threads
+from .flops import sample_flops
+from .guard import Findings, Guard
+from .messages import StepInputs
+from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
+from .parallel import gathered
+from .prefetch import Prefetcher
+from .runlog import RunLog
+from .step import Step
+
+GRID_CLASSES, GRID_ROWS = 10, 8
+# what may change between a run and its continuation
+CONTINUABLE = (
+    *(f"train.{name}" for name in (
+        "steps", "log_every", "sample_every", "save_every", "keep_last", "keep_every", "compile", "cuda_graph",
+        "checkpoint_blocks", "accumulate", "parallel", "shard_size", "wandb", "device",
+    )),
+    *(f"evaluation.{name}" for name in ("every", "count", "inception", "reference")),
+    "optim.implementation", "guard.patience", "guard.then", "guard.rollbacks", "data.path", "data.vae",
+)  # fmt: skip
+
+
+class Trainer:
+    """A run: its networks, optimizer and data, at some step.
+
+    Args:
+        config: of the run.
+        out: run folder. What it holds is continued.
+        world: the processes that train; None is this one alone.
+
+    Raises:
+        UserError: for a folder that holds another run, damaged checkpoints, data that does not fit.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, world: World | None = None):
+        self.world = world or World(config.train.device)
+        self.out, self.device = out, self.world.device
+        self.log = RunLog(out, self.world, config.train.wandb)
+        held = self.log.held()
+        config = self.config = _with_groups(config, held, self.world)
+        if held is not None:
+            self.log.check(held, to_dict(config), CONTINUABLE)
+        train = config.train
+        torch.set_float32_matmul_precision(train.matmul)
+        if train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(train.deterministic)
+        self.dataset: Dataset = open_dataset(config.data, config.model)
+        self.order = Order(len(self.dataset), train.batch, train.seed, config.data.drop_last)
+        self.deal = Deal(train.batch, train.groups, self.world.size * train.accumulate)
+        self.parts = [i * self.world.size + self.world.rank for i in range(train.accumulate)]
+        # of all processes: they warm up together
+        prefixes = {self.deal.prefix(config.objective, part) for part in range(self.deal.parts)}
+        self.planner = Planner(config.objective, self.deal.part_size, prefixes)
+        if self.device.type == "cpu":
+            fit_threads(config.model, self.deal.part_size)
+
+        begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
+        weights = load_checkpoint(Path(train.init))[0] if begins else None
+        self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
+        self.guard = Guard(config.guard, self.device)
+        self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
+        # for the MFU, which a CPU has none of
+        self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
+        self.judge = self._judge() if config.evaluation.every else None
+        self.step = self.position = 0
+        self.checkpointer = ckpt.Checkpointer(out / ckpt.FOLDER, self.world, train.keep_last, train.keep_every)
+        self._resume()
+
+    # --- a step ---
+
+    def inputs(self, position: int) -> tuple[StepInputs, ...]:
+        """What a step computes with, on the host: data, draws and plan of each of this process's micro-batches."""
+        return tuple(self._micro_batch(position, part) for part in self.parts)
+
+    def _micro_batch(self, position: int, part: int) -> StepInputs:
+        config, samples = self.config, self.deal.samples(part)
+        # on the host: the plan decides the shapes of what the device does
+        r, t, drop = self.deal.draw(config.objective, config.train.seed, position, part)
+        flip = draw_flips(Draws(config.train.seed, position, samples)) if config.data.flip else None
+        batch = self.dataset.read(self.order.indices(position)[samples.numpy()], flip)
+        plan = self.planner.plan(r, t, drop)
+        return StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan)
+
+    def train_step(self, micro_batches: tuple[StepInputs, ...]) -> None:
+        """One optimizer step, or one that the guard left out."""
+        set_learning_rate(self.optimizer, self.rate(self.step))
+        flops = sum(self.flops.of_plan(inputs.plan) for inputs in micro_batches) if self.flops else 0.0
+        self.log.add(self.make_step(*(inputs.to(self.device) for inputs in micro_batches)), flops)
+        self.step += 1
+        self.position += 1
+
+    # --- the run ---
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step, or until stop() says so in any process; whether the end was reached.
+
+        Raises:
+            TrainingStopped: after too many steps in a row that the guard left out.
+        """
+        train = self.config.train
+        bar = tqdm(total=train.steps * train.batch, initial=self.step * train.batch, unit="img", unit_scale=True,
+                   desc=self.out.name, mininterval=1.0, dynamic_ncols=True, disable=not self.world.is_main)  # fmt: skip
+        first, start = self.step, time.perf_counter()
+        with bar, Prefetcher(self.inputs, self.position, pin=self.device.type == "cuda") as data:
+            while self.step < train.steps and not self.world.any_wanted(stop()):
+                self.train_step(data.get(self.position))
+                if self.step == first + 1:
+                    self._say_first_step(time.perf_counter() - start)
+                bar.update(train.batch)
+                done = self.step == train.steps
+                if self.step % train.log_every == 0 or done:
+                    self._write_log(bar, data.wait_seconds)
+                    if self._guarded():
+                        bar.n = self.step * train.batch
+                        continue
+                if self.step % train.sample_every == 0 or done:
+                    self.draw_picture()
+                if self.judge is not None and (self.step % self.config.evaluation.every == 0 or done):
+                    self.log.scores(self.step, self.judge(self.ema))
+                if self.step % train.save_every == 0 or done:
+                    self.save()
+        if self.step < train.steps:
+            self.save()
+        self.checkpointer.wait()
+        return self.step == train.steps
+
+    def _write_log(self, bar: tqdm, waited: float) -> None:
+        row = self.log.write(
+            self.step,
+            self.order.epoch(self.position),
+            self.rate(self.step - 1),
+            waited,
+            ema_distance=self.ema_distance(),
+        )
+        if row["raw"] is not None:
+            bar.set_postfix_str(f"raw {row['raw']:.4g}")
+        if row["skipped"]:
+            found = self.guard.findings()
+            self.log.event(self.step, f"{row['skipped']} step(s) left out, {found.reason()}", total=found.skipped)
+
+    def _say_first_step(self, seconds: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        compiling = self.make_step.compile_seconds
+        if self.world.is_main:
+            tqdm.write(
+                f"{self.out}: first step after {seconds:.1f} s"
+                + f", {compiling:.1f} s of it compiling" * (compiling > 0)
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(self.config.optim, step)
+
+    @torch.no_grad()
+    def ema_distance(self) -> float:
+        """How far the average is from the weights, relative to them: ||ema - net|| / ||net||."""
+        pairs = zip(self.ema.parameters(), self.net.parameters(), strict=True)
+        distance, size = (sum(x) for x in zip(*(
+            (gathered((a - b).square().sum()).double(), gathered(b.square().sum()).double()) for a, b in pairs
+        )))  # fmt: skip
+        return float((distance / size).sqrt())
+
+    def _guarded(self) -> bool:
+        """Look at what the guard left out, waiting for the device; whether the run went back.
+
+        Raises:
+            TrainingStopped: after more steps in a row than the configuration bears.
+        """
+        config, found = self.config.guard, self.guard.findings()
+        if found.in_a_row < config.patience:
+            return False
+        self.checkpointer.wait()
+        good = ckpt.last_good(self.out / ckpt.FOLDER, self.world, until=found.first)
+        if config.then == "stop" or good is None or found.rollbacks >= config.rollbacks:
+            raise TrainingStopped(self._explain(found, good))
+        reached = self.position
+        self._restore(good)
+        self.position = reached
+        self.guard.went_back(found)
+        self.log.start(to_dict(self.config), self.step)
+        self.log.event(self.step, f"back here from position {reached}, on with new data", reason=found.reason())
+        return True
+
+    def _explain(self, found: Findings, good: Path | None) -> str:
+        indices = self.order.indices(found.first)
+        return (
+            f"loss or gradient: {found.in_a_row} steps in a row left out ({found.reason()}), from position "
+            f"{found.first} on (seed {self.config.train.seed}, its data {indices[0]}, {indices[1]} ... {indices[-1]}); "
+            f"last good checkpoint: {good or 'none'}; lower optim.lr or train in fp32, in a new folder, or go on from "
+            "the checkpoint by --guard.then rollback"
+        )
+
+    def draw_picture(self) -> None:
+        """Log one-step samples of the averaged weights, a column a class; without a decoder, say so and go on."""
+        sharded = self.config.train.parallel != "ddp" and self.world.size > 1
+        if not (sharded or self.world.is_main):  # a forward of shards needs all processes
+            return
+        try:
+            decode = self._decoder()
+        except UserError as error:
+            if self.world.is_main:
+                tqdm.write(f"{self.out}: no pictures of samples: {error}")
+            return
+        count = GRID_CLASSES * GRID_ROWS
+        draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
+        noise = draws.normal(Stream.NOISE, self.dataset.shape)
+        labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
+        latents = sample(self.ema, noise, labels)
+        if self.world.is_main:
+            names = self.dataset.classes
+            captions = [names[i] if names else str(i) for i in labels.tolist()]
+            self.log.picture(self.step, to_uint8(decode(latents)).cpu(), captions, GRID_CLASSES)
+
+    def _judge(self) -> Judge:
+        return make_judge(self.config, self.dataset, self.world, self.out / "evaluation" / "reference")
+
+    @cache  # noqa: B019, a trainer lives as long as its process
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        return make_decoder(self.config.data, self.device)
+
+    # --- checkpoints ---
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The run's tensors by name, but the optimizer's; loading fills them in place."""
+        tensors = {f"model.{name}": x for name, x in self.net.state_dict().items()}
+        tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
+        return tensors | {f"guard.{name}": x for name, x in self.guard.state().items()}
+
+    def save(self) -> None:
+        """Write a checkpoint, in the background; an error of the one before is raised here."""
+        self.log.flush()
+        tensors = self._tensors() | {"log.sums": self.log.gathered_sums()}
+        tensors |= {f"optimizer.{name}": x for name, x in state_tensors(self.optimizer, self.net).items()}
+        self.checkpointer.save(self.step, to_dict(self.config), self.position, tensors)
+
+    def _resume(self) -> None:
+        self.checkpointer.clear()
+        found = ckpt.last_good(self.out / ckpt.FOLDER, self.world)
+        if found is not None:
+            self._restore(found)
+        self.log.start(to_dict(self.config), self.step, self.dataset.classes)
+        if self.step < self.config.train.steps:
+            self.log.record_start(self.step)
+
+    def _restore(self, path: Path) -> None:
+        header = ckpt.read_header(path)
+        if header.step > self.config.train.steps:
+            raise UserError(
+                f"train.steps: got {self.config.train.steps}, wanted at least the {header.step} already done "
+                f"in {self.out}; raise it, or name another folder by --out"
+            )
+        optimizer, tensors = empty_state_tensors(self.net), self._tensors() | {"log.sums": self.log.gathered_sums()}
+        ckpt.load(path, tensors | {f"optimizer.{name}": x for name, x in optimizer.items()}, self.world)
+        load_state_tensors(self.optimizer, self.net, optimizer)
+        # the low-precision copies of the weights follow
+        self.net.load_state_dict(self.net.state_dict())
+        self.log.restore_sums(tensors["log.sums"])
+        self.step, self.position = header.step, header.position
+
+
+@contextmanager
+def stop_on_signal():
+    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step: yields a list that then holds the signal's number.
+
+    A SIGHUP that was ignored at the start (nohup) stays ignored.
+    """
+    received: list[int] = []
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    # torchrun passes signals on, so that each may come twice, and ends what does not end by itself
+    alone = "RANK" not in os.environ
+
+    def note(number, frame):
+        received.append(number)
+        if number == signal.SIGHUP:
+            _leave(terminals)
+        if len(received) == 1:
+            if alone or os.environ["RANK"] == "0":
+                hint = "; a second one stops at once" * alone
+                print(f"\n{signal.Signals(number).name}: stopping after this step{hint}", flush=True)
+        elif alone:
+            raise KeyboardInterrupt
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(terminals: list[int]) -> None:
+    """Write to nowhere instead of to terminals that are gone: an error there would cost the checkpoint."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def train(config: RunConfig, out: Path) -> int:
+    """Train a run to its end, resuming what the folder holds; the exit code: 0, or 128 + the signal that stopped it.
+
+    Raises:
+        UserError: where another process trains in the folder, and as :class:`Trainer`. A refused run leaves nothing.
+    """
+    with World(config.train.device) as world, stop_on_signal() as received, ExitStack() as stack:
+        world.agree(lambda: stack.enter_context(owned(out)), main_only=True)
+        trainer = Trainer(config, out, world)
+        code = _train(trainer, received)
+        trainer.log.close()
+    return code
+
+
+def _train(trainer: Trainer, received: list[int]) -> int:
+    def say(text: str) -> None:
+        if trainer.world.is_main:
+            print(f"{trainer.out}: {text}", flush=True)
+
+    if trainer.step == trainer.config.train.steps:
+        say(f"finished at step {trainer.step}")
+        return 0
+    if trainer.step:
+        say(f"resuming from step {trainer.step}")
+    steps, warmup = trainer.config.train.steps, trainer.config.optim.warmup_steps
+    if steps < warmup:
+        say(
+            f"train.steps {steps} end within optim.warmup_steps {warmup}: the rate reaches {steps / warmup:.0%} of optim.lr"
+        )
+    start, first = time.perf_counter(), trainer.step
+    finished = trainer.run(lambda: bool(received))
+    seconds = time.perf_counter() - start
+    images = (trainer.step - first) * trainer.config.train.batch
+    state = "finished" if finished else "stopped and saved"
+    say(f"{state} at step {trainer.step}, {images / max(seconds, 1e-9):.0f} img/s in {seconds:.0f} s")
+    # a signal that another process got stopped this one too
+    return 0 if finished else 128 + (received[0] if received else signal.SIGTERM)
+
+
+def _with_groups(config: RunConfig, held: dict | None, world: World) -> RunConfig:
+    """The configuration with its number of groups, that of the run that goes on, or one a process."""
+    groups = config.train.groups or (held or {}).get("train", {}).get("groups") or world.size
+    return replace(config, train=replace(config.train, groups=groups))
