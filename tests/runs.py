@@ -59,7 +59,8 @@ import os, signal, sys
 RANK = int(os.environ.get("RANK", 0))
 sys.path[:0] = {[p for p in sys.path if p]!r}
 import runs
-from meanflow import checkpoint, training
+from meanflow.storage import checkpoint
+from meanflow.training import trainer
 from pathlib import Path
 try:
     from meanflow.cli import run

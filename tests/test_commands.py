@@ -225,7 +225,7 @@ def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
             self.floor = lambda: 1.1
             self.score_net = lambda net, device, times: Scores(len(times) / 10, 2.0, 3.0)
 
-    monkeypatch.setattr("meanflow.evaluation.digits.DigitsEvaluation", Judge)
+    monkeypatch.setattr("meanflow.apps.evaluate.DigitsEvaluation", Judge)
     code, out, _ = command("evaluate", run_folder, "--json", "--steps", 1, 2)
     assert code == 0 and [(row["evaluations"], row["accuracy"]) for row in json.loads(out)] == [(1, 0.2), (2, 0.3)]
     code, out, _ = command("evaluate", run_folder, "--times", 1, 0.25, 0)
@@ -250,7 +250,7 @@ class FewFeatures:
 
 
 def test_evaluate_by_protocols(command, run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("meanflow.evaluation.features.Extractor", FewFeatures)
+    monkeypatch.setattr("meanflow.apps.evaluate.Extractor", FewFeatures)
     reference = tmp_path / "adm.npz"
     np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
     args = [run_folder, "--inception", "any", "--reference", reference, "--count", 30, "--batch", 8, "--steps", 1, 2]

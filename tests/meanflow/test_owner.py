@@ -131,12 +131,12 @@ def test_of_two_trainings_at_once_one_trains(tmp_path):
     go = tmp_path / "go"
     wait = f"""
 import time
-before = training.Trainer.run
+before = trainer.Trainer.run
 def late(*args):
     while not Path({str(go)!r}).exists():
         time.sleep(0.05)
     return before(*args)
-training.Trainer.run = late
+trainer.Trainer.run = late
 """
     both = [runs.start_processes(tmp_path / "run", wait) for _ in range(2)]
     end = time.monotonic() + 200

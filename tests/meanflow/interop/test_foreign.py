@@ -203,7 +203,7 @@ class Judge:
 
 
 def test_evaluation_reads_every_kind(sources, command, monkeypatch):
-    monkeypatch.setattr("meanflow.evaluation.digits.DigitsEvaluation", Judge)
+    monkeypatch.setattr("meanflow.apps.evaluate.DigitsEvaluation", Judge)
     wanted = float(sum(x.double().sum() for x in load_checkpoint(sources["run"])[0].values()))
     for kind in KINDS:
         code, out, err = command("evaluate", sources[kind], "--json", "--device", "cpu")

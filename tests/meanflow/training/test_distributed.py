@@ -197,14 +197,14 @@ def last_line(done, start: str) -> str:
 FAULTS = {
     "one of two processes": (
         """
-step = training.Trainer.train_step
+step = trainer.Trainer.train_step
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 def train_step(self, *args):
     if RANK and first and self.step == 6:
         self.checkpointer.wait()  # the one of step 4
         die()
     step(self, *args)
-training.Trainer.train_step = train_step
+trainer.Trainer.train_step = train_step
 """,
         {},
     ),
@@ -256,11 +256,11 @@ def test_fault_killed_and_restarted_by_torchrun(fault, options, whole, tmp_path)
 
 def test_fault_an_exception_in_one_process_ends_the_job_with_its_traceback(tmp_path):
     fault = """
-step = training.Trainer.train_step
+step = trainer.Trainer.train_step
 def train_step(self, *args):
     if RANK and self.step == 2: raise RuntimeError("the cable was pulled")
     step(self, *args)
-training.Trainer.train_step = train_step
+trainer.Trainer.train_step = train_step
 """
     done = runs.train_in_process(tmp_path, fault, ranks=2)
     assert done.returncode != 0
@@ -269,11 +269,11 @@ training.Trainer.train_step = train_step
 
 def test_fault_a_signal_to_one_process_saves_and_stops_all(whole, tmp_path):
     fault = """
-step = training.Trainer.train_step
+step = trainer.Trainer.train_step
 def train_step(self, *args):
     step(self, *args)
     if RANK and self.step == 4: os.kill(os.getpid(), signal.SIGTERM)
-training.Trainer.train_step = train_step
+trainer.Trainer.train_step = train_step
 """
     start = time.monotonic()
     done = runs.train_in_process(tmp_path, fault, ranks=2, groups=2)
@@ -348,12 +348,12 @@ def test_fault_preemption_of_torchrun_itself(number, whole, tmp_path):
     """The agent gets the signal, as from Slurm; it passes it on."""
     slow = """
 import time
-step = training.Trainer.train_step
+step = trainer.Trainer.train_step
 def train_step(self, *args):
     step(self, *args)
     print("STEP", self.step, flush=True)
     time.sleep(1)
-training.Trainer.train_step = train_step
+trainer.Trainer.train_step = train_step
 """
     job = runs.start_processes(tmp_path, slow, ranks=2, groups=2)
     for line in job.stdout:

@@ -54,8 +54,8 @@ def test_two_runs_are_equal_and_seeds_matter(whole, tmp_path):
 # each is an accident at one moment; in all of them the process dies at once by SIGKILL
 KILLS = {
     "between checkpoints": """
-step = training.Trainer.train_step
-training.Trainer.train_step = lambda self, *args: die() if self.step == 6 else step(self, *args)
+step = trainer.Trainer.train_step
+trainer.Trainer.train_step = lambda self, *args: die() if self.step == 6 else step(self, *args)
 """,
     "before a shard is written": """
 write = checkpoint.dcp.HuggingFaceStorageWriter.write_data
@@ -81,7 +81,7 @@ def remove(path, **options):
 checkpoint.shutil.rmtree = remove
 """,
     "before the first checkpoint": """
-training.Trainer.save = die
+trainer.Trainer.save = die
 """,
 }
 
@@ -100,11 +100,11 @@ def test_killed_and_resumed(accident, whole, tmp_path):
 
 def test_stopped_by_a_signal(whole, tmp_path):
     stop_at_5 = """
-step = training.Trainer.train_step
+step = trainer.Trainer.train_step
 def train_step(self, *args):
     step(self, *args)
     if self.step == 5: os.kill(os.getpid(), signal.SIGTERM)
-training.Trainer.train_step = train_step
+trainer.Trainer.train_step = train_step
 """
     stopped = runs.train_in_process(tmp_path, stop_at_5)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
