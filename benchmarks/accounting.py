@@ -31,9 +31,9 @@ from tqdm import tqdm
 from meanflow.config import RunConfig
 from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError, require
-from meanflow.method.objective import drop_mask, meanflow_terms
+from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Plan, Planner
-from meanflow.method.times import draw_times
+from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
 from meanflow.presets import preset
 from meanflow.training.peaks import PEAKS

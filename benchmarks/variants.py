@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.data.dataset import Batch
 from meanflow.draws import Draws, Stream
-from meanflow.method.objective import MeanFlowLoss, drop_mask
+from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Plan, Planner, whole_batch
-from meanflow.method.times import draw_times
+from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
 from meanflow.presets import preset
 from meanflow.training.draw import draw_batch

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..config import ObjectiveConfig
 from ..draws import Draws, Stream
 from ..errors import require
-from .objective import drop_mask
-from .times import draw_times, equal_prefix
+from .times import draw_times, drop_mask, equal_prefix
 
 
 class Deal:

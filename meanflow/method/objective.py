@@ -1,7 +1,16 @@
-"""The MeanFlow training target and loss (arXiv 2505.13447, Algorithm 1 and section 4.2).
+"""The MeanFlow training target and loss (arXiv 2505.13447, Algorithm 1 with the guidance of section 4.2).
 
-x data, e noise, z = (1 - t) x + t e, v = e - x, u(z, r, t) average velocity, sg stop-gradient. Tensors are
-(B, channels, height, width), times and losses (B,).
+    r, t, e = drawn                                                          section 4.3 (times.py)
+    z = (1 - t) x + t e
+    v = e - x
+    v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t)    Eq. 21; v where nothing guides
+    u, du_dt = jvp(u, (z, r, t), (v_g, 0, 1))                                Eq. 8
+    u_tgt = v_g - (t - r) du_dt                                              Eq. 18 (Eq. 11 without guidance)
+    raw = |u - sg(u_tgt)|^2                                                  Eq. 17 (Eq. 9)
+    loss = mean(raw / sg(raw + c)^p)                                         Eq. 22
+
+x is data, e noise, v its velocity, u the average velocity that the network predicts, sg stop-gradient. Tensors are
+(B, channels, height, width), times and losses (B,). The benchmarks' naive_terms is the same without a plan.
 """
 
 from collections.abc import Callable
@@ -39,25 +48,14 @@ def pair_jvp(net, primals, tangents, y, start=0):
     return net(*primals, y, tangents=tangents, tangent_start=start)
 
 
-def drop_mask(config: ObjectiveConfig, uniforms: Tensor) -> Tensor:
-    """Which samples of a device's batch train on the null class, from one uniform number a sample (B,)."""
-    drop = uniforms < config.label_drop
-    if config.drop_placement == "bernoulli":
-        return drop
-    return torch.arange(len(drop), device=drop.device) < drop.sum()
-
-
 def mix(config: ObjectiveConfig, v: Tensor, u_null: Tensor, u_cond: Tensor | None) -> Tensor:
-    """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null) (paper, appendix B.1).
-
-    u_cond None is kappa 0.
-    """
+    """v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null) (Eq. 21); u_cond None is kappa 0."""
     v_g = config.omega * v + (1 - config.omega - config.kappa) * u_null
     return v_g if u_cond is None else v_g + config.kappa * u_cond
 
 
 class Guidance(NamedTuple):
-    """The network's own predictions at h = 0, for the samples that are guided."""
+    """The network's own predictions at r = t, for the guided samples."""
 
     config: ObjectiveConfig
     plan: Plan
@@ -67,7 +65,7 @@ class Guidance(NamedTuple):
     @classmethod
     @torch.no_grad()
     def predict(cls, config: ObjectiveConfig, net: nn.Module, z: Tensor, t: Tensor, y: Tensor, plan: Plan):
-        """One forward of all rows; none at all without rows."""
+        """Run one forward pass on the plan's rows; none if it has no rows."""
         if not len(plan.rows):
             return cls(config, plan, z[:0])
         t = t[plan.rows]
@@ -75,13 +73,13 @@ class Guidance(NamedTuple):
         return cls(config, plan, net(z[plan.rows], t, t, y))
 
     def velocity(self, v: Tensor, u: Tensor | None, samples: slice) -> Tensor:
-        """The guided velocity of some samples.
+        """The guided velocity v_g of a slice of the samples; v where they are not guided.
 
-        u is the primal pass of the same samples; None where the plan has none of them take it for a prediction.
+        u: the primal output of these samples, used as their conditional prediction where cond_row is -1. None if no
+        guided sample needs it.
         """
         plan, v = self.plan, v[samples]
         if not len(plan.rows):
-            # every guided sample has rows of its own
             return v
         cond_row, u_cond = plan.cond_row[samples], None
         if self.config.kappa:
@@ -119,23 +117,28 @@ def meanflow_terms(
     plan = whole_batch(config, r, t, drop) if plan is None else plan
     if plan.order is not None:
         x, e, r, t, y, drop = (a[plan.order] for a in (x, e, r, t, y, drop))
+    # in this order the first samples have r = t and get no derivative
+    equal, derived = slice(0, plan.start), slice(plan.start, None)
     t_ = _column(t, x)
     z = (1 - t_) * x + t_ * e
     v = e - x
-    equal, rest = slice(0, plan.start), slice(plan.start, None)
-    guidance = Guidance.predict(config, net if guide is None else guide, z, t, y, plan)
-    v_g_rest = guidance.velocity(v, None, rest)
 
-    direction = (v_g_rest, *(torch.full_like(t[rest], rate) if rate else None for rate in config.tangent))
+    # guided velocity (Eq. 21): needed before the pass by samples with a derivative, whose direction it is; those with
+    # r = t have it after the pass, which is their u(z, t, t | y)
+    guidance = Guidance.predict(config, net if guide is None else guide, z, t, y, plan)
+    v_g_derived = guidance.velocity(v, None, derived)
+
+    # derivative (Eq. 8) along (v_g, 0, 1), and target (Eq. 18), which is v_g where r = t
+    direction = (v_g_derived, *(torch.full_like(t[derived], rate) if rate else None for rate in config.tangent))
     u, du_dt = jvp(net, (z, r, t), direction, torch.where(drop, net.num_classes, y), plan.start)
     u_sg, du_dt = u.detach(), du_dt.detach()
     gap = (t - r).clamp(0, 1) if config.clip_gap else t - r
-    # the MeanFlow identity as a target (Eq. 10); where r = t it is the velocity
     v_g_equal = guidance.velocity(v, u_sg[equal], equal)
-    u_tgt = torch.cat([v_g_equal, v_g_rest - _column(gap[rest], x) * du_dt])
+    u_tgt = torch.cat([v_g_equal, v_g_derived - _column(gap[derived], x) * du_dt])
 
+    # loss: squared error (Eq. 17) with adaptive weight (Eq. 22)
     raw = (u - u_tgt).square().flatten(1).sum(1)
-    weight = (raw.detach() + config.norm_c) ** config.norm_p  # appendix B.2
+    weight = (raw.detach() + config.norm_c) ** config.norm_p
     return Terms(
         loss=(raw / weight).mean(),
         raw=raw.detach(),
@@ -145,7 +148,7 @@ def meanflow_terms(
         u=u_sg,
         du_dt=du_dt,
         u_tgt=u_tgt,
-        v_g=torch.cat([v_g_equal, v_g_rest]),
+        v_g=torch.cat([v_g_equal, v_g_derived]),
     )
 
 
@@ -153,7 +156,7 @@ class MeanFlowLoss(nn.Module):
     """:func:`meanflow_terms` as one module, so that all passes of a step are one call to compile, or to wrap in DDP.
 
     Args:
-        net: the network in training. config: of the objective.
+        net: the network in training.
         guide: the network that predicts guidance, for weights other than net's; it is not trained.
     """
 

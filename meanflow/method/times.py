@@ -1,4 +1,4 @@
-"""The times (r, t) of a training batch."""
+"""The times (r, t) of a training batch, and who trains on the null class."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,9 @@ from ..config import ObjectiveConfig
 from ..draws import Draws, Stream
 
 
-def equal_count(batch: int, share_equal: float) -> int:
-    """How many samples of a device's batch have r = t: the official truncated product."""
-    return int(batch * share_equal)
-
-
 def equal_prefix(config: ObjectiveConfig, batch: int) -> int:
-    """How many samples at the start of a device's batch are known to have r = t, whatever is drawn."""
-    return equal_count(batch, config.share_equal) if config.equal_placement == "first" else 0
+    """How many samples at the start of a device's batch have r = t, whatever is drawn: officially a truncated product."""
+    return int(batch * config.share_equal) if config.equal_placement == "first" else 0
 
 
 def equal_mask(config: ObjectiveConfig, draws: Draws) -> Tensor:
@@ -40,3 +35,11 @@ def arrange_times(a: Tensor, b: Tensor, equal: Tensor, config: ObjectiveConfig) 
     if config.equal_time == "single":
         t = torch.where(equal, a, t)
     return torch.where(equal, t, r), t
+
+
+def drop_mask(config: ObjectiveConfig, uniforms: Tensor) -> Tensor:
+    """Which samples of a device's batch train on the null class, from one uniform number a sample (B,)."""
+    drop = uniforms < config.label_drop
+    if config.drop_placement == "bernoulli":
+        return drop
+    return torch.arange(len(drop), device=drop.device) < drop.sum()

@@ -23,9 +23,9 @@ from benchmarks.accounting import (
 from meanflow.config import ModelConfig, RunConfig
 from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError
-from meanflow.method.objective import drop_mask, func_jvp, meanflow_terms
+from meanflow.method.objective import func_jvp, meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
-from meanflow.method.times import draw_times
+from meanflow.method.times import draw_times, drop_mask
 from meanflow.presets import preset
 from meanflow.training.peaks import PEAKS
 from meanflow_kernels.routing import Route, force_route

@@ -8,8 +8,7 @@ from scipy import stats
 from meanflow.config import DataConfig, ObjectiveConfig
 from meanflow.data.dataset import Batch, Order
 from meanflow.draws import Draws, Stream, philox
-from meanflow.method.objective import drop_mask
-from meanflow.method.times import draw_times
+from meanflow.method.times import draw_times, drop_mask
 from meanflow.training.draw import draw_flips, draw_latents
 
 N = 20_000

@@ -9,8 +9,9 @@ import torch
 from meanflow.config import ObjectiveConfig, OptimConfig
 from meanflow.errors import UserError
 from meanflow.interop.official_weights import from_official
-from meanflow.method.objective import drop_mask, func_jvp, meanflow_terms, pair_jvp
+from meanflow.method.objective import func_jvp, meanflow_terms, pair_jvp
 from meanflow.method.plan import Planner
+from meanflow.method.times import drop_mask
 from meanflow.training.optim import make_optimizer, update_ema
 
 JVPS = {"pairs": pair_jvp, "torch.func": func_jvp}

@@ -8,7 +8,7 @@ import torch
 from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws
 from meanflow.method.sampling import even_times, sample
-from meanflow.method.times import arrange_times, draw_times, equal_count
+from meanflow.method.times import arrange_times, draw_times, equal_prefix
 
 SCHEDULES = sorted({key.split("/")[0] for key in oracle.load("sampling") if key.endswith("f64/samples")})
 
@@ -71,7 +71,7 @@ def test_times_from_given_draws():
         config = sampler_config(name)
         kind = "uniform" if config.time_distribution == "uniform" else "normal"
         a, b = oracle.tensor(data[f"{kind}_a"]), oracle.tensor(data[f"{kind}_b"])
-        equal = torch.arange(len(a)) < equal_count(len(a), config.share_equal)
+        equal = torch.arange(len(a)) < equal_prefix(config, len(a))
         r, t = arrange_times(a, b, equal, config)
         oracle.assert_close(t, data[f"{name}/t"], "f32", "table", name)
         oracle.assert_close(r, data[f"{name}/r"], "f32", "table", name)
@@ -82,7 +82,8 @@ def test_count_of_equal_times():
     data = oracle.load("sampler_map")
     for i, batch in enumerate(data["count/bz"]):
         for j, share in enumerate(data["count/data_proportion"]):
-            assert equal_count(int(batch), float(share)) == data["count/n_equal"][i, j], (batch, share)
+            count = equal_prefix(ObjectiveConfig(share_equal=float(share)), int(batch))
+            assert count == data["count/n_equal"][i, j], (batch, share)
 
 
 def test_sampler_statistics():

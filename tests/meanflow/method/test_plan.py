@@ -11,9 +11,9 @@ from torch import nn
 from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws, Stream
 from meanflow.errors import UserError
-from meanflow.method.objective import drop_mask, meanflow_terms
+from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
-from meanflow.method.times import draw_times
+from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.dit import DiT
 
 F64 = torch.float64

@@ -18,8 +18,7 @@ from meanflow.draws import Draws
 from meanflow.errors import UserError
 from meanflow.interop.weights import load_ema
 from meanflow.method.microbatch import Deal
-from meanflow.method.objective import drop_mask
-from meanflow.method.times import draw_times
+from meanflow.method.times import draw_times, drop_mask
 from meanflow.training.trainer import train
 
 TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_every": 99, "groups": 2}
