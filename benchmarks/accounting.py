@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from meanflow.config import RunConfig
-from meanflow.draws import Draws, Stream
+from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError, require
 from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Plan, Planner
@@ -144,7 +144,7 @@ def plan_sizes(config: RunConfig, planner: Planner, step: int, rank: int) -> tup
     batch = config.train.batch
     draws = Draws(config.train.seed, step, torch.arange(rank * batch, (rank + 1) * batch))
     r, t = draw_times(config.objective, draws)
-    plan = planner.plan(r, t, drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP)))
+    plan = planner.plan(r, t, drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP)))
     return len(plan.rows), len(plan.tangent)
 
 

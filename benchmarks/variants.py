@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.data.dataset import Batch
-from meanflow.draws import Draws, Stream
+from meanflow.draws import Draws, Purpose
 from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Plan, Planner, whole_batch
 from meanflow.method.times import draw_times, drop_mask
@@ -56,7 +56,7 @@ class Workload:
         run, samples = self.run, torch.arange(self.run.train.batch)
         draws, generator = Draws(0, step, samples), torch.Generator().manual_seed(step)
         r, t = draw_times(run.objective, draws)
-        drop = drop_mask(run.objective, draws.uniform(Stream.LABEL_DROP))
+        drop = drop_mask(run.objective, draws.uniform(Purpose.LABEL_DROP))
         shape = (len(samples), run.model.in_channels, run.model.input_size, run.model.input_size)
         mean = 5 * torch.randn(shape, generator=generator)
         labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, stream, step, sample): any number of processes and any resume draw the same.
+"""Random numbers as a function of (seed, purpose, step, sample): any number of processes and any resume draw the same.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations:
 the bits are the same on every device.
@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 ROUNDS = 10
 
 
-class Stream(IntEnum):
+class Purpose(IntEnum):
     """What a number is drawn for."""
 
     NOISE = 0
@@ -56,29 +56,29 @@ class Draws:
     def __init__(self, seed: int, step: int, samples: Tensor):
         self.seed, self.step, self.samples = seed, step, samples
 
-    def _words(self, stream: Stream, count: int) -> Tensor:
+    def _words(self, purpose: Purpose, count: int) -> Tensor:
         blocks = -(-count // 4)
         sample = self.samples[:, None].expand(-1, blocks)
         # the mask changes nothing, but keeps Inductor from multiplying an index in 32 bits
         block = (torch.arange(blocks, device=self.samples.device) & _MASK).expand_as(sample)
         constant = torch.zeros_like(sample)
-        counter = (block, sample, constant + self.step, constant + int(stream))
+        counter = (block, sample, constant + self.step, constant + int(purpose))
         words = philox(counter, (self.seed & _MASK, self.seed >> 32))
         return torch.stack(words, -1).flatten(1)  # (B, 4 blocks)
 
-    def uniform(self, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+    def uniform(self, purpose: Purpose, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) fp32, uniform on [0, 1), multiples of 2^-24."""
         count = prod(shape)
-        return ((self._words(stream, count)[:, :count] >> 8) * 2.0**-24).float().reshape(-1, *shape)
+        return ((self._words(purpose, count)[:, :count] >> 8) * 2.0**-24).float().reshape(-1, *shape)
 
-    def normal(self, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+    def normal(self, purpose: Purpose, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) fp32, standard normal (Box & Muller, 1958)."""
         count = prod(shape)
-        words = self._words(stream, count + count % 2).float()
+        words = self._words(purpose, count + count % 2).float()
         radius = ((words[:, 0::2] + 0.5) * 2.0**-32).log().mul(-2).clamp(min=0).sqrt()
         angle = words[:, 1::2] * (tau * 2.0**-32)
         return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count].reshape(-1, *shape)
 
-    def integers(self, stream: Stream, high: int) -> Tensor:
+    def integers(self, purpose: Purpose, high: int) -> Tensor:
         """(B,) int64, uniform on 0 ... high - 1 (high < 2^24; the bias is below high 2^-24)."""
-        return (self.uniform(stream).double() * high).long()
+        return (self.uniform(purpose).double() * high).long()

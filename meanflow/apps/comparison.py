@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import RunConfig, to_dict
 from ..data.images import to_uint8
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..errors import require
 from ..evaluation.digits import DigitsEvaluation
 from ..interop.weights import load_ema
@@ -144,7 +144,7 @@ def _real_grid(judge: DigitsEvaluation) -> Tensor:
 
 def _grid_of(net, seed: int, device: torch.device) -> Tensor:
     indices = torch.arange(ROWS * CLASSES, device=device)
-    noise = Draws(seed, 0, indices).normal(Stream.NOISE, (net.in_channels, net.input_size, net.input_size))
+    noise = Draws(seed, 0, indices).normal(Purpose.NOISE, (net.in_channels, net.input_size, net.input_size))
     return to_uint8(sample(net, noise, indices % CLASSES)).cpu()
 
 

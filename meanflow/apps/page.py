@@ -26,7 +26,7 @@ from tyro.conf import Positional
 from .. import cli
 from ..config import ModelConfig
 from ..data.images import grid, save_png
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..errors import UserError, require
 from ..interop import convert
 from ..interop.formats import find_format
@@ -136,7 +136,7 @@ class Studio:
         """uint8 images and the milliseconds of network and decoder."""
         device, model = self.pipeline.transformer.device, self.model
         shape = (model.in_channels, model.input_size, model.input_size)
-        noise = Draws(request.seed, 0, samples.to(device)).normal(Stream.NOISE, shape)
+        noise = Draws(request.seed, 0, samples.to(device)).normal(Purpose.NOISE, shape)
         clock = [_now(device)]
 
         def note(pipeline, i: int, t, tensors: dict) -> dict:

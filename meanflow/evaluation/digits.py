@@ -8,7 +8,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..data.dataset import Digits
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..method.sampling import sample
 from .frechet import Moments, frechet_distance
 
@@ -100,7 +100,7 @@ class DigitsEvaluation:
     def floor(self) -> float:
         """The distance that as many real images score, drawn with replacement; the mean of several drawings."""
         n = len(self.digits)
-        draws = (Draws(self.seed, i, torch.arange(n)).integers(Stream.BOOTSTRAP, n) for i in range(FLOOR_DRAWS))
+        draws = (Draws(self.seed, i, torch.arange(n)).integers(Purpose.BOOTSTRAP, n) for i in range(FLOOR_DRAWS))
         distances = [self._distance(self.real_features[drawn]) for drawn in draws]
         return sum(distances) / len(distances)
 
@@ -123,4 +123,4 @@ class DigitsEvaluation:
         """As many samples as there are real images, of the same classes."""
         draws = Draws(self.seed, 1, torch.arange(len(self.digits), device=device))
         labels = self.digits.labels.to(device)
-        return self.score(sample(net, draws.normal(Stream.NOISE, self.digits.shape), labels, times), labels)
+        return self.score(sample(net, draws.normal(Purpose.NOISE, self.digits.shape), labels, times), labels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.images import grid, save_png
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..errors import UserError, require
 from ..method.sampling import even_times, sample
 from ..storage.record import environment, write_atomically
@@ -62,7 +62,7 @@ class Sampler:
             UserError: where they are not finite.
         """
         draws = Draws(self.seed, 0, indices.to(self.device))
-        noise, classes = draws.normal(Stream.NOISE, self.shape), labels_of(labels, draws, self.num_classes)
+        noise, classes = draws.normal(Purpose.NOISE, self.shape), labels_of(labels, draws, self.num_classes)
         images = self.decode(sample(self.net, noise, classes, times))
         require(bool(images.isfinite().all()), "samples", "values that are not finite", "finite images",
                 "is this the checkpoint of a run that diverged, or is the precision too low?")  # fmt: skip

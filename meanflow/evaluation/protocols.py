@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.images import to_uint8
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..errors import UserError, require
 from .inception import SIZE
 
@@ -67,7 +67,7 @@ def labels_of(kind: str, draws: Draws, num_classes: int) -> Tensor:
     """The classes (B,) int64 that samples are asked for; a function of the seed and the sample's index."""
     if kind == "balanced":
         return draws.samples % num_classes
-    return draws.integers(Stream.SAMPLE_LABEL, num_classes)
+    return draws.integers(Purpose.SAMPLE_LABEL, num_classes)
 
 
 def quantize(images: Tensor, rounding: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import ObjectiveConfig
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..errors import require
 from .times import draw_times, drop_mask, equal_prefix
 
@@ -58,5 +58,5 @@ class Deal:
             mine = torch.arange(group * self.group_size, (group + 1) * self.group_size)
             draws = Draws(seed, step, mine)
             r[mine], t[mine] = draw_times(config, draws)
-            drop[mine] = drop_mask(config, draws.uniform(Stream.LABEL_DROP))
+            drop[mine] = drop_mask(config, draws.uniform(Purpose.LABEL_DROP))
         return r[samples], t[samples], drop[samples]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..config import ObjectiveConfig
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 
 
 def equal_prefix(config: ObjectiveConfig, batch: int) -> int:
@@ -16,14 +16,14 @@ def equal_mask(config: ObjectiveConfig, draws: Draws) -> Tensor:
     """(B,) bool, which samples have r = t."""
     samples = draws.samples
     if config.equal_placement == "bernoulli":
-        return draws.uniform(Stream.EQUAL) < config.share_equal
+        return draws.uniform(Purpose.EQUAL) < config.share_equal
     return torch.arange(len(samples), device=samples.device) < equal_prefix(config, len(samples))
 
 
 def draw_times(config: ObjectiveConfig, draws: Draws) -> tuple[Tensor, Tensor]:
     """The times r <= t, each (B,) fp32, of the samples of one device's batch (paper, section 4.3)."""
     draw = draws.normal if config.time_distribution == "logit_normal" else draws.uniform
-    return arrange_times(draw(Stream.TIME_A), draw(Stream.TIME_B), equal_mask(config, draws), config)
+    return arrange_times(draw(Purpose.TIME_A), draw(Purpose.TIME_B), equal_mask(config, draws), config)
 
 
 def arrange_times(a: Tensor, b: Tensor, equal: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from ..config import DataConfig, RunConfig
 from ..data.dataset import Batch
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 
 
 def draw_flips(draws: Draws) -> Tensor:
     """Which samples are mirrored (B,) bool: each by a coin."""
-    return draws.uniform(Stream.FLIP) < 0.5
+    return draws.uniform(Purpose.FLIP) < 0.5
 
 
 def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
@@ -21,7 +21,7 @@ def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
     x = batch.mean.float()
     if batch.std is not None:
         if config.sample_posterior:
-            x = x + batch.std.float() * draws.normal(Stream.POSTERIOR, tuple(x.shape[1:]))
+            x = x + batch.std.float() * draws.normal(Purpose.POSTERIOR, tuple(x.shape[1:]))
         x = x * config.scale
     if batch.flip is not None:
         x = torch.where(batch.flip[:, None, None, None], x.flip(-1), x)
@@ -30,7 +30,7 @@ def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
 
 def draw_noise(x: Tensor, draws: Draws) -> Tensor:
     """Standard normal noise shaped like the batch x."""
-    return draws.normal(Stream.NOISE, tuple(x.shape[1:])).to(x.dtype)
+    return draws.normal(Purpose.NOISE, tuple(x.shape[1:])).to(x.dtype)
 
 
 def draw_batch(config: RunConfig, batch: Batch, samples: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

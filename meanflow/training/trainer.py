@@ -17,7 +17,7 @@ from ..config import RunConfig, to_dict
 from ..data.dataset import Dataset, Order, open_dataset
 from ..data.decoder import make_decoder
 from ..data.images import to_uint8
-from ..draws import Draws, Stream
+from ..draws import Draws, Purpose
 from ..errors import TrainingStopped, UserError
 from ..evaluation.judge import Judge, make_judge
 from ..interop.weights import load_checkpoint
@@ -235,7 +235,7 @@ class Trainer:
             return
         count = GRID_CLASSES * GRID_ROWS
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
-        noise = draws.normal(Stream.NOISE, self.dataset.shape)
+        noise = draws.normal(Purpose.NOISE, self.dataset.shape)
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
         latents = sample(self.ema, noise, labels)
         if self.world.is_main:

@@ -21,7 +21,7 @@ from benchmarks.accounting import (
     saved_bytes,
 )
 from meanflow.config import ModelConfig, RunConfig
-from meanflow.draws import Draws, Stream
+from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.objective import func_jvp, meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
@@ -118,7 +118,7 @@ def drawn(config: RunConfig, step: int, rank: int = 0):
     """Times and dropped labels of a rank's batch."""
     batch = config.train.batch
     draws = Draws(config.train.seed, step, torch.arange(batch) + rank * batch)
-    return *draw_times(config.objective, draws), drop_mask(config.objective, draws.uniform(Stream.LABEL_DROP))
+    return *draw_times(config.objective, draws), drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP))
 
 
 @pytest.mark.parametrize("placement", ["first", "bernoulli"])

@@ -7,7 +7,7 @@ from scipy import stats
 
 from meanflow.config import DataConfig, ObjectiveConfig
 from meanflow.data.dataset import Batch, Order
-from meanflow.draws import Draws, Stream, philox
+from meanflow.draws import Draws, Purpose, philox
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.training.draw import draw_flips, draw_latents
 
@@ -35,28 +35,28 @@ def test_philox(counter, key, words):
     assert [int(w) for w in philox(tuple(torch.tensor(c) for c in counter), tuple(key))] == words
 
 
-@pytest.mark.parametrize("stream", [Stream.NOISE, Stream.TIME_B])
-def test_normal_and_uniform(stream):
-    assert stats.kstest(draws().normal(stream, (3,)).flatten(), "norm").pvalue > 0.01
-    assert stats.kstest(draws().uniform(stream, (3,)).flatten(), "uniform").pvalue > 0.01
+@pytest.mark.parametrize("purpose", [Purpose.NOISE, Purpose.TIME_B])
+def test_normal_and_uniform(purpose):
+    assert stats.kstest(draws().normal(purpose, (3,)).flatten(), "norm").pvalue > 0.01
+    assert stats.kstest(draws().uniform(purpose, (3,)).flatten(), "uniform").pvalue > 0.01
 
 
-def test_streams_steps_seeds_and_samples_are_independent():
-    base = draws().normal(Stream.NOISE)
+def test_purposes_steps_seeds_and_samples_are_independent():
+    base = draws().normal(Purpose.NOISE)
     others = [
-        draws().normal(Stream.TIME_A),
-        draws(step=4).normal(Stream.NOISE),
-        draws(seed=8).normal(Stream.NOISE),
-        draws(seed=7 + 2**40).normal(Stream.NOISE),
-        draws(first=N).normal(Stream.NOISE),
+        draws().normal(Purpose.TIME_A),
+        draws(step=4).normal(Purpose.NOISE),
+        draws(seed=8).normal(Purpose.NOISE),
+        draws(seed=7 + 2**40).normal(Purpose.NOISE),
+        draws(first=N).normal(Purpose.NOISE),
     ]
     for other in others:
         assert abs(np.corrcoef(base, other)[0, 1]) < 4 / N**0.5
 
 
 def test_a_sample_does_not_depend_on_the_others():
-    whole = draws(8).normal(Stream.NOISE, (2, 5, 5))
-    parts = [draws(4, first=first).normal(Stream.NOISE, (2, 5, 5)) for first in (0, 4)]
+    whole = draws(8).normal(Purpose.NOISE, (2, 5, 5))
+    parts = [draws(4, first=first).normal(Purpose.NOISE, (2, 5, 5)) for first in (0, 4)]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -86,7 +86,7 @@ def test_uniform_times_and_the_single_draw():
 def test_bernoulli_placement():
     config = ObjectiveConfig(equal_placement="bernoulli", share_equal=0.3, drop_placement="bernoulli", label_drop=0.2)
     r, t = draw_times(config, draws())
-    drop = drop_mask(config, draws().uniform(Stream.LABEL_DROP))
+    drop = drop_mask(config, draws().uniform(Purpose.LABEL_DROP))
     for mask, p in ((r == t, 0.3), (drop, 0.2)):
         assert abs(mask.double().mean() - p) < 4 * (p * (1 - p) / N) ** 0.5
         assert abs(mask[: N // 2].double().mean() - p) < 6 * (p * (1 - p) / N) ** 0.5  # not the first ones

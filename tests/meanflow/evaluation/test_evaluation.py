@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from meanflow.draws import Draws, Stream
+from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.evaluation.evaluator import Evaluator, Plan, Sampler, evaluate, schedule_name, table
 from meanflow.evaluation.features import ImageStatistics
@@ -111,7 +111,7 @@ def test_protocols_change_only_what_they_say(sources, tmp_path):
 
     official_asked, official = seen("official")
     noise = torch.cat([z for z, *_ in official_asked])
-    assert torch.equal(noise, Draws(3, 0, torch.arange(COUNT)).normal(Stream.NOISE, SHAPE))  # scripts/sample.py's
+    assert torch.equal(noise, Draws(3, 0, torch.arange(COUNT)).normal(Purpose.NOISE, SHAPE))  # scripts/sample.py's
     for name in PROTOCOLS[1:]:
         asked, rows = seen("official", name)
         # the official numbers are the same beside any other
@@ -140,7 +140,7 @@ def test_protocol_pixels(sources, tmp_path):
     features = Features()
     run(sources, tmp_path / "out", features=features, plan=plan(("official", "round", "floor", "pytorch-fid")))
     draws = Draws(3, 0, torch.arange(BATCH))
-    images = sample(Net(), draws.normal(Stream.NOISE, SHAPE), draws.integers(Stream.SAMPLE_LABEL, CLASSES))
+    images = sample(Net(), draws.normal(Purpose.NOISE, SHAPE), draws.integers(Purpose.SAMPLE_LABEL, CLASSES))
     views = [("truncate", "tensorflow"), ("round", "tensorflow"), ("floor", "tensorflow"), ("truncate", "pytorch")]
     batches = -(-COUNT // BATCH)
     assert len(features.shown) == 2 * -(-30 // BATCH) + 4 * batches  # two resizes of the reference, four views
@@ -162,7 +162,7 @@ def test_evaluation_report(sources, tmp_path):
     # the numbers are those of the features, all at once
     draws = Draws(3, 0, torch.arange(COUNT))
     images = sample(
-        Net(), draws.normal(Stream.NOISE, SHAPE), draws.integers(Stream.SAMPLE_LABEL, CLASSES), schedules[1]
+        Net(), draws.normal(Purpose.NOISE, SHAPE), draws.integers(Purpose.SAMPLE_LABEL, CLASSES), schedules[1]
     )
     real = torch.from_numpy(real_images(30)).permute(0, 3, 1, 2)
     for score, kind in (("fid", "pool3"), ("sfid", "spatial")):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from meanflow.config import ObjectiveConfig
-from meanflow.draws import Draws, Stream
+from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
@@ -134,7 +134,7 @@ def test_plans_have_declared_sizes(size, seed, name, first, share):
     objective = replace(OBJECTIVES[name], equal_placement=placement, share_equal=share, label_drop=0.2)
     planner, draws = Planner(objective, size), Draws(seed, 0, torch.arange(size))
     r, t = draw_times(objective, draws)
-    drop = drop_mask(objective, draws.uniform(Stream.LABEL_DROP))
+    drop = drop_mask(objective, draws.uniform(Purpose.LABEL_DROP))
     plan = planner.plan(r, t, drop)
     assert len(plan.rows) in planner.guidance_sizes and size - plan.start in planner.tangent_sizes
     assert len(planner.guidance_sizes) <= 18
