@@ -166,15 +166,18 @@ def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Linear(hidden_size, parts * hidden_size))
 
 
-class Stream(NamedTuple):
-    """The residual stream between blocks: x + gate * branch, not yet added up: the sum fuses into the next adaLN."""
+class Residual(NamedTuple):
+    """The residual stream s = x + gate * branch (B, L, C) between two layers, not yet added up.
+
+    The next adaLN adds it up, in one pass over memory:  h = LayerNorm(s) * (1 + scale) + shift.
+    """
 
     x: Dual
     branch: Dual | None = None
     gate: Dual | None = None
 
     def adaln(self, shift: Dual, scale: Dual, dtype: torch.dtype) -> tuple[Dual, Dual]:
-        """The stream added up (B, L, C), and its LayerNorm modulated by shift and scale (B, C), in dtype."""
+        """s, and h in dtype, each (B, L, C), from shift and scale (B, C)."""
         if self.branch is None:
             return self.x, on(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
         return on(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
@@ -190,34 +193,34 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = _modulation(hidden_size, 6)
 
-    def forward(self, stream: Stream, c: Dual) -> Stream:
-        """stream of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
+    def forward(self, residual: Residual, c: Dual) -> Residual:
+        """residual of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
         # inside the block, so that its hooks (FSDP's) run once a pass
         if self.checkpointed and torch.is_grad_enabled():
-            return _checkpointed(self._branches, stream, c)
-        return self._branches(stream, c)
+            return _checkpointed(self._branches, residual, c)
+        return self._branches(residual, c)
 
-    def _branches(self, stream: Stream, c: Dual) -> Stream:
+    def _branches(self, residual: Residual, c: Dual) -> Residual:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6)
-        x, h = stream.adaln(shift_msa, scale_msa, c.primal.dtype)
-        x, h = Stream(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, c.primal.dtype)
-        return Stream(x, self.mlp(h), gate_mlp)
+        x, h = residual.adaln(shift_msa, scale_msa, c.primal.dtype)
+        x, h = Residual(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, c.primal.dtype)
+        return Residual(x, self.mlp(h), gate_mlp)
 
 
-def _checkpointed(branches: Callable[[Stream, Dual], Stream], stream: Stream, c: Dual) -> Stream:
-    """branches(stream, c), which backward computes again instead of keeping what it saves."""
+def _checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Residual, c: Dual) -> Residual:
+    """branches(residual, c), which backward computes again instead of keeping what it saves."""
     if torch.compiler.is_compiling():
-        return checkpoint(branches, stream, c, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(branches, residual, c, use_reentrant=False, preserve_rng_state=False)
     # what is saved depends on the primals alone: neither keep the tangents for the second time nor compute them
-    duals = [(stream, c)]
+    duals = [(residual, c)]
 
-    def run(*primals: Tensor | None) -> Stream:
+    def run(*primals: Tensor | None) -> Residual:
         if duals:
             return branches(*duals.pop())
-        *stream, c = (None if x is None else Dual(x) for x in primals)
-        return branches(Stream(*stream), c)
+        *residual, c = (None if x is None else Dual(x) for x in primals)
+        return branches(Residual(*residual), c)
 
-    primals = (None if x is None else x.primal for x in (*stream, c))
+    primals = (None if x is None else x.primal for x in (*residual, c))
     return checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -229,10 +232,10 @@ class FinalLayer(nn.Module):
         self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
-    def forward(self, stream: Stream, c: Dual) -> Dual:
-        """stream of (B, L, C) -> (B, L, p p channels)."""
+    def forward(self, residual: Residual, c: Dual) -> Dual:
+        """residual of (B, L, C) -> (B, L, p p channels)."""
         shift, scale = self.adaLN_modulation(c).split(2)
-        _, h = stream.adaln(shift, scale, c.primal.dtype)
+        _, h = residual.adaln(shift, scale, c.primal.dtype)
         return self.linear(h)
 
 
@@ -341,10 +344,10 @@ class DiT(nn.Module):
         x = self.x_embedder(z, dtype).to(self.dtype)
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
         c = on(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
-        stream = Stream(x)
+        residual = Residual(x)
         for block in self.blocks:
-            stream = block(stream, c)
-        u = self.final_layer(stream, c).to(self.dtype)
+            residual = block(residual, c)
+        u = self.final_layer(residual, c).to(self.dtype)
         grid = self.input_size // self.patch_size
         u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))
         return u if tangents is None else (u, guard(u_dot, u))

@@ -76,8 +76,8 @@ def test_parts_of_the_network(name):
         parts["attn0_s0"] = out.primal[0]
 
     def keep_block(index):
-        def hook(module, args, stream):
-            x, branch, gate = (dual.primal for dual in stream)
+        def hook(module, args, residual):
+            x, branch, gate = (dual.primal for dual in residual)
             parts[f"block{index}_s0"] = (x + gate[:, None] * branch)[0]
 
         return hook

@@ -252,7 +252,7 @@ def bf16_error(rank: int) -> dict:
     seen = {}
     block = engine.net.blocks[1]
     block.attn.register_forward_pre_hook(lambda attn, _: seen.update(weight=attn.qkv.weight.dtype))
-    block.register_forward_hook(lambda _, __, stream: seen.update(stream=stream.x.primal.dtype))
+    block.register_forward_hook(lambda _, __, residual: seen.update(residual=residual.x.primal.dtype))
     terms = engine.backward(batches[rank])
     flat = [torch.cat([gathered(g).flatten() for g in grads(net)]) for net in nets]
     return seen | {
@@ -266,7 +266,7 @@ def bf16_error(rank: int) -> dict:
 def test_sharded_bf16_is_that_of_one_process(ranks):
     for found in ranks(bf16_error):
         assert found["weight"] == torch.bfloat16
-        assert found["stream"] == found["output"] == found["grad"] == torch.float32
+        assert found["residual"] == found["output"] == found["grad"] == torch.float32
         single, sharded = found["to fp32"]
         assert 1e-3 < single < 0.05 and sharded < 1.1 * single
         # what rounds is the same, but for the gradient of that bias
