@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Inputs, Outputs = TypeVar("Inputs"), TypeVar("Outputs")
+In, Out = TypeVar("In"), TypeVar("Out")
 
 
-class Graph(Generic[Inputs, Outputs]):
+class Graph(Generic[In, Out]):
     """``run``, captured with the shapes of ``inputs``; only the values of their tensors may change.
 
     Args:
@@ -20,14 +20,14 @@ class Graph(Generic[Inputs, Outputs]):
     What a call returns is overwritten by the next call, of any graph of the same pool.
     """
 
-    def __init__(self, run: Callable[[Inputs], Outputs], inputs: Inputs, pool=None):
+    def __init__(self, run: Callable[[In], Out], inputs: In, pool=None):
         self._inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         self._graph = torch.cuda.CUDAGraph()
         # other threads may go on allocating: one pins the next batches
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = run(self._inputs)
 
-    def __call__(self, inputs: Inputs) -> Outputs:
+    def __call__(self, inputs: In) -> Out:
         for held, new in zip(pytree.tree_leaves(self._inputs), pytree.tree_leaves(inputs), strict=True):
             if isinstance(held, Tensor):
                 held.copy_(new, non_blocking=True)
