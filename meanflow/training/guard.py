@@ -44,7 +44,7 @@ class Findings(NamedTuple):
         return f"{name} {value:.4g}, {value / max(mean, 1e-30):.1f} times its running mean"
 
 
-class Guard:
+class SpikeGuard:
     """Watches a run's steps.
 
     Args:

@@ -17,7 +17,7 @@ from ..method.plan import Plan, Planner
 from ..method.terms import Terms
 from ..model.copies import product_layers, products_kept
 from .draw import draw_batch
-from .guard import Guard
+from .guard import SpikeGuard
 from .messages import StepInputs, StepResult
 from .optim import gradient_norm, step_unless
 from .parallel import gathered, over_processes, summed_later
@@ -48,7 +48,7 @@ class Step:
         loss: nn.Module,
         optimizer: torch.optim.Optimizer,
         planner: Planner,
-        guard: Guard | None = None,
+        guard: SpikeGuard | None = None,
     ):
         self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
         self.guard = guard

@@ -30,7 +30,7 @@ from ..world import World
 from .draw import draw_flips
 from .engine import build_engine, fit_threads
 from .flops import sample_flops
-from .guard import Findings, Guard
+from .guard import Findings, SpikeGuard
 from .messages import StepInputs
 from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
 from .parallel import gathered
@@ -88,7 +88,7 @@ class Trainer:
         begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None
         self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
-        self.guard = Guard(config.guard, self.device)
+        self.guard = SpikeGuard(config.guard, self.device)
         self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
         # for the MFU, which a CPU has none of
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None

@@ -10,7 +10,7 @@ import torch
 from meanflow.config import GuardConfig
 from meanflow.errors import TrainingStopped
 from meanflow.interop.weights import load_ema
-from meanflow.training.guard import WARMUP_STEPS, Guard
+from meanflow.training.guard import WARMUP_STEPS, SpikeGuard
 from meanflow.training.trainer import Trainer
 
 
@@ -25,7 +25,7 @@ def feed(guard, steps, first=0, **values):
 @pytest.mark.parametrize("name", ["raw", "v_loss", "grad_norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_left_out_from_the_first_step_on(name, value):
-    guard = Guard(GuardConfig(), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(), torch.device("cpu"))
     assert feed(guard, 2, **{name: value}) == [1, 1]
     assert feed(guard, 1, first=2) == [0]
     assert feed(guard, 2, first=3, **{name: value}) == [1, 1]
@@ -36,7 +36,7 @@ def test_what_is_not_finite_is_left_out_from_the_first_step_on(name, value):
 
 @pytest.mark.parametrize("name", ["raw", "v_loss", "grad_norm"])
 def test_a_spike_is_left_out_once_there_is_a_mean(name):
-    guard = Guard(GuardConfig(spike=5.0), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(spike=5.0), torch.device("cpu"))
     usual = {"raw": 100.0, "v_loss": 50.0, "grad_norm": 1.0}[name]
     assert feed(guard, 1, **{name: 20 * usual}) == [0]  # too early to tell
     assert feed(guard, 2 * WARMUP_STEPS, first=1) == [0] * 2 * WARMUP_STEPS
@@ -49,13 +49,13 @@ def test_a_spike_is_left_out_once_there_is_a_mean(name):
 
 
 def test_no_spikes_are_looked_for():
-    guard = Guard(GuardConfig(spike=0.0), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(spike=0.0), torch.device("cpu"))
     assert feed(guard, 2 * WARMUP_STEPS) == [0] * 2 * WARMUP_STEPS
     assert feed(guard, 1, raw=1e30) == [0] and feed(guard, 1, raw=float("nan")) == [1]
 
 
 def test_the_mean_follows():
-    guard = Guard(GuardConfig(), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(), torch.device("cpu"))
     for i, raw in enumerate((1.0, 2.0, 3.0)):
         feed(guard, 1, first=i, raw=raw)
     assert guard.findings().means[0] == pytest.approx(2.0)  # at first the plain mean
