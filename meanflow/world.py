@@ -150,10 +150,10 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def any_wanted(self, mine: bool) -> bool:
-        """Whether a process wanted something at the call before this one; all get the same answer, and nobody waits.
+    def poll_stop(self, mine: bool) -> bool:
+        """Whether any process passed True at the previous call. One call late, so that no process blocks.
 
-        One process alone gets its own wish at once.
+        A single process gets its own answer at once.
         """
         if self.size == 1:
             return mine

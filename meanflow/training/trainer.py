@@ -133,7 +133,7 @@ class Trainer:
                    desc=self.out.name, mininterval=1.0, dynamic_ncols=True, disable=not self.world.is_main)  # fmt: skip
         first, start = self.step, time.perf_counter()
         with bar, Prefetcher(self.inputs, self.position, pin=self.device.type == "cuda") as data:
-            while self.step < train.steps and not self.world.any_wanted(stop()):
+            while self.step < train.steps and not self.world.poll_stop(stop()):
                 self.train_step(data.get(self.position))
                 if self.step == first + 1:
                     self._say_first_step(time.perf_counter() - start)

@@ -46,7 +46,7 @@ def test_one_process_alone_agrees_with_itself(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with World("cpu") as world:
         assert world.is_main and world.size == 1 and not dist.is_initialized()
-        assert world.broadcast(3) == 3 and world.gather(3) == [3] and world.any_wanted(True)
+        assert world.broadcast(3) == 3 and world.gather(3) == [3] and world.poll_stop(True)
         assert world.sum(torch.ones(2)).tolist() == [1, 1]
 
         def complain():
