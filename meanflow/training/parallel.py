@@ -83,7 +83,7 @@ def shard(net: nn.Module, mesh: DeviceMesh | None = None) -> None:
     fully_shard(net, **options)
 
 
-def summed_later(loss: nn.Module) -> AbstractContextManager:
+def no_gradient_sync(loss: nn.Module) -> AbstractContextManager:
     """Within it, gradients of a replicated objective stay with each process; the next backward outside sums them all.
 
     Shards are summed at once: what they would otherwise wait as, whole gradients, is what sharding is to avoid.
@@ -91,7 +91,7 @@ def summed_later(loss: nn.Module) -> AbstractContextManager:
     return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
 
 
-def over_processes(x: Tensor) -> Tensor:
+def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a tensor over all processes."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         x = x / dist.get_world_size()
@@ -99,6 +99,6 @@ def over_processes(x: Tensor) -> Tensor:
     return x
 
 
-def gathered(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """A sharded tensor, or a norm of such tensors, in full, in every process (a collective); others as they are."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -20,7 +20,7 @@ from .draw import draw_batch
 from .guard import SpikeGuard
 from .messages import StepInputs, StepResult
 from .optim import gradient_norm, step_unless
-from .parallel import gathered, over_processes, summed_later
+from .parallel import full_tensor, mean_over_ranks, no_gradient_sync
 
 
 class Step:
@@ -96,12 +96,12 @@ class Step:
         terms = []
         for inputs in micro_batches:
             # gradients travel with the last one
-            with summed_later(self.loss) if inputs is not micro_batches[-1] else nullcontext():
+            with no_gradient_sync(self.loss) if inputs is not micro_batches[-1] else nullcontext():
                 terms.append(self._gradient(inputs, 1 / len(micro_batches)))
-        grad_norm = gathered(gradient_norm([p.grad for p in self.params]))
+        grad_norm = full_tensor(gradient_norm([p.grad for p in self.params]))
         skip = torch.zeros_like(grad_norm)
         if self.guard is not None:
-            raw, v_loss = over_processes(torch.stack([torch.cat([getattr(part, name) for part in terms]).mean()
+            raw, v_loss = mean_over_ranks(torch.stack([torch.cat([getattr(part, name) for part in terms]).mean()
                                                       for name in ("raw", "v_loss")]))  # fmt: skip
             skip = self.guard.check(raw, v_loss, grad_norm, micro_batches[0].step)
         with record_function("optimizer"):

@@ -33,7 +33,7 @@ from .flops import sample_flops
 from .guard import Findings, SpikeGuard
 from .messages import StepInputs
 from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
-from .parallel import gathered
+from .parallel import full_tensor
 from .prefetch import Prefetcher
 from .runlog import RunLog
 from .step import Step
@@ -188,7 +188,7 @@ class Trainer:
         """How far the average is from the weights, relative to them: ||ema - net|| / ||net||."""
         pairs = zip(self.ema.parameters(), self.net.parameters(), strict=True)
         distance, size = (sum(x) for x in zip(*(
-            (gathered((a - b).square().sum()).double(), gathered(b.square().sum()).double()) for a, b in pairs
+            (full_tensor((a - b).square().sum()).double(), full_tensor(b.square().sum()).double()) for a, b in pairs
         )))  # fmt: skip
         return float((distance / size).sqrt())
 

@@ -15,7 +15,7 @@ from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Planner
 from meanflow.model.dit import DiT
 from meanflow.training.optim import update_ema
-from meanflow.training.parallel import compile_blocks, gathered, replicate, shard
+from meanflow.training.parallel import compile_blocks, full_tensor, replicate, shard
 from meanflow.training.step import declare_sizes
 from meanflow_kernels.adamw_ema import AdamWEMA
 
@@ -99,7 +99,7 @@ class Engine:
 def furthest(got, wanted) -> float:
     """The largest error of any tensor, relative to that tensor's largest entry."""
     errors = [
-        (gathered(a.detach()) - b.detach()).abs().max() / b.detach().abs().max()
+        (full_tensor(a.detach()) - b.detach()).abs().max() / b.detach().abs().max()
         for a, b in zip(got, wanted, strict=True)
     ]
     return max(errors).item()
@@ -214,9 +214,9 @@ def step_error(rank: int, name: str, objective, native: bool, dtype) -> float:
                 whole_loss(engine, batches).backward()
             else:
                 engine.backward(batches[rank])
-            norm = gathered(nn.utils.get_total_norm(grads(net)))
+            norm = full_tensor(nn.utils.get_total_norm(grads(net)))
             optimizer.step()
-        results.append([norm, *(gathered(x.detach()) for x in (*params, *averages))])
+        results.append([norm, *(full_tensor(x.detach()) for x in (*params, *averages))])
     return furthest(*reversed(results))
 
 
@@ -254,7 +254,7 @@ def bf16_error(rank: int) -> dict:
     block.attn.register_forward_pre_hook(lambda attn, _: seen.update(weight=attn.qkv.weight.dtype))
     block.register_forward_hook(lambda _, __, residual: seen.update(residual=residual.x.primal.dtype))
     terms = engine.backward(batches[rank])
-    flat = [torch.cat([gathered(g).flatten() for g in grads(net)]) for net in nets]
+    flat = [torch.cat([full_tensor(g).flatten() for g in grads(net)]) for net in nets]
     return seen | {
         "output": terms.u.dtype,
         "grad": engine.net.blocks[0].attn.qkv.weight.grad.dtype,
