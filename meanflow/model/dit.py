@@ -24,7 +24,7 @@ from meanflow_kernels import (
 from meanflow_kernels.dual import guard
 
 from .copies import by_copy
-from .pairs import Dual, dual, on
+from .pairs import Dual, apply_dual, dual
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
@@ -63,7 +63,7 @@ class LinearGelu(Linear):
 
     def forward(self, x: Dual) -> Dual:
         """x (..., in_features) -> (..., out_features)."""
-        return on(bias_gelu_jvp, self._product(x, None), bias=self.bias)
+        return apply_dual(bias_gelu_jvp, self._product(x, None), bias=self.bias)
 
 
 class SiLU(nn.Module):
@@ -71,7 +71,7 @@ class SiLU(nn.Module):
 
     def forward(self, x: Dual) -> Dual:
         """x of any shape -> the same."""
-        return on(silu_jvp, x)
+        return apply_dual(silu_jvp, x)
 
 
 class PatchConv(nn.Conv2d):
@@ -117,7 +117,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Dual, dtype: torch.dtype) -> Dual:
         """t (B,) -> (B, C)."""
-        return self.mlp(on(timestep_embedding_jvp, t, dim=TIME_FEATURES).to(dtype))
+        return self.mlp(apply_dual(timestep_embedding_jvp, t, dim=TIME_FEATURES).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -144,7 +144,7 @@ class Attention(nn.Module):
     def forward(self, x: Dual) -> Dual:
         """x (B, L, C) -> (B, L, C)."""
         qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
-        o = on(attention_qkv_jvp, qkv)  # (B, L, H, D)
+        o = apply_dual(attention_qkv_jvp, qkv)  # (B, L, H, D)
         return self.proj(o.map(lambda a: a.flatten(2)))
 
 
@@ -179,8 +179,8 @@ class Residual(NamedTuple):
     def adaln(self, shift: Dual, scale: Dual, dtype: torch.dtype) -> tuple[Dual, Dual]:
         """s, and h in dtype, each (B, L, C), from shift and scale (B, C)."""
         if self.branch is None:
-            return self.x, on(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
-        return on(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
+            return self.x, apply_dual(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
+        return apply_dual(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
 
 
 class DiTBlock(nn.Module):
@@ -343,7 +343,7 @@ class DiT(nn.Module):
 
         x = self.x_embedder(z, dtype).to(self.dtype)
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
-        c = on(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
+        c = apply_dual(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
         residual = Residual(x)
         for block in self.blocks:
             residual = block(residual, c)

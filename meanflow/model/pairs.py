@@ -35,7 +35,7 @@ class Dual(NamedTuple):
         return Dual(self.primal + other.primal, tangent, start)
 
 
-def on(op_jvp, *duals: Dual, **options):
+def apply_dual(op_jvp, *duals: Dual, **options):
     """Apply an operator on explicit pairs to `Dual`s."""
     start = next((x.start for x in duals if x.tangent is not None), None)
     if start is not None:
