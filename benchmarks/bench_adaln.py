@@ -7,14 +7,14 @@ from meanflow_kernels import adaln, adaln_jvp
 
 from . import plain
 from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, on
+from .shapes import MODELS, naming, size_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_adaln(benchmark, stopwatch, device, model, stream, variant):
-    shape = on(device, MODELS[model])
+    shape = size_for(device, MODELS[model])
     x, x_dot = torch.randn(2, shape.batch, shape.tokens, shape.width, device=device, dtype=stream)
     vectors = torch.randn(4, shape.batch, shape.width, device=device, dtype=stream)
     options = {"out_dtype": torch.bfloat16}

@@ -15,7 +15,7 @@ from meanflow_kernels.counts import attention_bwd_flops, attention_flops, attent
 
 from . import plain
 from .dual_op import VARIANTS, Case, backward_of, measure
-from .shapes import ATTENTION, Shape, naming, on
+from .shapes import ATTENTION, Shape, naming, size_for
 
 
 def _sdpa(backend: SDPBackend) -> Callable:
@@ -114,7 +114,7 @@ def _flops(shape: Shape) -> dict[str, int]:
 @pytest.mark.parametrize("variant", VARIANTS | BACKENDS | PEERS)
 @pytest.mark.parametrize("regime", ATTENTION)
 def test_attention(benchmark, stopwatch, device, regime, variant):
-    shape = on(device, ATTENTION[regime])
+    shape = size_for(device, ATTENTION[regime])
     # q, k and v are read where the qkv projection left them
     size = (2, shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
     packed, packed_dot = torch.randn(size, device=device, dtype=torch.bfloat16)

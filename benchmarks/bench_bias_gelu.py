@@ -7,13 +7,13 @@ from meanflow_kernels import bias_gelu, bias_gelu_jvp
 
 from . import plain
 from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, on
+from .shapes import MODELS, naming, size_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_bias_gelu(benchmark, stopwatch, device, model, variant):
-    shape = on(device, MODELS[model])
+    shape = size_for(device, MODELS[model])
     x, x_dot = torch.randn(2, shape.batch, shape.tokens, 4 * shape.width, device=device, dtype=torch.bfloat16)
     bias = torch.randn(4 * shape.width, device=device, dtype=torch.bfloat16)
     case = Case(bias_gelu, bias_gelu_jvp, plain.bias_gelu, (x,), (x_dot,), (bias,))

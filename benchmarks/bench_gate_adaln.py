@@ -7,14 +7,14 @@ from meanflow_kernels import gate_adaln, gate_adaln_jvp
 
 from . import plain
 from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, on
+from .shapes import MODELS, naming, size_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_gate_adaln(benchmark, stopwatch, device, model, stream, variant):
-    shape = on(device, MODELS[model])
+    shape = size_for(device, MODELS[model])
     rows = torch.randn(4, shape.batch, shape.tokens, shape.width, device=device, dtype=stream)
     vectors = torch.randn(6, shape.batch, shape.width, device=device, dtype=stream)
     primals, tangents = (*rows[:2], *vectors[:3]), (*rows[2:], *vectors[3:])

@@ -9,7 +9,7 @@ from meanflow_kernels import linear, linear_jvp
 from meanflow_kernels.counts import linear_flops
 
 from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, on
+from .shapes import MODELS, naming, size_for
 
 
 def _linear_jvp(primals, tangents, weight, bias, *, tangent_start=None):
@@ -30,7 +30,7 @@ LINEAR_VARIANTS = VARIANTS | {"ours, stacked rows": ("dual", _stacked)}
 @pytest.mark.parametrize("variant", LINEAR_VARIANTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_linear(benchmark, stopwatch, device, model, variant):
-    shape = on(device, MODELS[model])
+    shape = size_for(device, MODELS[model])
     k, c = shape.width, 4 * shape.width
     x, x_dot = (torch.randn(shape.batch, shape.tokens, k, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight = torch.randn(c, k, device=device, dtype=torch.bfloat16) * k**-0.5

@@ -6,13 +6,13 @@ import torch
 from meanflow_kernels import silu, silu_jvp
 
 from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, on
+from .shapes import MODELS, naming, size_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_silu(benchmark, stopwatch, device, model, variant):
-    shape = on(device, MODELS[model])
+    shape = size_for(device, MODELS[model])
     x, x_dot = torch.randn(2, shape.batch, shape.width, device=device, dtype=torch.bfloat16)
     case = Case(silu, silu_jvp, torch.nn.functional.silu, (x,), (x_dot,))
     measure(stopwatch, benchmark, case, naming("silu", model, shape, x.dtype, variant), *VARIANTS[variant])

@@ -8,7 +8,7 @@ import torch
 from meanflow_kernels import timestep_embedding, timestep_embedding_jvp
 
 from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, on
+from .shapes import MODELS, naming, size_for
 
 DIM = 256
 
@@ -27,7 +27,7 @@ FORWARD = [name for name, (call, _) in VARIANTS.items() if call != "backward"]
 @pytest.mark.parametrize("variant", FORWARD)
 @pytest.mark.parametrize("model", MODELS)
 def test_timestep_embedding(benchmark, stopwatch, device, model, variant):
-    shape = on(device, MODELS[model])
+    shape = size_for(device, MODELS[model])
     t, t_dot = torch.rand(2, shape.batch, device=device)
     case = Case(timestep_embedding, timestep_embedding_jvp, _plain, (t,), (t_dot,), (DIM,))
     name = naming("timestep_embedding", model, shape, t.dtype, variant)

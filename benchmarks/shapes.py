@@ -37,7 +37,7 @@ ATTENTION = {
 """Attention alone, batch times heads 4,096 at 256 tokens; 1,024 tokens are those of ImageNet-512."""
 
 
-def on(device: str, shape: Shape) -> Shape:
+def size_for(device: str, shape: Shape) -> Shape:
     """``shape`` on a GPU; on a CPU two samples of 16 tokens, of as many channels a head, with two heads."""
     return shape if device == "cuda" else Shape(batch=2, tokens=16, heads=2, head_dim=shape.head_dim)
 

@@ -35,7 +35,7 @@ SHAPES = MODELS | {"L/2": Shape(32, 256, 16, 64), "S/2": Shape(64, 256, 6, 64)}
 """Between them all widths of the DiT family, and both head dims at 256 tokens."""
 
 
-def on(device: str, shape: Shape) -> Shape:
+def size_for(device: str, shape: Shape) -> Shape:
     """``shape`` on a GPU; on a CPU what the interpreter does in a second."""
     return shape if device == "cuda" else Shape(batch=2, tokens=3, heads=2, head_dim=shape.head_dim)
 
@@ -115,7 +115,7 @@ def _subject(op: str, model: str, part: str, shape: Shape, half: torch.dtype, ta
 def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -> Iterable[Subject]:
     base, d = SHAPES[model], SHAPES[model].head_dim
     some = base.batch // 4
-    length = on(device, base).tokens
+    length = size_for(device, base).tokens
     dual, single = (choose(arch, half, d, length) for choose in (dual_config, plain_config))
     triton = backward_configs(arch, half, d, length)
     forward = functools.partial(tune_trials.attention, shipped=single)
@@ -138,7 +138,7 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
         ("attention_bwd library", "backward", base.batch, "BACKWARD", library(BACKWARD), backward),
         ("attention_bwd", "backward", base.batch, "backward", (triton, pairs), backward),
     ):
-        shape = on(device, replace(base, batch=batch))
+        shape = size_for(device, replace(base, batch=batch))
         place = f"attention/config.py, {table}, head dim {d}, {length} tokens"
         yield _subject(op, model, part, shape, half, place, shipped, candidates, build)
 
@@ -153,7 +153,7 @@ ROWS = {
 def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterable[Subject]:
     module, forward, backward, candidates = ROWS[op]
     base = SHAPES[model]
-    shape, more = on(device, base), on(device, replace(base, batch=base.batch + base.batch // 4))
+    shape, more = size_for(device, base), size_for(device, replace(base, batch=base.batch + base.batch // 4))
     single, dual = functools.partial(forward, n=0), functools.partial(forward, n=max(1, shape.batch // 4))
     sums = functools.partial(tune_trials.sums, backward=backward, config=module.BACKWARD)
     for name, part, size, table, build in (

@@ -13,7 +13,7 @@ from benchmarks import measuring, timing
 from benchmarks.bench_silu import VARIANTS, Case, measure
 from benchmarks.environment import _nvml, clocks, energy, environment
 from benchmarks.measuring import joules
-from benchmarks.shapes import MODELS, naming, on
+from benchmarks.shapes import MODELS, naming, size_for
 from benchmarks.stopwatch import Stopwatch, check, relative_error
 from benchmarks.timing import Ceilings, device_ms, measure_ceilings, quantiles
 from meanflow.training.peaks import PEAKS
@@ -45,7 +45,7 @@ def _silu_case(op_jvp) -> Case:
 
 
 def _name(variant: str) -> dict:
-    return naming("silu", "XL/2", on("cpu", MODELS["XL/2"]), torch.bfloat16, variant)
+    return naming("silu", "XL/2", size_for("cpu", MODELS["XL/2"]), torch.bfloat16, variant)
 
 
 def test_row_follows_from_its_times():
