@@ -46,37 +46,37 @@ class Weights:
     step: int
     origin: str
     """Where from, in words."""
-    part: str
+    which: str
     """"ema" or "model"."""
     note: str = ""
     """What a person should know about the conversion."""
 
 
 def load(
-    path: Path, format: str, part: str = "ema", *, num_heads: int | None = None, input_size: int | None = None
+    path: Path, format: str, weights: str = "ema", *, num_heads: int | None = None, input_size: int | None = None
 ) -> Weights:
     """Weights of any format, in fp32 or more.
 
     Args:
-        format: one of the above; "auto" finds it. part: "ema" or "model", where the source has both.
+        format: one of the above; "auto" finds it. weights: "ema" or "model", where the source has both.
         num_heads, input_size: where the source does not tell.
 
     Raises:
         UserError: where it cannot be read or is something else, or not a whole network.
     """
-    weights = _load(path, find_format(path) if format == "auto" else format, part, num_heads, input_size)
-    check_whole(weights.tensors, weights.model)
-    return weights
+    found = _load(path, find_format(path) if format == "auto" else format, weights, num_heads, input_size)
+    check_whole(found.tensors, found.model)
+    return found
 
 
-def _load(path: Path, format: str, part: str, num_heads: int | None, input_size: int | None) -> Weights:
+def _load(path: Path, format: str, weights: str, num_heads: int | None, input_size: int | None) -> Weights:
     if format == "run":
-        tensors, config, _, step = load_run(path, part)
-        return Weights(tensors, from_dict(config).model, config, step, "a run of this project", part)
+        tensors, config, _, step = load_run(path, weights)
+        return Weights(tensors, from_dict(config).model, config, step, "a run of this project", weights)
     if format == "pipeline":
         return _from_pipeline(path)
     if format == "official":
-        arrays, step, found = read_flax(path, part)
+        arrays, step, found = read_flax(path, weights)
         try:
             tensors = {name: full(x) for name, x in from_official(arrays).items()}
         except ValueError as error:
@@ -84,10 +84,10 @@ def _load(path: Path, format: str, part: str, num_heads: int | None, input_size:
         found_all = len(tensors) == len(arrays)
         require(found_all, "checkpoint", f"{len(arrays)} arrays of {len(tensors)} names", "one network", "name another")
         model = infer_model(tensors, num_heads=num_heads, input_size=input_size)
-        return _foreign(tensors, model, format, step, f"the official code's {found.name}", part)
+        return _foreign(tensors, model, format, step, f"the official code's {found.name}", weights)
     require(format in FAMILIES, "format", format, f"one of {', '.join(FAMILIES)} for a .pt file", "name it by --format")
-    state, step, found = read_network(path, part)
-    note, part = "" if found == part else f"It holds no {part!r}: these are its {found!r}. ", found
+    state, step, found = read_network(path, weights)
+    note, weights = "" if found == weights else f"It holds no {weights!r}: these are its {found!r}. ", found
     if format == "sit":
         tensors, model = from_sit(state, num_heads)
         note += "u(z, r, t) is SiT's velocity for every r: a start, not yet a one-step model."
@@ -99,13 +99,13 @@ def _load(path: Path, format: str, part: str, num_heads: int | None, input_size:
         )
     else:
         tensors, model = from_zhuyu(state, num_heads)
-    return _foreign(tensors, model, format, step, f"{format}'s {path.name}", part, note)
+    return _foreign(tensors, model, format, step, f"{format}'s {path.name}", weights, note)
 
 
-def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, part: str, note: str = "") -> Weights:
+def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, weights: str, note: str = "") -> Weights:
     data = replace(preset("imagenet-b4").data, scale=SCALES.get(format, 0.18215))
     config = {"model": asdict(model), "data": asdict(data)}
-    return Weights(tensors, model, config, step, origin, part, note)
+    return Weights(tensors, model, config, step, origin, weights, note)
 
 
 def load_pipeline(path: Path, **options):
@@ -131,9 +131,9 @@ def _from_pipeline(path: Path) -> Weights:
     model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
     config = recipe.get("config", {"model": asdict(model)})
     config = config | ({"classes": pipeline.config.id2label} if pipeline.config.id2label else {})
-    part, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
+    weights, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
     tensors = {name: full(x) for name, x in net.state_dict().items()}
-    return Weights(tensors, model, config, recipe.get("step", 0), origin, part)
+    return Weights(tensors, model, config, recipe.get("step", 0), origin, weights)
 
 
 def run_config(weights: Weights) -> dict:
@@ -205,7 +205,7 @@ def make_pipeline(
         names = {int(i): name for i, name in known.items()}
     # where the data lay is nobody else's business, and the pipeline has the names itself
     config = {key: value for key, value in weights.config.items() if key != "classes"} | {"data": data | {"path": ""}}
-    recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.part, "config": config}
+    recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.which, "config": config}
     return MeanFlowPipeline(
         net.eval().requires_grad_(False), MeanFlowScheduler(), autoencoder, names, data.get("pixels", "symmetric"),
         recipe, scores,

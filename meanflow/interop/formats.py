@@ -48,7 +48,7 @@ def _is_ours(path: Path) -> bool:
         return True  # damaged: let the reader say how
 
 
-def load_run(path: Path, part: str) -> tuple[dict[str, Tensor], dict, Path, int]:
+def load_run(path: Path, weights: str) -> tuple[dict[str, Tensor], dict, Path, int]:
     """Tensors, configuration, place and step of a checkpoint, of a run folder's last one, or of an exported file."""
     if path.is_file() or path.suffix == ".safetensors":
         tensors, config, step = ckpt.load_weights(path)
@@ -61,10 +61,10 @@ def load_run(path: Path, part: str) -> tuple[dict[str, Tensor], dict, Path, int]
             "pipeline; train first"
         )
     header = ckpt.read_header(path)
-    ckpt.verify(path, header, ema_only=part == "ema")
+    ckpt.verify(path, header, ema_only=weights == "ema")
     names = known_names(path)
     config = header.config | ({"classes": names} if names else {})
-    return ckpt.load_part(path, part), config, path, header.step
+    return ckpt.load_network(path, weights), config, path, header.step
 
 
 def known_names(path: Path) -> dict[str, str]:

@@ -20,9 +20,11 @@ from ..model.dit import DiT
 from .formats import check_whole, find_format, load_run
 
 
-def load_checkpoint(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], dict, Path, int]:
-    """The weights ("ema" or "model") of whatever tells itself what it is: tensors, a run's configuration as a dict,
-    where from (of a run folder, its last checkpoint) and step.
+def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], dict, Path, int]:
+    """The weights ("ema" or "model") in a file or folder whose format :func:`find_format` recognises.
+
+    Returns:
+        Tensors, a run's configuration as a dict, where they were found (in a run folder, its last checkpoint), step.
 
     Raises:
         UserError: where there is nothing, or something damaged or foreign, or a file of one of several families.
@@ -33,13 +35,13 @@ def load_checkpoint(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], d
         "convert such a file by scripts/convert.py --to weights --format sit, dit or zhuyu",
     )  # fmt: skip
     if kind == "run":
-        tensors, config, path, step = load_run(path, part)
+        tensors, config, path, step = load_run(path, weights)
         check_whole(tensors, from_dict(config).model)
         return tensors, config, path, step
     from . import convert  # which needs the packages of others
 
-    weights = convert.load(path, kind, part)
-    return weights.tensors, convert.run_config(weights), path, weights.step
+    found = convert.load(path, kind, weights)
+    return found.tensors, convert.run_config(found), path, found.step
 
 
 def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:

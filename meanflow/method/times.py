@@ -8,7 +8,7 @@ from ..draws import Draws, Purpose
 
 
 def equal_prefix(config: ObjectiveConfig, batch: int) -> int:
-    """How many samples at the start of a device's batch have r = t, whatever is drawn: officially a truncated product."""
+    """How many samples at the start of a device's batch have r = t, whatever is drawn (official: truncated)."""
     return int(batch * config.share_equal) if config.equal_placement == "first" else 0
 
 

@@ -130,14 +130,16 @@ def load(path: Path, tensors: dict[str, Tensor], world: World | None = None) -> 
     dcp.load(tensors, storage_reader=reader, no_dist=not several, process_group=world.host_group if several else None)
 
 
-def load_part(path: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of a part ("ema", "model"), whole, on the CPU, by their names in it."""
+def load_network(path: Path, weights: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's network, "ema" or "model", whole, on the CPU, by their names in it."""
     held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = {
-        name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in held.items() if name.startswith(f"{part}.")
+        name: torch.empty(x.size, dtype=x.properties.dtype)
+        for name, x in held.items()
+        if name.startswith(f"{weights}.")
     }
     load(path, tensors)
-    return {name.removeprefix(f"{part}."): x for name, x in tensors.items()}
+    return {name.removeprefix(f"{weights}."): x for name, x in tensors.items()}
 
 
 def last_good(folder: Path, world: World, until: int | None = None) -> Path | None:

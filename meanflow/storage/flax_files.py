@@ -20,14 +20,14 @@ ARRAY, SCALAR = 1, 3
 """Codes of flax's msgpack extensions."""
 CHUNKED = "__msgpack_chunked_array__"
 CHUNK_BYTES = 2**30
-PARTS = {"ema": "ema_params", "model": "params"}
+TREES = {"ema": "ema_params", "model": "params"}
 
 
-def read_flax(path: Path, part: str = "ema") -> tuple[dict[str, np.ndarray], int, Path]:
+def read_flax(path: Path, weights: str = "ema") -> tuple[dict[str, np.ndarray], int, Path]:
     """The parameters of a checkpoint, or of the last one in a folder.
 
     Args:
-        part: "ema" for the averaged ones, "model" for those in training.
+        weights: "ema" for the averaged ones, "model" for those in training.
 
     Returns:
         {path with "/" between its levels: array}, the step, and which checkpoint it was.
@@ -36,14 +36,14 @@ def read_flax(path: Path, part: str = "ema") -> tuple[dict[str, np.ndarray], int
         UserError: where there is none, or a damaged or foreign one.
     """
     path = _newest(path)
-    state = _read_orbax(path, PARTS[part]) if path.is_dir() else read_msgpack(path)
+    state = _read_orbax(path, TREES[weights]) if path.is_dir() else read_msgpack(path)
     try:
-        step, tree = int(state["step"]), state[PARTS[part]]
+        step, tree = int(state["step"]), state[TREES[weights]]
         arrays = {"/".join(keys): np.asarray(x) for keys, x in _leaves(tree)}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise _foreign(path, f"without step and {PARTS[part]}") from None
+        raise _foreign(path, f"without step and {TREES[weights]}") from None
     if not arrays:
-        raise _foreign(path, f"whose {PARTS[part]} are empty")
+        raise _foreign(path, f"whose {TREES[weights]} are empty")
     return arrays, step, path
 
 
@@ -171,8 +171,8 @@ def _is_orbax(path: Path) -> bool:
     return any((path / name).exists() for name in ("manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"))
 
 
-def _read_orbax(path: Path, part: str) -> dict:
-    """Step and one part of an Orbax folder: zarr arrays named by their keys joined with dots."""
+def _read_orbax(path: Path, tree: str) -> dict:
+    """Step and one tree of parameters of an Orbax folder: zarr arrays named by their keys joined with dots."""
     try:
         import tensorstore
     except ImportError:
@@ -185,13 +185,13 @@ def _read_orbax(path: Path, part: str) -> dict:
     try:
         store = tensorstore.KvStore.open(whole).result()
         keys = [key.decode().removesuffix("/.zarray") for key in store.list().result() if key.endswith(b"/.zarray")]
-        wanted = [key for key in keys if key == "step" or key.startswith(part + ".")]
+        wanted = [key for key in keys if key == "step" or key.startswith(tree + ".")]
         specs = {key: {"driver": "zarr", "kvstore": (store / f"{key}/").spec().to_json()} for key in wanted}
         arrays = {key: tensorstore.open(spec).result().read().result() for key, spec in specs.items()}
     except (ValueError, OSError) as error:
         raise _foreign(path, f"which cannot be read ({str(error).splitlines()[0]})") from None
-    flat = {key.removeprefix(part + ".").replace(".", "/"): x for key, x in arrays.items() if key != "step"}
-    return {"step": arrays["step"], part: _tree(flat)} if "step" in arrays else {}
+    flat = {key.removeprefix(tree + ".").replace(".", "/"): x for key, x in arrays.items() if key != "step"}
+    return {"step": arrays["step"], tree: _tree(flat)} if "step" in arrays else {}
 
 
 def _foreign(path: Path, what: str) -> UserError:

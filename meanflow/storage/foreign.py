@@ -42,14 +42,14 @@ class Network(NamedTuple):
     """Whether it is a moving average, by what it is called or has counted."""
 
 
-def read_network(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], int, str]:
+def read_network(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], int, str]:
     """The network of a file of tensors (torch's or safetensors, whatever it is called).
 
     Args:
-        part: "ema" or "model" where the file has both; else the one it has.
+        weights: "ema" or "model" where the file has both; else the one it has.
 
     Returns:
-        {plain name: tensor} with 16-bit and 8-bit numbers in fp32, the step, and which part it is.
+        {plain name: tensor} with 16-bit and 8-bit numbers in fp32, the step, and which weights they are.
 
     Raises:
         UserError: where it cannot be read, would run code when unpickled, or holds no such network.
@@ -63,10 +63,10 @@ def read_network(path: Path, part: str = "ema") -> tuple[dict[str, Tensor], int,
         near = f", nearest to it {nearest(ANCHOR, names)}" if names else ""
         raise _refused(path, f"without the state dict of a DiT or SiT: no {ANCHOR}{near}")
     step = next((held[name] for name in COUNTERS if isinstance(held.get(name), int)), 0)
-    network = _choose(path, networks, part)
+    network = _choose(path, networks, weights)
     if network.averaged or network.where == "model.":
-        part = "ema" if network.averaged else "model"
-    return {name: full(x) for name, x in network.tensors.items()}, step, part
+        weights = "ema" if network.averaged else "model"
+    return {name: full(x) for name, x in network.tensors.items()}, step, weights
 
 
 def is_safetensors(path: Path) -> bool:
@@ -111,14 +111,14 @@ def _is_counter(x: Tensor) -> bool:
     return x.dim() == 0 or (x.numel() == 1 and not x.is_floating_point())
 
 
-def _choose(path: Path, networks: list[Network], part: str) -> Network:
-    fitting = [network for network in networks if network.averaged == (part == "ema")]
-    named = [network for network in fitting if network.where == f"{part}."]
+def _choose(path: Path, networks: list[Network], weights: str) -> Network:
+    fitting = [network for network in networks if network.averaged == (weights == "ema")]
+    named = [network for network in fitting if network.where == f"{weights}."]
     # a file of one network is that network, whatever it is called
     chosen = next((each for each in (named, fitting, networks) if len(each) == 1), None)
     if chosen is None:
         places = ", ".join(repr(network.where) for network in networks)
-        raise _refused(path, f"with several networks, under {places}", f"one of them to be its {part!r} by name")
+        raise _refused(path, f"with several networks, under {places}", f"one of them to be its {weights!r} by name")
     return chosen[0]
 
 

@@ -80,7 +80,7 @@ def test_either_part_is_found_and_said(tmp_path):
         assert_equal(read_network(tmp_path / name, "model")[0], OTHER)
     torch.save({"model": SIT, "step": 7}, tmp_path / "x.pt")
     weights = convert.load(tmp_path / "x.pt", "sit", num_heads=4)
-    assert weights.part == "model" and weights.step == 7 and "It holds no 'ema'" in weights.note
+    assert weights.which == "model" and weights.step == 7 and "It holds no 'ema'" in weights.note
     torch.save({"ema": averaged(SiT())}, tmp_path / "x.pt")
     assert read_network(tmp_path / "x.pt", "model")[2] == "ema"
     torch.save({"teacher": SIT, "student": OTHER}, tmp_path / "x.pt")
