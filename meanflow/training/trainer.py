@@ -21,7 +21,7 @@ from ..draws import Draws, Purpose
 from ..errors import TrainingStopped, UserError
 from ..evaluation.judge import Judge, make_judge
 from ..interop.weights import load_checkpoint
-from ..method.microbatch import Deal
+from ..method.microbatch import BatchSplit
 from ..method.plan import Planner
 from ..method.sampling import sample
 from ..owner import owned
@@ -77,13 +77,13 @@ class Trainer:
         torch.use_deterministic_algorithms(train.deterministic)
         self.dataset: Dataset = open_dataset(config.data, config.model)
         self.order = Order(len(self.dataset), train.batch, train.seed, config.data.drop_last)
-        self.deal = Deal(train.batch, train.groups, self.world.size * train.accumulate)
-        self.parts = [i * self.world.size + self.world.rank for i in range(train.accumulate)]
+        self.split = BatchSplit(train.batch, train.groups, self.world.size * train.accumulate)
+        self.micro_batches = range(self.world.rank, self.split.micro_batches, self.world.size)
         # of all processes: they warm up together
-        prefixes = {self.deal.prefix(config.objective, part) for part in range(self.deal.parts)}
-        self.planner = Planner(config.objective, self.deal.part_size, prefixes)
+        prefixes = {self.split.prefix(config.objective, i) for i in range(self.split.micro_batches)}
+        self.planner = Planner(config.objective, self.split.micro_batch_size, prefixes)
         if self.device.type == "cpu":
-            fit_threads(config.model, self.deal.part_size)
+            fit_threads(config.model, self.split.micro_batch_size)
 
         begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None
@@ -100,17 +100,16 @@ class Trainer:
     # --- a step ---
 
     def inputs(self, position: int) -> tuple[StepInputs, ...]:
-        """What a step computes with, on the host: data, draws and plan of each of this process's micro-batches."""
-        return tuple(self._micro_batch(position, part) for part in self.parts)
-
-    def _micro_batch(self, position: int, part: int) -> StepInputs:
-        config, samples = self.config, self.deal.samples(part)
-        # on the host: the plan decides the shapes of what the device does
-        r, t, drop = self.deal.draw(config.objective, config.train.seed, position, part)
-        flip = draw_flips(Draws(config.train.seed, position, samples)) if config.data.flip else None
-        batch = self.dataset.read(self.order.indices(position)[samples.numpy()], flip)
-        plan = self.planner.plan(r, t, drop)
-        return StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan)
+        """Data, draws and plan of each of this process's micro-batches, on the host: a plan decides a step's shapes."""
+        config, seed, inputs = self.config, self.config.train.seed, []
+        for micro_batch in self.micro_batches:
+            samples = self.split.samples(micro_batch)
+            r, t, drop = self.split.draw(config.objective, seed, position, micro_batch)
+            flip = draw_flips(Draws(seed, position, samples)) if config.data.flip else None
+            batch = self.dataset.read(self.order.indices(position)[samples.numpy()], flip)
+            plan = self.planner.plan(r, t, drop)
+            inputs.append(StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan))
+        return tuple(inputs)
 
     def train_step(self, micro_batches: tuple[StepInputs, ...]) -> None:
         """One optimizer step, or one that the guard left out."""

@@ -17,7 +17,7 @@ from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws
 from meanflow.errors import UserError
 from meanflow.interop.weights import load_ema
-from meanflow.method.microbatch import Deal
+from meanflow.method.microbatch import BatchSplit
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.training.trainer import train
 
@@ -100,38 +100,38 @@ def test_twenty_steps_are_those_of_one_process(ranks, engine, twenty, tmp_path):
         np.testing.assert_allclose(watched, wanted, rtol=1e-4)
 
 
-# --- the batch, dealt ---
+# --- the batch, split ---
 
 
 @pytest.mark.parametrize("placement", ("first", "bernoulli"))
-def test_a_batch_is_the_same_however_it_is_dealt(placement):
+def test_a_batch_is_the_same_however_it_is_split(placement):
     config = ObjectiveConfig(equal_placement=placement, drop_placement=placement, label_drop=0.3)
     for groups in (1, 2, 4):
         found = {}
-        for parts in (1, 2, 4, 8):
-            deal = Deal(32, groups, parts)
-            samples = torch.cat([deal.samples(part) for part in range(parts)])
-            r, t, drop = map(torch.cat, zip(*(deal.draw(config, 3, 7, part) for part in range(parts)), strict=True))
+        for count in (1, 2, 4, 8):
+            split = BatchSplit(32, groups, count)
+            samples = torch.cat([split.samples(i) for i in range(count)])
+            r, t, drop = map(torch.cat, zip(*(split.draw(config, 3, 7, i) for i in range(count)), strict=True))
             order = samples.argsort()
             assert samples[order].tolist() == list(range(32))
-            found[parts] = torch.stack([r[order], t[order], drop[order].float()])
-            for part in range(parts):
-                r, t, _ = deal.draw(config, 3, 7, part)
-                prefix = deal.prefix(config, part)
+            found[count] = torch.stack([r[order], t[order], drop[order].float()])
+            for i in range(count):
+                r, t, _ = split.draw(config, 3, 7, i)
+                prefix = split.prefix(config, i)
                 assert torch.equal(r[:prefix], t[:prefix])
-                if placement == "first":  # each part keeps its share
-                    assert prefix == 24 // parts and not torch.any(r[prefix:] == t[prefix:])
+                if placement == "first":  # each micro-batch keeps its share
+                    assert prefix == 24 // count and not torch.any(r[prefix:] == t[prefix:])
         assert all(torch.equal(x, found[1]) for x in found.values())
 
 
 def test_a_group_is_an_official_device():
     """With a group a process, a process's samples are the official ones: its own, the first of them with r = t."""
-    config, deal = ObjectiveConfig(label_drop=0.3), Deal(32, 4, 4)
+    config, split = ObjectiveConfig(label_drop=0.3), BatchSplit(32, 4, 4)
     for rank in range(4):
         mine = torch.arange(8 * rank, 8 * (rank + 1))
-        assert deal.samples(rank).tolist() == mine.tolist()
+        assert split.samples(rank).tolist() == mine.tolist()
         draws = Draws(3, 7, mine)
-        r, t, drop = deal.draw(config, 3, 7, rank)
+        r, t, drop = split.draw(config, 3, 7, rank)
         assert torch.equal(torch.stack([r, t]), torch.stack(draw_times(config, draws)))
         assert torch.equal(drop, drop_mask(config, draws.uniform(4)))
 
@@ -144,9 +144,9 @@ def test_a_group_is_an_official_device():
         ((12, 5, 2), "train.groups: got 5, wanted a divisor of the batch 12"),
     ],
 )
-def test_a_batch_that_cannot_be_dealt(sizes, message):
+def test_a_batch_that_cannot_be_split(sizes, message):
     with pytest.raises(UserError, match=message) as error:
-        Deal(*sizes)
+        BatchSplit(*sizes)
     assert "\n" not in str(error.value)
 
 
