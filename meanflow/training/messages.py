@@ -1,5 +1,7 @@
-"""What goes into a training step, and what comes out of it."""
+"""Inputs and results of a training step, and its failures in words."""
 
+import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -7,8 +9,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..data.dataset import Batch
+from ..errors import UserError
 from ..method.plan import Plan
 from ..method.terms import Terms
+
+MEMORY = (
+    "memory: the step does not fit ({}), wanted a smaller one; lower --train.batch, take --train.precision bf16, or "
+    "--train.checkpoint-blocks, which computes blocks twice and keeps less"
+)
+COMPILE = (
+    "train.compile: got True, but the step could not be compiled ({}), wanted a working compiler (on the CPU a C++ "
+    "one, g++ or clang++); take --train.no-compile, which computes the same more slowly"
+)
 
 
 class StepInputs(NamedTuple):
@@ -45,3 +57,27 @@ class StepResult(NamedTuple):
     """() of the whole gradient."""
     skipped: Tensor
     """() fp32, 1 where the guard kept the step from being made."""
+
+
+@contextmanager
+def explained_failures():
+    """Raise failures that a setting can help as one line that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(MEMORY.format(_first_line(error))) from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise UserError(MEMORY.format(_first_line(error))) from None
+        if _is_compiler(error):
+            raise UserError(COMPILE.format(_first_line(error))) from error
+        raise
+
+
+def _is_compiler(error: RuntimeError) -> bool:
+    exceptions = sys.modules.get("torch._dynamo.exc")
+    return exceptions is not None and isinstance(error, exceptions.TorchDynamoException)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

@@ -1,8 +1,6 @@
 """One training step, from stored latents to new weights: plain, compiled, or captured whole in CUDA graphs."""
 
 import functools
-import sys
-import threading
 import time
 from contextlib import contextmanager, nullcontext
 
@@ -10,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ..command import heartbeat
 from ..config import RunConfig
-from ..errors import UserError
 from ..graph import Graph
 from ..method.plan import Plan, Planner
 from ..method.terms import Terms
 from ..model.copies import product_layers, products_kept
 from .draw import draw_batch
 from .guard import SpikeGuard
-from .messages import StepInputs, StepResult
+from .messages import StepInputs, StepResult, explained_failures
 from .optim import gradient_norm, step_unless
 from .parallel import full_tensor, mean_over_ranks, no_gradient_sync
 
@@ -101,8 +99,9 @@ class Step:
         grad_norm = full_tensor(gradient_norm([p.grad for p in self.params]))
         skip = torch.zeros_like(grad_norm)
         if self.guard is not None:
-            raw, v_loss = mean_over_ranks(torch.stack([torch.cat([getattr(part, name) for part in terms]).mean()
-                                                      for name in ("raw", "v_loss")]))  # fmt: skip
+            raw = torch.cat([each.raw for each in terms]).mean()
+            v_loss = torch.cat([each.v_loss for each in terms]).mean()
+            raw, v_loss = mean_over_ranks(torch.stack([raw, v_loss]))
             skip = self.guard.check(raw, v_loss, grad_norm, micro_batches[0].step)
         with record_function("optimizer"):
             if self.guard is None:
@@ -184,56 +183,3 @@ def declare_sizes(plan: Plan) -> None:
         groups.append(plan.tangent)
     for group in groups:
         torch._dynamo.mark_dynamic(group, 0)
-
-
-@contextmanager
-def heartbeat(what: str, every: float = 10.0):
-    """Say that something long is at work, and for how long."""
-    start, done = time.perf_counter(), threading.Event()
-
-    def beat():
-        while not done.wait(every):
-            print(f"{what}: {time.perf_counter() - start:.0f} s ...", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    print(f"{what}: done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-MEMORY = (
-    "memory: the step does not fit ({}), wanted a smaller one; lower --train.batch, take --train.precision bf16, or "
-    "--train.checkpoint-blocks, which computes blocks twice and keeps less"
-)
-COMPILE = (
-    "train.compile: got True, but the step could not be compiled ({}), wanted a working compiler (on the CPU a C++ "
-    "one, g++ or clang++); take --train.no-compile, which computes the same more slowly"
-)
-
-
-@contextmanager
-def explained_failures():
-    """Failures that a setting can help, as one line that names it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(MEMORY.format(_first_line(error))) from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            raise UserError(MEMORY.format(_first_line(error))) from None
-        if _is_compiler(error):
-            raise UserError(COMPILE.format(_first_line(error))) from error
-        raise
-
-
-def _is_compiler(error: RuntimeError) -> bool:
-    exceptions = sys.modules.get("torch._dynamo.exc")
-    return exceptions is not None and isinstance(error, exceptions.TorchDynamoException)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..command import stop_on_signal
 from ..config import RunConfig, to_dict
 from ..data.dataset import Dataset, Order, open_dataset
 from ..data.decoder import make_decoder
 from ..data.images import to_uint8
 from ..draws import Draws, Purpose
 from ..errors import TrainingStopped, UserError
-from ..evaluation.judge import Judge, make_judge
+from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
 from ..method.microbatch import BatchSplit
 from ..method.plan import Planner
@@ -65,26 +66,33 @@ class Trainer:
     def __init__(self, config: RunConfig, out: Path, world: World | None = None):
         self.world = world or World(config.train.device)
         self.out, self.device = out, self.world.device
+
+        # the run that the folder holds, which the configuration must continue; nothing is written yet
         self.log = RunLog(out, self.world, config.train.wandb)
         held = self.log.held()
         config = self.config = _with_groups(config, held, self.world)
         if held is not None:
             self.log.check(held, to_dict(config), CONTINUABLE)
         train = config.train
+
+        # precision and determinism, before anything is computed
         torch.set_float32_matmul_precision(train.matmul)
         if train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(train.deterministic)
+
+        # data, its order, and its split over processes and micro-batches
         self.dataset: Dataset = open_dataset(config.data, config.model)
         self.order = Order(len(self.dataset), train.batch, train.seed, config.data.drop_last)
         self.split = BatchSplit(train.batch, train.groups, self.world.size * train.accumulate)
         self.micro_batches = range(self.world.rank, self.split.micro_batches, self.world.size)
-        # of all processes: they warm up together
+        # the prefixes of all processes, for they warm up together
         prefixes = {self.split.prefix(config.objective, i) for i in range(self.split.micro_batches)}
         self.planner = Planner(config.objective, self.split.micro_batch_size, prefixes)
         if self.device.type == "cpu":
             fit_threads(config.model, self.split.micro_batch_size)
 
+        # networks, optimizer and step; a run that has a checkpoint does not begin with train.init
         begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None
         self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
@@ -92,7 +100,11 @@ class Trainer:
         self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
         # for the MFU, which a CPU has none of
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
-        self.judge = self._judge() if config.evaluation.every else None
+        self.judge = None
+        if config.evaluation.every:
+            self.judge = make_judge(config, self.dataset, self.world, out / "evaluation" / "reference")
+
+        # last, for it fills all of these: the checkpoint to go on from
         self.step = self.position = 0
         self.checkpointer = ckpt.Checkpointer(out / ckpt.FOLDER, self.world, train.keep_last, train.keep_every)
         self._resume()
@@ -122,46 +134,53 @@ class Trainer:
     # --- the run ---
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train to the last step, or until stop() says so in any process; whether the end was reached.
+        """Train to the last step, or until stop() is true in any process; returns whether the end was reached.
 
         Raises:
             TrainingStopped: after too many steps in a row that the guard left out.
         """
         train = self.config.train
-        bar = tqdm(total=train.steps * train.batch, initial=self.step * train.batch, unit="img", unit_scale=True,
-                   desc=self.out.name, mininterval=1.0, dynamic_ncols=True, disable=not self.world.is_main)  # fmt: skip
+        bar = tqdm(
+            total=train.steps * train.batch, initial=self.step * train.batch, unit="img", unit_scale=True,
+            desc=self.out.name, mininterval=1.0, dynamic_ncols=True, disable=not self.world.is_main,
+        )  # fmt: skip
         first, start = self.step, time.perf_counter()
         with bar, Prefetcher(self.inputs, self.position, pin=self.device.type == "cuda") as data:
             while self.step < train.steps and not self.world.poll_stop(stop()):
+                # one optimizer step on data that a thread has prepared
                 self.train_step(data.get(self.position))
                 if self.step == first + 1:
                     self._say_first_step(time.perf_counter() - start)
                 bar.update(train.batch)
-                done = self.step == train.steps
-                if self.step % train.log_every == 0 or done:
+
+                # the log, which waits for the device; there a run of bad steps is seen, and may take the run back
+                if self._due(train.log_every):
                     self._write_log(bar, data.wait_seconds)
-                    if self._guarded():
+                    if self._went_back():
                         bar.n = self.step * train.batch
                         continue
-                if self.step % train.sample_every == 0 or done:
+
+                # one-step samples, scores, checkpoint
+                if self._due(train.sample_every):
                     self.draw_picture()
-                if self.judge is not None and (self.step % self.config.evaluation.every == 0 or done):
+                if self.judge is not None and self._due(self.config.evaluation.every):
                     self.log.scores(self.step, self.judge(self.ema))
-                if self.step % train.save_every == 0 or done:
+                if self._due(train.save_every):
                     self.save()
+
+        # a stopped run saves where it is
         if self.step < train.steps:
             self.save()
         self.checkpointer.wait()
         return self.step == train.steps
 
+    def _due(self, every: int) -> bool:
+        """Whether something is due after this step: every so many steps, and after the last one."""
+        return self.step % every == 0 or self.step == self.config.train.steps
+
     def _write_log(self, bar: tqdm, waited: float) -> None:
-        row = self.log.write(
-            self.step,
-            self.order.epoch(self.position),
-            self.rate(self.step - 1),
-            waited,
-            ema_distance=self.ema_distance(),
-        )
+        epoch, rate = self.order.epoch(self.position), self.rate(self.step - 1)
+        row = self.log.write(self.step, epoch, rate, waited, ema_distance=self.ema_distance())
         if row["raw"] is not None:
             bar.set_postfix_str(f"raw {row['raw']:.4g}")
         if row["skipped"]:
@@ -171,12 +190,10 @@ class Trainer:
     def _say_first_step(self, seconds: float) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        compiling = self.make_step.compile_seconds
         if self.world.is_main:
-            tqdm.write(
-                f"{self.out}: first step after {seconds:.1f} s"
-                + f", {compiling:.1f} s of it compiling" * (compiling > 0)
-            )
+            compiling = self.make_step.compile_seconds
+            of_it = f", {compiling:.1f} s of it compiling" if compiling else ""
+            tqdm.write(f"{self.out}: first step after {seconds:.1f} s{of_it}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -185,17 +202,17 @@ class Trainer:
     @torch.no_grad()
     def ema_distance(self) -> float:
         """How far the average is from the weights, relative to them: ||ema - net|| / ||net||."""
-        pairs = zip(self.ema.parameters(), self.net.parameters(), strict=True)
-        distance, size = (sum(x) for x in zip(*(
-            (full_tensor((a - b).square().sum()).double(), full_tensor(b.square().sum()).double()) for a, b in pairs
-        )))  # fmt: skip
+        distance = size = 0
+        for a, b in zip(self.ema.parameters(), self.net.parameters(), strict=True):
+            distance += full_tensor((a - b).square().sum()).double()
+            size += full_tensor(b.square().sum()).double()
         return float((distance / size).sqrt())
 
-    def _guarded(self) -> bool:
-        """Look at what the guard left out, waiting for the device; whether the run went back.
+    def _went_back(self) -> bool:
+        """Go back to a checkpoint after too many bad steps in a row, if the configuration says so; waits for the device.
 
         Raises:
-            TrainingStopped: after more steps in a row than the configuration bears.
+            TrainingStopped: if the run may not go back, or not once more.
         """
         config, found = self.config.guard, self.guard.findings()
         if found.in_a_row < config.patience:
@@ -222,7 +239,7 @@ class Trainer:
         )
 
     def draw_picture(self) -> None:
-        """Log one-step samples of the averaged weights, a column a class; without a decoder, say so and go on."""
+        """Log one-step samples of the averaged weights, one column per class; without a decoder, say so and go on."""
         sharded = self.config.train.parallel != "ddp" and self.world.size > 1
         if not (sharded or self.world.is_main):  # a forward of shards needs all processes
             return
@@ -242,9 +259,6 @@ class Trainer:
             captions = [names[i] if names else str(i) for i in labels.tolist()]
             self.log.picture(self.step, to_uint8(decode(latents)).cpu(), captions, GRID_CLASSES)
 
-    def _judge(self) -> Judge:
-        return make_judge(self.config, self.dataset, self.world, self.out / "evaluation" / "reference")
-
     @cache  # noqa: B019, a trainer lives as long as its process
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         return make_decoder(self.config.data, self.device)
@@ -252,13 +266,13 @@ class Trainer:
     # --- checkpoints ---
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The run's tensors by name, but the optimizer's; loading fills them in place."""
+        """The run's tensors by name, except the optimizer's; loading fills them in place."""
         tensors = {f"model.{name}": x for name, x in self.net.state_dict().items()}
         tensors |= {f"ema.{name}": x for name, x in self.ema.state_dict().items()}
         return tensors | {f"guard.{name}": x for name, x in self.guard.state().items()}
 
     def save(self) -> None:
-        """Write a checkpoint, in the background; an error of the one before is raised here."""
+        """Write a checkpoint in the background; an error of the previous one is raised here."""
         self.log.flush()
         tensors = self._tensors() | {"log.sums": self.log.gathered_sums()}
         tensors |= {f"optimizer.{name}": x for name, x in state_tensors(self.optimizer, self.net).items()}
@@ -289,46 +303,6 @@ class Trainer:
         self.step, self.position = header.step, header.position
 
 
-@contextmanager
-def stop_on_signal():
-    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step: yields a list that then holds the signal's number.
-
-    A SIGHUP that was ignored at the start (nohup) stays ignored.
-    """
-    received: list[int] = []
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-    # torchrun passes signals on, so that each may come twice, and ends what does not end by itself
-    alone = "RANK" not in os.environ
-
-    def note(number, frame):
-        received.append(number)
-        if number == signal.SIGHUP:
-            _leave(terminals)
-        if len(received) == 1:
-            if alone or os.environ["RANK"] == "0":
-                hint = "; a second one stops at once" * alone
-                print(f"\n{signal.Signals(number).name}: stopping after this step{hint}", flush=True)
-        elif alone:
-            raise KeyboardInterrupt
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave(terminals: list[int]) -> None:
-    """Write to nowhere instead of to terminals that are gone: an error there would cost the checkpoint."""
-    for descriptor in terminals:
-        if not os.isatty(descriptor):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
 def train(config: RunConfig, out: Path) -> int:
     """Train a run to its end, resuming what the folder holds; the exit code: 0, or 128 + the signal that stopped it.
 
@@ -355,9 +329,8 @@ def _train(trainer: Trainer, received: list[int]) -> int:
         say(f"resuming from step {trainer.step}")
     steps, warmup = trainer.config.train.steps, trainer.config.optim.warmup_steps
     if steps < warmup:
-        say(
-            f"train.steps {steps} end within optim.warmup_steps {warmup}: the rate reaches {steps / warmup:.0%} of optim.lr"
-        )
+        reached = f"the rate reaches {steps / warmup:.0%} of optim.lr"
+        say(f"train.steps {steps} end within optim.warmup_steps {warmup}: {reached}")
     start, first = time.perf_counter(), trainer.step
     finished = trainer.run(lambda: bool(received))
     seconds = time.perf_counter() - start
@@ -369,6 +342,6 @@ def _train(trainer: Trainer, received: list[int]) -> int:
 
 
 def _with_groups(config: RunConfig, held: dict | None, world: World) -> RunConfig:
-    """The configuration with its number of groups, that of the run that goes on, or one a process."""
+    """The configuration with its number of groups: its own, else that of the run it continues, else one a process."""
     groups = config.train.groups or (held or {}).get("train", {}).get("groups") or world.size
     return replace(config, train=replace(config.train, groups=groups))

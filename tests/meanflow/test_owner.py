@@ -17,10 +17,11 @@ import pytest
 import runs
 
 from meanflow import owner
+from meanflow.command import _leave, stop_on_signal
 from meanflow.data.cache import Builder
 from meanflow.errors import UserError
 from meanflow.owner import LOCK, owned
-from meanflow.training.trainer import _leave, stop_on_signal, train
+from meanflow.training.trainer import train
 
 HOLD = """
 import sys

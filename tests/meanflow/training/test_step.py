@@ -13,13 +13,15 @@ import runs
 import torch
 from torch import nn
 
+from meanflow.command import heartbeat
 from meanflow.errors import UserError
 from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Planner
 from meanflow.model.dit import Linear
 from meanflow.training import step as step_module
+from meanflow.training.messages import explained_failures
 from meanflow.training.optim import load_state_tensors, make_optimizer, state_tensors
-from meanflow.training.step import Step, explained_failures, heartbeat
+from meanflow.training.step import Step
 from meanflow.training.trainer import Trainer, train
 
 GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.6, "label_drop": 0.2}
