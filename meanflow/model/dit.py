@@ -12,77 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from meanflow_kernels import (
-    adaln_jvp,
-    attention_qkv_jvp,
-    bias_gelu_jvp,
-    gate_adaln_jvp,
-    linear_jvp,
-    silu_jvp,
-    timestep_embedding_jvp,
-)
+from meanflow_kernels import adaln_jvp, attention_qkv_jvp, gate_adaln_jvp, linear_jvp, silu_jvp, timestep_embedding_jvp
 from meanflow_kernels.dual import guard
 
-from .copies import by_copy
-from .pairs import Dual, apply_dual, dual
+from .pairs import Dual, Linear, LinearGelu, SiLU, apply_dual, dual
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
-
-
-class Linear(nn.Linear):
-    """A linear layer on pairs, computed in its input's dtype.
-
-    The buffer ``copy`` holds the weight in that dtype, where an optimizer keeps it (`DiT.make_copies`); else there is
-    none, and each call casts the weight.
-    """
-
-    def keep_copy(self, dtype: torch.dtype) -> Tensor:
-        """Keep a copy of the weight, for an optimizer to keep up to date."""
-        self.register_buffer("copy", self.weight.detach().to(dtype), persistent=False)
-        return self.copy
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        if hasattr(self, "copy"):
-            self.copy.copy_(self.weight.detach())
-
-    def forward(self, x: Dual) -> Dual:
-        """x (..., in_features) -> (..., out_features)."""
-        return self._product(x, self.bias.to(x.primal.dtype))
-
-    def _product(self, x: Dual, bias: Tensor | None) -> Dual:
-        dtype = x.primal.dtype
-        kept = hasattr(self, "copy") and self.copy.dtype == dtype
-        weight = by_copy(self.weight, self.copy) if kept else self.weight.to(dtype)
-        return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
-
-
-class LinearGelu(Linear):
-    """A linear layer and its tanh-GELU, whose kernel adds the bias."""
-
-    def forward(self, x: Dual) -> Dual:
-        """x (..., in_features) -> (..., out_features)."""
-        return apply_dual(bias_gelu_jvp, self._product(x, None), bias=self.bias)
-
-
-class SiLU(nn.Module):
-    """SiLU on pairs."""
-
-    def forward(self, x: Dual) -> Dual:
-        """x of any shape -> the same."""
-        return apply_dual(silu_jvp, x)
-
-
-class PatchConv(nn.Conv2d):
-    """A convolution of patches that do not overlap, on pairs, as the linear map it is."""
-
-    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
-        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
-        weight = self.weight.flatten(1).to(dtype)
-        patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
-        bias = self.bias.to(dtype)
-        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
 
 
 class PatchEmbed(nn.Module):
@@ -95,17 +31,6 @@ class PatchEmbed(nn.Module):
     def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
         """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
         return self.proj(z, dtype)
-
-
-def _patchify(x: Tensor, p: int) -> Tensor:
-    b, c, height, width = x.shape
-    x = x.reshape(b, c, height // p, p, width // p, p)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
-
-
-def _unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
-    x = x.reshape(x.shape[0], grid, grid, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)  # channel was fastest
 
 
 class TimestepEmbedder(nn.Module):
@@ -161,11 +86,6 @@ class Mlp(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
-    # DiT's names count a SiLU, which is the same for all layers: the network applies it once
-    return nn.Sequential(nn.Identity(), Linear(hidden_size, parts * hidden_size))
-
-
 class Residual(NamedTuple):
     """The residual stream s = x + gate * branch (B, L, C) between two layers, not yet added up.
 
@@ -201,27 +121,11 @@ class DiTBlock(nn.Module):
         return self._branches(residual, c)
 
     def _branches(self, residual: Residual, c: Dual) -> Residual:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6)
-        x, h = residual.adaln(shift_msa, scale_msa, c.primal.dtype)
-        x, h = Residual(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, c.primal.dtype)
+        dtype = c.primal.dtype
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6)  # (B, C)
+        x, h = residual.adaln(shift_msa, scale_msa, dtype)  # (B, L, C)
+        x, h = Residual(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, dtype)  # (B, L, C)
         return Residual(x, self.mlp(h), gate_mlp)
-
-
-def _checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Residual, c: Dual) -> Residual:
-    """branches(residual, c), which backward computes again instead of keeping what it saves."""
-    if torch.compiler.is_compiling():
-        return checkpoint(branches, residual, c, use_reentrant=False, preserve_rng_state=False)
-    # what is saved depends on the primals alone: neither keep the tangents for the second time nor compute them
-    duals = [(residual, c)]
-
-    def run(*primals: Tensor | None) -> Residual:
-        if duals:
-            return branches(*duals.pop())
-        *residual, c = (None if x is None else Dual(x) for x in primals)
-        return branches(Residual(*residual), c)
-
-    primals = (None if x is None else x.primal for x in (*residual, c))
-    return checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
 
 
 class FinalLayer(nn.Module):
@@ -234,8 +138,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, residual: Residual, c: Dual) -> Dual:
         """residual of (B, L, C) -> (B, L, p p channels)."""
-        shift, scale = self.adaLN_modulation(c).split(2)
-        _, h = residual.adaln(shift, scale, c.primal.dtype)
+        shift, scale = self.adaLN_modulation(c).split(2)  # (B, C)
+        _, h = residual.adaln(shift, scale, c.primal.dtype)  # (B, L, C)
         return self.linear(h)
 
 
@@ -280,18 +184,18 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio, checkpoint_blocks) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
-        # on the default device, whichever the parameters are on: what loads weights later knows of no table
+        # on the default device, even if the parameters are on meta: a loader of weights does not fill this buffer
         table = position_table(hidden_size, input_size // patch_size, dtype=torch.get_default_dtype())
         self.register_buffer("pos_embed", table, persistent=False)
         self.init_weights()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, also where hooks keep some of them in another until they are used."""
+        """The parameters' dtype, even while hooks keep some of them in another until they are used."""
         return self.pos_embed.dtype
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """The official one: Xavier uniform, N(0, 0.02) for times and labels, zeros for adaLN and the last layer."""
+        """Draw the official weights: Xavier uniform, N(0, 0.02) for times and labels, zeros for adaLN and output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -335,28 +239,28 @@ class DiT(nn.Module):
             tangent_start: the first sample that has a tangent, where not the whole batch has one.
 
         Returns:
-            u, shaped like z; with tangents, (u, u_dot), where u_dot has a row for each row of the tangents.
+            u, shaped like z; with tangents, (u, u_dot), where u_dot is of the samples that have a tangent.
         """
         dtype = self.compute_dtype or self.dtype
         z_dot, r_dot, t_dot = tangents or (None, None, None)
         z, r, t = Dual(z, z_dot, tangent_start), Dual(r, r_dot, tangent_start), Dual(t, t_dot, tangent_start)
 
-        x = self.x_embedder(z, dtype).to(self.dtype)
+        x = self.x_embedder(z, dtype).to(self.dtype)  # (B, L, C)
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
         c = apply_dual(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
         residual = Residual(x)
         for block in self.blocks:
-            residual = block(residual, c)
-        u = self.final_layer(residual, c).to(self.dtype)
+            residual = block(residual, c)  # x, branch (B, L, C), gate (B, C)
+        u = self.final_layer(residual, c).to(self.dtype)  # (B, L, p p channels)
         grid = self.input_size // self.patch_size
-        u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))
+        u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))  # (B, channels, size, size)
         return u if tangents is None else (u, guard(u_dot, u))
 
     def _condition(self, r: Dual, t: Dual, y: Tensor, dtype: torch.dtype) -> Dual:
         times = {"t": t, "r": r, "h": t + r.map(torch.neg)}
         c = Dual(self.y_embedder(y))  # (B, C)
         for time in self.time_embedding:
-            c = c + self.get_submodule(f"{time}_embedder")(times[time], dtype).to(self.dtype)
+            c = c + self.get_submodule(f"{time}_embedder")(times[time], dtype).to(self.dtype)  # (B, C)
         return c
 
     def _apply(self, fn, recurse=True):
@@ -365,7 +269,7 @@ class DiT(nn.Module):
         return self
 
     def renew_position_table(self, dtype: torch.dtype) -> None:
-        """Compute the table of positions where it lies: a cast one would keep the old precision's rounding."""
+        """Compute the position table again in dtype, on its device: a cast one keeps the old dtype's rounding."""
         grid, width, device = self.input_size // self.patch_size, self.pos_embed.shape[1], self.pos_embed.device
         self.pos_embed = position_table(width, grid, dtype=dtype, device=device)
 
@@ -381,3 +285,47 @@ def position_table(width: int, grid: int, *, dtype: torch.dtype, device: torch.d
     axis = torch.cat([angles.sin(), angles.cos()], -1)  # (grid, width / 2)
     columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)
     return torch.cat([columns, rows], -1).to(dtype)
+
+
+def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
+    # DiT's names count a SiLU, which is the same for all layers: the network applies it once
+    return nn.Sequential(nn.Identity(), Linear(hidden_size, parts * hidden_size))
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution of patches that do not overlap, on pairs, as the linear map it is."""
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        weight = self.weight.flatten(1).to(dtype)
+        patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
+        bias = self.bias.to(dtype)
+        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
+
+
+def _patchify(x: Tensor, p: int) -> Tensor:
+    b, c, height, width = x.shape
+    x = x.reshape(b, c, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
+
+
+def _unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
+    x = x.reshape(x.shape[0], grid, grid, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)  # channel was fastest
+
+
+def _checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Residual, c: Dual) -> Residual:
+    """branches(residual, c), which backward computes again instead of keeping what it saves."""
+    if torch.compiler.is_compiling():
+        return checkpoint(branches, residual, c, use_reentrant=False, preserve_rng_state=False)
+    # backward needs only the primals: recompute without tangents, and do not keep them until then
+    duals = [(residual, c)]
+
+    def run(*primals: Tensor | None) -> Residual:
+        if duals:
+            return branches(*duals.pop())
+        *residual, c = (None if x is None else Dual(x) for x in primals)
+        return branches(Residual(*residual), c)
+
+    primals = (None if x is None else x.primal for x in (*residual, c))
+    return checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)

@@ -1,28 +1,32 @@
-"""Tensors with their tangents, as the network's layers pass them on."""
+"""Tensors with their tangents, and the layers that compute on such pairs."""
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from meanflow_kernels import bias_gelu_jvp, linear_jvp, silu_jvp
+
+from .copies import by_copy
 
 
 class Dual(NamedTuple):
-    """A tensor and its tangent, which may be absent, or belong to the samples from ``start`` on only."""
+    """A tensor and its tangent. The tangent may be absent, or given for the samples from ``start`` on only."""
 
     primal: Tensor
     tangent: Tensor | None = None
     start: int | None = None
 
     def map(self, f) -> "Dual":
-        """The same linear rearrangement of both."""
+        """Apply a linear rearrangement to both."""
         return self._replace(primal=f(self.primal), tangent=None if self.tangent is None else f(self.tangent))
 
     def to(self, dtype: torch.dtype) -> "Dual":
-        """Both in another dtype."""
+        """Cast both."""
         return self.map(lambda x: x.to(dtype))
 
     def split(self, parts: int) -> list["Dual"]:
-        """Both cut into equal parts along the last dimension."""
+        """Cut both into equal parts along the last dimension."""
         tangents = [None] * parts if self.tangent is None else self.tangent.chunk(parts, -1)
         return [Dual(x, x_dot, self.start) for x, x_dot in zip(self.primal.chunk(parts, -1), tangents, strict=True)]
 
@@ -47,5 +51,49 @@ def apply_dual(op_jvp, *duals: Dual, **options):
 
 
 def dual(x: Tensor, x_dot: Tensor | None, start: int | None) -> Dual:
-    # detached, so that what wraps a block (a checkpoint, FSDP) finds nothing to differentiate in the tangent
+    """A pair whose tangent is detached: a block's wrapper (a checkpoint, FSDP) must find no gradient in it."""
     return Dual(x, None if x_dot is None else x_dot.detach(), start)
+
+
+class Linear(nn.Linear):
+    """A linear layer on pairs, computed in its input's dtype.
+
+    The buffer ``copy`` holds the weight in that dtype if an optimizer keeps it (`DiT.make_copies`); without it each
+    call casts the weight.
+    """
+
+    def keep_copy(self, dtype: torch.dtype) -> Tensor:
+        """Make a copy of the weight in dtype, for an optimizer to keep up to date."""
+        self.register_buffer("copy", self.weight.detach().to(dtype), persistent=False)
+        return self.copy
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if hasattr(self, "copy"):
+            self.copy.copy_(self.weight.detach())
+
+    def forward(self, x: Dual) -> Dual:
+        """x (..., in_features) -> (..., out_features)."""
+        return self._product(x, self.bias.to(x.primal.dtype))
+
+    def _product(self, x: Dual, bias: Tensor | None) -> Dual:
+        dtype = x.primal.dtype
+        kept = hasattr(self, "copy") and self.copy.dtype == dtype
+        weight = by_copy(self.weight, self.copy) if kept else self.weight.to(dtype)
+        return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
+
+
+class LinearGelu(Linear):
+    """A linear layer and its tanh-GELU, whose kernel adds the bias."""
+
+    def forward(self, x: Dual) -> Dual:
+        """x (..., in_features) -> (..., out_features)."""
+        return apply_dual(bias_gelu_jvp, self._product(x, None), bias=self.bias)
+
+
+class SiLU(nn.Module):
+    """SiLU on pairs."""
+
+    def forward(self, x: Dual) -> Dual:
+        """x of any shape -> the same."""
+        return apply_dual(silu_jvp, x)
