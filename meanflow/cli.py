@@ -1,4 +1,4 @@
-"""How the commands behave: options from dataclasses, and one clear line with exit code 2 for bad input."""
+"""Command lines: options from dataclasses, and one clear line with exit code 2 for bad input."""
 
 import contextlib
 import io
@@ -16,12 +16,12 @@ __all__ = ["parse", "run"]
 
 Options = TypeVar("Options")
 CHECKED = tyro.constructors.ConstructorRegistry()
-"""What an option must be by its type, whichever command it is of."""
+"""Rules for the values of options, by type, shared by all commands."""
 
 
 @CHECKED.primitive_rule
 def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """A path is not empty, which would mean this folder."""
+    """Refuse an empty path, which would mean this folder."""
 
     def read(words: list[str]) -> Path:
         if not words[0]:
@@ -38,7 +38,7 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
 
 @CHECKED.primitive_rule
 def _choice(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Choices that have commas in them are shown apart."""
+    """Show choices that contain commas with separators between them."""
     choices = get_args(info.type) if get_origin(info.type) is Literal else ()
     if not any("," in str(choice) for choice in choices):
         return None
@@ -51,7 +51,7 @@ def _choice(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
 def parse(
     options: type[Options], args: list[str], *, prog: str, description: str, default: Options | None = None
 ) -> Options:
-    """Command-line arguments as a dataclass of options.
+    """Parse command-line arguments into a dataclass of options.
 
     Raises:
         UserError: for an unknown option or a value that does not fit, in one line.
@@ -69,7 +69,7 @@ def parse(
 
 
 def _one_line(message: str) -> str:
-    """tyro's message box as one line: what is wrong, then the nearest option or the option's own line."""
+    """Reduce tyro's message box to one line: what is wrong, then the nearest option or the option's own line."""
     lines = [line.strip(" │╭╮╰╯") for line in message.splitlines()]
     sections, section = [], []
     for line in [*lines[1:], "-"]:  # the first line is the box's title

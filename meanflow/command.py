@@ -16,7 +16,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a command and exit: 0 done, 1 training stopped, 2 bad input, 128 + n stopped by signal n."""
     prog = Path(sys.argv[0]).name
     report = threading.excepthook
-    # TensorBoard's writer thread meets a full disk first; the next write of the main thread says so in one line
+    # TensorBoard's writer thread meets a full disk first; the main thread's next write reports it in one line
     threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else report(failed)
     try:
         code = main(sys.argv[1:])
@@ -45,7 +45,7 @@ def stop_on_signal():
     """
     received: list[int] = []
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-    # torchrun passes signals on, so that each may come twice, and ends what does not end by itself
+    # under torchrun each signal may come twice, and torchrun itself ends what does not end
     alone = "RANK" not in os.environ
 
     def note(number, frame):

@@ -1,4 +1,4 @@
-"""Everything a run is made of, as frozen dataclasses that check themselves."""
+"""The configuration of a run: frozen dataclasses that check their values."""
 
 import itertools
 from dataclasses import asdict, dataclass, fields
@@ -63,7 +63,7 @@ class ModelConfig:
 
     @property
     def name(self) -> str:
-        """The official size and patch, for instance "XL/2"; of another network its depth, width and patch."""
+        """Official size and patch, for instance "XL/2"; for any other network its depth, width and patch."""
         shape = (self.depth, self.hidden_size, self.num_heads)
         size = next((size for size, known in DIT_SIZES.items() if known == shape), f"{self.depth}x{self.hidden_size}")
         return f"{size}/{self.patch_size}"
@@ -184,14 +184,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learnt."""
+    """The training data."""
 
     name: Literal["digits", "latents"] = "latents"
     """scikit-learn's handwritten digits, or a folder of cached VAE latents."""
     path: str = ""
     """Folder of the latents, as scripts/prepare_data.py writes it."""
     vae: str = "stabilityai/sd-vae-ft-mse"
-    """The autoencoder the latents are of, to decode samples with."""
+    """The autoencoder that made the latents; it decodes samples."""
     scale: float = 0.18215
     """Factor on the latents (official: no shift)."""
     sample_posterior: bool = True
@@ -211,7 +211,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, on what, and what is written down."""
+    """Length, precision, hardware and output of a training run."""
 
     steps: int
     """Optimizer steps of the whole run."""
@@ -224,13 +224,13 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of matrix products and attention. Weights, residual stream, target and loss stay in fp32."""
     matmul: Literal["highest", "high", "medium"] = "highest"
-    """What fp32 matrix products may round their inputs to: nothing, TF32, bf16 (torch.set_float32_matmul_precision)."""
+    """Rounding of the inputs of fp32 matrix products: none, TF32, bf16 (torch.set_float32_matmul_precision)."""
     compile: bool = False
     """Compile the whole step, once: minutes for a large network, of which a repeated run takes most from a cache."""
     checkpoint_blocks: bool = False
     """Compute each block again in backward instead of keeping what it saves: less memory, a third more work."""
     cuda_graph: bool = False
-    """Capture the step, optimizer included, in CUDA graphs: a GPU that waits for the host no longer does."""
+    """Replay the whole step, optimizer included, as a CUDA graph, which removes the host's launch overhead."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: a resumed run is bit-exact on CUDA too (on the CPU it always is)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -242,20 +242,19 @@ class TrainConfig:
     save_every: int = 5_000
     """Steps between two checkpoints."""
     keep_last: int = 3
-    """Checkpoints that are kept."""
-
+    """Number of latest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides are kept for ever; 0 keeps none."""
+    """Keep every checkpoint whose step is a multiple of this number; 0: none beyond keep_last."""
     accumulate: int = 1
-    """Micro-batches that a process makes of its part of the batch, one after the other: less memory, the same step."""
+    """Micro-batches into which each process splits its share of the batch: less memory, the same step."""
     parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """Several processes (torchrun): a copy of the network in each (ddp); its parameters, gradients and optimizer state
     sharded over all (fsdp), or over the processes of a machine and copied between machines (hybrid)."""
     shard_size: int = 0
-    """hybrid: processes that share one copy; 0 is those of a machine."""
+    """hybrid: number of processes that share one copy; 0: those of one machine."""
     groups: int = 0
-    """Equal parts of the batch, within each of which the first samples get r = t and lose their labels. The official
-    code has one a device; 0 is one a process, at the start of a run, and stays so. 1 is the whole batch."""
+    """Number of equal groups of the batch. In each, the first samples get r = t and dropped labels (officially one
+    group per device). 0: one per process when the run starts, then fixed."""
     wandb: str = ""
     """Project of Weights & Biases to log to, beside TensorBoard; needs the package wandb."""
 
@@ -271,16 +270,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Steps that would do harm: loss or gradient not finite, or far above what they were. They are not made."""
+    """Steps to skip: those whose loss or gradient is not finite, or far above its running mean."""
 
     spike: float = 10.0
-    """A raw loss, v_loss or gradient norm of so many times its running mean is a spike; 0 looks for none."""
+    """Factor over its running mean at which a raw loss, v_loss or gradient norm counts as a spike; 0: no spikes."""
     patience: int = 10
-    """Steps in a row that may be left out. Looked at with each log line."""
+    """Number of skipped steps in a row after which `then` applies; checked at each log line."""
     then: Literal["stop", "rollback"] = "stop"
-    """After that: stop, or go back to the last checkpoint and on with data and draws that were not met yet."""
+    """After patience: stop, or go back to the last checkpoint and on with new data and draws."""
     rollbacks: int = 3
-    """Times a run may go back."""
+    """How often a run may go back."""
 
     def __post_init__(self):
         require_finite(self, "guard")
@@ -300,7 +299,7 @@ class EvaluationConfig:
     inception: str = ""
     """The FID network's weight file, pt_inception-2015-12-05-6726825d.pth."""
     reference: str = ""
-    """What samples are compared with: ADM's VIRTUAL_imagenet256_labeled.npz, or the cache's reference.npz."""
+    """Reference statistics: ADM's VIRTUAL_imagenet256_labeled.npz, or the cache's reference.npz."""
 
     def __post_init__(self):
         require(self.every >= 0, "evaluation.every", self.every, "zero or more", "change it")
@@ -309,7 +308,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """The configuration of a run."""
 
     model: ModelConfig
     objective: ObjectiveConfig
@@ -333,13 +332,13 @@ class RunConfig:
 
 
 def _divides(batch: int, share: float) -> bool:
-    """Whether the first int(batch share) samples are about that share, and neither group is empty by rounding."""
+    """Whether int(batch share) samples are about that share, and rounding leaves neither r = t nor r < t empty."""
     equal = int(batch * share)
     return abs(equal / batch - share) <= 0.05 and (equal > 0) == (share > 0) and (equal < batch) == (share < 1)
 
 
 def to_dict(config: RunConfig) -> dict:
-    """As plain values for JSON."""
+    """Convert a configuration to plain values for JSON."""
     return {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in asdict(config).items()
@@ -347,7 +346,7 @@ def to_dict(config: RunConfig) -> dict:
 
 
 def from_dict(values: dict) -> RunConfig:
-    """A configuration from :func:`to_dict`'s values.
+    """Build a configuration from :func:`to_dict`'s values.
 
     Raises:
         UserError: for a name that is not an option, a missing one, or a value out of range.

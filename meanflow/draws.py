@@ -17,7 +17,7 @@ ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for."""
+    """The purpose of a draw; each has random numbers of its own. The values are part of what seeds mean."""
 
     NOISE = 0
     TIME_A = 1

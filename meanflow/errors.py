@@ -21,12 +21,12 @@ def require(condition: bool, name: str, got: object, wanted: str, hint: str) -> 
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The two known names most like one, in words."""
+    """The two known names closest to a name, joined by "and"."""
     return " and ".join(map(repr, difflib.get_close_matches(name, known, n=2, cutoff=0)))
 
 
 def require_finite(options: object, section: str = "") -> None:
-    """Raise unless every number of a dataclass of options is one, neither infinite nor nan; section: of their names."""
+    """Raise if a number of a dataclass of options is infinite or NaN; section: prefix of the names in the message."""
     for field in fields(options):
         value = getattr(options, field.name)
         name = f"{section}.{field.name}" if section else field.name

@@ -1,4 +1,4 @@
-"""A function of tensors, captured once in a CUDA graph and replayed: a GPU that waits for the host no longer does."""
+"""A function of tensors, captured once as a CUDA graph and replayed, which removes the host's launch overhead."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -14,7 +14,7 @@ class Graph(Generic[In, Out]):
     """``run``, captured with the shapes of ``inputs``; only the values of their tensors may change.
 
     Args:
-        run: makes no other kernels than it made before, when it was called once to compile and load them.
+        run: already called once with these shapes, so that nothing is compiled or loaded during capture.
         inputs: of any structure. pool: memory shared with other graphs that never run at the same time.
 
     What a call returns is overwritten by the next call, of any graph of the same pool.
@@ -35,18 +35,18 @@ class Graph(Generic[In, Out]):
         return self._outputs
 
     def lend(self, x: Tensor) -> Tensor:
-        """Another tensor of the memory of one that ``run`` made and still had at its end, without owning that memory.
+        """Return a tensor on the memory of x, which ``run`` made and held at its end, without owning that memory.
 
-        Once the owner is gone, graphs captured later work in that memory too: a pool holds the largest graph's, not the
-        sum of all. Until one of them is called, what is read here is what this graph wrote; none of them may read it.
-        The graph stays while the tensor does.
+        Once x is gone, graphs captured later reuse that memory, so that a pool is as large as the largest graph, not as
+        the sum of all. Until one of them is called, the tensor holds what this graph wrote; none of them may read it.
+        The graph lives as long as the tensor.
         """
         memory = _Memory(x, self._graph)
         return torch.as_tensor(memory, device=x.device).view(x.dtype).as_strided(x.shape, x.stride())
 
 
 class _Memory:
-    """Where a tensor's elements are, in the words in which libraries tell each other (the CUDA array interface)."""
+    """A tensor's memory as the CUDA array interface describes it, for torch.as_tensor."""
 
     def __init__(self, x: Tensor, owner: torch.cuda.CUDAGraph):
         elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""One owner of a folder at a time, and nothing left of one that was refused."""
+"""Locks on folders: one command writes to a folder at a time, and a refused one leaves nothing behind."""
 
 import errno
 import fcntl
@@ -15,18 +15,18 @@ from .errors import UserError
 
 LOCK = ".lock"
 PATIENCE = 2.0
-"""Seconds that a lock is waited for: a killed process may take so long to be gone."""
+"""Seconds to wait for a lock: a killed process may take as long to disappear."""
 BEAT, STALE = 30.0, 150.0
-"""Where the file system knows no locks: seconds between two signs of life, and after which there is none."""
+"""Seconds between two signs of life, and of silence until an owner counts as dead, on file systems without locks."""
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Within it no other command writes to the folder, which is made if need be.
+    """Keep other commands from writing to the folder within a with block; the folder is made if need be.
 
-    The lock is the kernel's (flock): it goes with its process, however that ends. Beside it lies who has it, for the
-    other's message. Where the file system knows no locks, that alone counts: a process of this machine that is gone,
-    or one of another that gave no sign of life, stops nobody.
+    The lock is the kernel's (flock), which ends with its process, however that ends. The lock file names its owner, for
+    the other's message. On a file system without locks the file alone counts: an owner that no longer runs on this
+    machine, or has given no sign of life from another, stops nobody.
 
     Raises:
         UserError: where another process has it, or the folder cannot be made.
@@ -68,7 +68,7 @@ class _File:
                 raise BlockingIOError from None
 
     def is_at(self, path: Path) -> bool:
-        """Whether it is the path's: who had it may have removed it between its opening and its locking."""
+        """Whether this is still the path's file: an owner may have removed it between its opening and its locking."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), path.stat())
         except FileNotFoundError:
@@ -112,14 +112,14 @@ def _holder(path: Path) -> dict:
 
 
 def _lives(path: Path, holder: dict) -> bool:
-    """Whether the owner by name is there still, as far as one can know."""
+    """Whether the named owner still runs, as far as can be known."""
     if holder["host"] != socket.gethostname():
         return time.time() - path.stat().st_mtime < STALE
     return os.path.exists(f"/proc/{holder['process']}") and _began(holder["process"]) == holder.get("began")
 
 
 def _began(process: int) -> str | None:
-    """When a process began, in the kernel's ticks: its number alone may be another's by now."""
+    """Start time of a process in kernel ticks: a process number alone may have been reused."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -146,7 +146,7 @@ def _taken(folder: Path, holder: dict) -> UserError:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that were made, the innermost first, as far as nothing is in them."""
+    """Remove folders that were made, the innermost first, as long as they are empty."""
     for folder in folders:
         try:
             folder.rmdir()

@@ -1,6 +1,6 @@
-"""What a command does first, before torch is imported: finds its environment, and says how threads wait.
+"""The first steps of a command, before torch is imported: find its environment, and choose how threads wait.
 
-The standard library alone, and the syntax of older Pythons: it is what tells their users which one to take.
+Uses the standard library alone and the syntax of older Pythons, for it tells their users which Python to take.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def crowded():
-    """Whether others are at work on the cores: threads that spin while they wait then starve those that compute.
+    """Whether other processes keep the cores busy: threads that spin while they wait then starve those that compute.
 
     Digits beside four busy processes on two cores: 308 images/s passively, 118 spinning; alone 680 against 1,190.
     """
@@ -20,13 +20,13 @@ def crowded():
 
 
 def choose_waiting():
-    """Let OpenMP's threads wait passively where others work, unless OMP_WAIT_POLICY is set. Before torch is imported."""
+    """Let OpenMP's threads wait passively on busy cores, unless OMP_WAIT_POLICY is set. Call before importing torch."""
     if crowded():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def enter(command, needed):
-    """Go on in .venv where this Python is not of a chosen environment, or lacks something; else say what is missing.
+    """Restart in .venv if this Python is in no chosen environment or lacks a package; else say what is missing.
 
     Args:
         command: its name, for the message. needed: packages to import.

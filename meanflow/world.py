@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them; one alone without it."""
+"""The processes of a run: those that torchrun started, or a single one."""
 
 import os
 import time
@@ -14,11 +14,11 @@ from torch import Tensor
 from .errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others: one may still compile, or write a checkpoint."""
+"""How long a process waits for the others, which may still compile or write a checkpoint."""
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of "auto", "cpu" or "cuda"; with several processes on a machine, each its own GPU.
+    """Choose the device for "auto", "cpu" or "cuda"; several processes on a machine get one GPU each.
 
     Raises:
         UserError: for a GPU that is not there.
@@ -37,14 +37,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of torchrun's store that none but the processes of now have written to; all of them call it.
+    """A store prefix unique to this launch. A collective call.
 
-    torchrun keeps its store when it starts processes again, and in it the addresses of those that died.
+    torchrun keeps its store when it restarts processes, and in it the addresses of those that died.
     """
     if rank:
         me = uuid.uuid4().hex
         store.set(f"hello/{rank}", me)
-        # a key that nobody had before
+        # a key of this launch alone
         store.wait([f"welcome/{me}"], TIMEOUT)
         name = store.get(f"welcome/{me}").decode()
         store.set(f"{name}/{rank}", "here")
@@ -93,7 +93,7 @@ class World:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store = fresh_store(store, rank, size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        # of their own: what the host agrees on must not wait for the GPU, nor meet a checkpoint's background thread
+        # separate groups: the host's collectives must not wait for the GPU, nor mix with a checkpoint's thread
         self.host_group, self.checkpoint_group = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
 
     def __enter__(self) -> "World":
@@ -112,7 +112,7 @@ class World:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's value, a small picklable one, in all."""
+        """Return the first process's value, small and picklable, in all processes."""
         if self.size == 1:
             return value
         values = [value]
@@ -120,7 +120,7 @@ class World:
         return values[0]
 
     def gather(self, value: Any) -> list:
-        """The values of all processes, in all."""
+        """Return the values of all processes, in all of them."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -128,7 +128,7 @@ class World:
         return values
 
     def first_error(self, check: Callable[[], object], *, main_only: bool = False) -> UserError | None:
-        """The first process's complaint about something that each checks, or the main one alone; in all processes."""
+        """Run a check in each process, or in the main one alone; return the first error, in all processes."""
         mine = None
         try:
             if self.is_main or not main_only:
@@ -138,7 +138,7 @@ class World:
         return next((error for error in self.gather(mine) if error is not None), None)
 
     def agree(self, check: Callable[[], object], *, main_only: bool = False) -> None:
-        """Do something that may raise a UserError: all processes go on, or all raise."""
+        """Call a function that may raise a UserError: all processes go on, or all raise."""
         error = self.first_error(check, main_only=main_only)
         if error is not None:
             raise error

@@ -1,4 +1,4 @@
-"""How a step's global batch is split over the processes and their micro-batches.
+"""The split of a step's global batch over the processes and their micro-batches.
 
 The official code decides on a device's whole batch which samples get r = t and which labels are dropped: the first
 ones. Here the global batch is cut into groups, one per device or any other number; a group's first samples are chosen,
@@ -51,7 +51,7 @@ class BatchSplit:
         return len(range(micro_batch, chosen, self.micro_batches))
 
     def draw(self, config: ObjectiveConfig, seed: int, step: int, micro_batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Times r and t, and bool whether to train on the null class, each (size,), of a micro-batch's samples."""
+        """Draw a micro-batch's times r, t and its dropped labels (bool), each (size,)."""
         samples = self.samples(micro_batch)
         r, t, drop = torch.zeros(self.batch), torch.zeros(self.batch), torch.zeros(self.batch, dtype=torch.bool)
         for group in (samples // self.group_size).unique().tolist():

@@ -28,7 +28,7 @@ Jvp = Callable[[nn.Module, tuple, tuple, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def func_jvp(net, primals, tangents, y, start=0):
-    """u and du/dt by torch.func.jvp, for any network; autograd records the derivative, and of all samples."""
+    """Compute u and du/dt by torch.func.jvp, for any network; autograd records the derivative, for all samples."""
 
     def whole(x, x_dot):
         out = torch.zeros_like(x)
@@ -42,7 +42,7 @@ def func_jvp(net, primals, tangents, y, start=0):
 
 
 def pair_jvp(net, primals, tangents, y, start=0):
-    """u and du/dt by the network's explicit pairs: nothing is recorded for the derivative."""
+    """Compute u and du/dt by the network's own tangents; autograd records nothing of the derivative."""
     if start == len(y):
         return net(*primals, y), primals[0][start:]
     return net(*primals, y, tangents=tangents, tangent_start=start)
@@ -60,7 +60,7 @@ class Guidance(NamedTuple):
     config: ObjectiveConfig
     plan: Plan
     predictions: Tensor
-    """(G, ...), a row for each row of the plan."""
+    """(G, ...), one for each of the plan's rows."""
 
     @classmethod
     @torch.no_grad()
@@ -112,7 +112,7 @@ def meanflow_terms(
         plan: which samples need which pass (`Planner.plan`); None is the official step, each on every sample. The
             numbers are the same.
         guide: the network that predicts guidance; None is net itself.
-        jvp: how the derivative is taken.
+        jvp: computes u and its derivative, `pair_jvp` or `func_jvp`.
     """
     plan = whole_batch(config, r, t, drop) if plan is None else plan
     if plan.order is not None:
@@ -163,16 +163,16 @@ class MeanFlowLoss(nn.Module):
     def __init__(self, config: ObjectiveConfig, net: nn.Module, guide: nn.Module | None = None):
         super().__init__()
         self.config, self.net = config, net
-        # in a tuple, which keeps it out of the module's parameters
+        # a tuple keeps it out of the module's parameters
         self._guide = (guide,)
 
     def forward(
         self, x: Tensor, e: Tensor, r: Tensor, t: Tensor, y: Tensor, drop: Tensor, plan: Plan | None = None
     ) -> Terms:
-        """The arguments of :func:`meanflow_terms`."""
+        """Call :func:`meanflow_terms` with these arguments."""
         return meanflow_terms(self.config, self.net, x, e, r, t, y, drop, plan, guide=self._guide[0])
 
 
 def _column(a: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1)."""
+    """Reshape (B,) to (B, 1, 1, 1)."""
     return a.reshape(-1, *[1] * (like.ndim - 1))

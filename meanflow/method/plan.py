@@ -1,4 +1,4 @@
-"""Which samples of a batch need which pass of the network.
+"""Plans of a step: which samples of a batch need which pass of the network.
 
 The official step runs every pass on every sample. Much of that is multiplied by zero or computed twice: where r = t
 the factor of the derivative is zero and u(z, t, t | y) is the primal pass itself; without a label, or outside the
@@ -27,27 +27,28 @@ class Plan(NamedTuple):
     """A step's passes, for B samples in planned order: those that need no derivative come first."""
 
     tangent: Tensor
-    """The samples that get the derivative (n,) int64: the last of the order. All others have r = t."""
+    """Samples that get the derivative (n,) int64, last in the order; all others have r = t. Only its length is read,
+    a size that the compiler sees."""
     order: Tensor | None
-    """The planned order (B,) int64; None where the batch has it already."""
+    """The planned order (B,) int64; None if the batch is in it already."""
     guided: Tensor
     """Whether a sample's target is guided (B,) bool."""
     rows: Tensor
     """The sample of each row of the guidance forward (G,) int64. Padding repeats one."""
     null: Tensor
-    """Whether a row of the guidance forward is on the null class (G,) bool."""
+    """Whether a row of the guidance forward uses the null class (G,) bool."""
     null_row: Tensor
-    """Where a guided sample's u(z, t, t | null) is in the guidance forward (B,) int64."""
+    """The row of a guided sample's u(z, t, t | null) (B,) int64."""
     cond_row: Tensor
-    """Where its u(z, t, t | y) is (B,) int64, or -1: it is the primal pass."""
+    """The row of its u(z, t, t | y) (B,) int64, or -1 where that is the primal pass."""
 
     @property
     def start(self) -> int:
-        """The first sample that gets the derivative."""
+        """Index of the first sample that gets the derivative."""
         return len(self.guided) - len(self.tangent)
 
     def to(self, device: torch.device) -> "Plan":
-        """On another device; nothing waits."""
+        """Copy to another device without waiting."""
         return Plan(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
 
 
@@ -94,16 +95,16 @@ class Planner:
         always = (config.guidance_start, config.guidance_end) == (0, 1)
         if always and config.label_drop == 0 and len(self.tangent_sizes) == 1:
             return (most,)
-        # never none: one shape less to compile, and devices that share one network's weights call it equally often
+        # size 0 is left out: one shape fewer to compile, and under FSDP all ranks must run the same number of forwards
         return self._multiples(most)[1:]
 
     @property
     def _primal_serves(self) -> bool:
-        """Whether the primal pass is a conditional prediction where r = t: of the weights that guide."""
+        """Whether the primal pass, where r = t, is the conditional prediction: only if the current weights guide."""
         return self.config.guidance_weights == "current"
 
     def plan(self, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
-        """The passes of a batch.
+        """Plan the passes of a batch.
 
         Args:
             r, t: times (B,), on the CPU. drop: (B,) bool, who trains on the null class.
@@ -146,7 +147,7 @@ class Planner:
         )
 
     def example(self, guidance_size: int, tangent_size: int | None = None) -> Plan:
-        """A plan of given sizes, to compile or count a step with; what it computes means nothing."""
+        """A plan of given sizes, to compile or count a step with; its indices are arbitrary."""
         start = self.batch - (self.tangent_sizes[-1] if tangent_size is None else tangent_size)
         sample = torch.arange(self.batch)
         rows = torch.arange(guidance_size) % self.batch
@@ -166,7 +167,7 @@ def whole_batch(config: ObjectiveConfig, r: Tensor, t: Tensor, drop: Tensor) -> 
     sample = torch.arange(len(t), device=t.device)
     passes = 0 if not config.guided else 2 if config.kappa else 1
     return Plan(
-        # a tensor of its own: a compiled region would take one that is passed twice for a case of its own
+        # clone: Dynamo would specialise on the same tensor being passed twice
         tangent=sample.clone(),
         order=None,
         guided=guided_mask(config, t, drop),

@@ -1,4 +1,4 @@
-"""Images from noise: z_r = z_t - (t - r) u(z_t, r, t), from t = 1 to r = 0 in one step or several."""
+"""Images from noise: z_r = z_t - (t - r) u(z_t, r, t) (Eq. 12), from t = 1 to r = 0 in one step or several."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from ..graph import Graph
 
 
 def even_times(num_steps: int) -> tuple[float, ...]:
-    """num_steps equal steps from 1 to 0. (The official default schedule takes one step whatever the number.)"""
+    """The times of num_steps equal steps from 1 to 0. (The official default schedule always takes one step.)"""
     require(num_steps >= 1, "steps", num_steps, "a positive whole number", "1 is MeanFlow's one-step generation")
     return tuple(1 - i / num_steps for i in range(num_steps)) + (0.0,)
 
 
 def check_times(times: Sequence[float]) -> tuple[float, ...]:
-    """The schedule, if it falls strictly within [0, 1].
+    """Return the schedule as floats.
 
     Raises:
-        UserError: otherwise.
+        UserError: unless it falls strictly within [0, 1].
     """
     times = tuple(float(t) for t in times)
     falls = len(times) >= 2 and all(a > b for a, b in zip(times, times[1:], strict=False))
@@ -31,7 +31,7 @@ def check_times(times: Sequence[float]) -> tuple[float, ...]:
 
 
 def take_step(net: nn.Module, z: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
-    """z_r (B, channels, height, width) from z_t and labels y (B,), by one evaluation of the network; t, r (B,)."""
+    """Compute z_r (B, channels, height, width) from z_t, labels y and times t, r (B,) by one call of net (Eq. 12)."""
     return z - (t - r)[:, None, None, None] * net(z, r, t, y)
 
 
@@ -39,11 +39,11 @@ class Sampler:
     """:func:`sample` for many batches, compiled or captured once for each of their shapes.
 
     Args:
-        net: the network; in ``net.to(torch.bfloat16)`` matrix products and the stream between blocks are bf16, the
-            latents stay in the noise's dtype. Once captured, its weights may change but not move.
+        net: the network; in ``net.to(torch.bfloat16)`` matrix products and the residual stream are bf16, the latents
+            stay in the noise's dtype. Once captured, its weights may change but not move.
         compile: torch.compile the step, for up to torch's limit of eight shapes of a network.
-        cuda_graph: capture the step: at small batches a GPU otherwise waits for the host. One graph serves every
-            number of steps, for the times are inputs.
+        cuda_graph: replay the step as a CUDA graph, for small batches, where a GPU waits for the host. One graph serves
+            every number of steps, because the times are inputs.
 
     A diffusers pipeline is compiled in diffusers' way, ``pipeline.transformer.compile(fullgraph=True, dynamic=False)``,
     and captured by ``mode="reduce-overhead"`` beside these; its decoder by ``pipeline.vae.decoder.compile(...)``.
@@ -57,7 +57,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
-        """Latents, as :func:`sample` gives them.
+        """Draw latents as :func:`sample` does.
 
         Raises:
             UserError: for times that do not fall within [0, 1], and for a CUDA graph without a GPU.
@@ -77,14 +77,14 @@ class Sampler:
         key = (z.shape, z.dtype, y.dtype)
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            # by hand first: it compiles and loads the kernels, which a capture must not do
+            # eagerly first, to compile and load the kernels, which a capture must not do
             self._step(self.net, *inputs)
             self._graphs[key] = Graph(lambda held: self._step(self.net, *held), inputs, self._pool)
         return self._graphs[key](inputs)
 
 
 def sample(net: nn.Module, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
-    """Latents (B, channels, height, width) from noise of the same shape and labels y (B,), without guidance.
+    """Draw latents (B, channels, height, width) from noise of the same shape and labels y (B,).
 
     Args:
         times: the schedule, falling from 1 to 0; one evaluation of the network between each two.

@@ -1,4 +1,4 @@
-"""The times (r, t) of a training batch, and who trains on the null class."""
+"""Draws of a training batch: its times (r, t), and which samples train on the null class."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def equal_prefix(config: ObjectiveConfig, batch: int) -> int:
 
 
 def equal_mask(config: ObjectiveConfig, draws: Draws) -> Tensor:
-    """(B,) bool, which samples have r = t."""
+    """Which samples have r = t, (B,) bool."""
     samples = draws.samples
     if config.equal_placement == "bernoulli":
         return draws.uniform(Purpose.EQUAL) < config.share_equal
@@ -21,13 +21,13 @@ def equal_mask(config: ObjectiveConfig, draws: Draws) -> Tensor:
 
 
 def draw_times(config: ObjectiveConfig, draws: Draws) -> tuple[Tensor, Tensor]:
-    """The times r <= t, each (B,) fp32, of the samples of one device's batch (paper, section 4.3)."""
+    """Draw the times r <= t, each (B,) fp32, of one device's batch (paper, section 4.3)."""
     draw = draws.normal if config.time_distribution == "logit_normal" else draws.uniform
     return arrange_times(draw(Purpose.TIME_A), draw(Purpose.TIME_B), equal_mask(config, draws), config)
 
 
 def arrange_times(a: Tensor, b: Tensor, equal: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """Two base draws (B,) a sample, normal or uniform, to r <= t: mapped, sorted, r = t where equal says so."""
+    """Turn two base draws (B,), normal or uniform, into r <= t: map them, sort them, set r = t where equal is true."""
     if config.time_distribution == "logit_normal":
         a = (a * config.time_std + config.time_mean).sigmoid()
         b = (b * config.time_std + config.time_mean).sigmoid()

@@ -1,4 +1,4 @@
-"""The network of a configuration, and weights into it."""
+"""Build the network of a configuration, and fill it with weights."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from .dit import DiT
 
 
 def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None, *, checkpoint_blocks: bool = False) -> DiT:
-    """The network of a configuration."""
+    """Build the network of a configuration."""
     return DiT(
         input_size=config.input_size,
         patch_size=config.patch_size,
@@ -26,10 +26,10 @@ def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None, *, 
 
 
 def fill(net: nn.Module, weights: dict[str, Tensor], source: object) -> None:
-    """Load weights that came from somewhere.
+    """Load weights into a network; source: where they came from, for the message.
 
     Raises:
-        UserError: where they do not fit the network.
+        UserError: if they do not fit the network.
     """
     try:
         net.load_state_dict(weights)

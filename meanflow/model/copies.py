@@ -1,4 +1,4 @@
-"""Weights in the low precision that products are computed in, kept by an optimizer; and what their gradients are.
+"""Low-precision copies of weights, which an optimizer keeps for the matrix products, and the gradients of such weights.
 
 A weight's gradient is a product in low precision. What sums gradients, over processes or micro-batches, does so in
 fp32, and each product is cast to it. In one process without accumulation nothing is summed: there the product itself is
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class _Copies(torch.autograd.Function):
-    """Weights by their copies; the gradients are the weights', which autograd casts to their ``grad_dtype``."""
+    """Replace weights by their copies; gradients go to the weights, and autograd casts them to their ``grad_dtype``."""
 
     @staticmethod
     def forward(*pairs):
@@ -30,7 +30,7 @@ class _Copies(torch.autograd.Function):
 
 
 class _Copy(_Copies):
-    """A single pair: the compiler knows what calls forward by the number of its parameters."""
+    """The same for a single pair: the compiler needs forward's parameters by number."""
 
     @staticmethod
     def forward(weight, copy):
@@ -38,27 +38,28 @@ class _Copy(_Copies):
 
 
 def by_copy(weight: Tensor, copy: Tensor) -> Tensor:
-    """The copy, whose gradient is the weight's."""
+    """Return the copy; its gradient goes to the weight."""
     return copy if copy.requires_grad else _Copy.apply(weight, copy)
 
 
 def keep_products(params: Sequence[Tensor], copies: Sequence[Tensor | None]) -> None:
-    """Leave gradients of parameters that have a copy in its dtype. For gradients that are never summed."""
+    """Keep the gradients of parameters with a copy in the copy's dtype; for gradients that are never summed."""
     for p, copy in zip(params, copies, strict=True):
         if copy is not None:
             p.grad_dtype = copy.dtype
 
 
 def product_layers(net: nn.Module) -> list[nn.Module]:
-    """The layers whose weights' gradients stay as products."""
+    """The layers whose weights keep their gradients in the copy's dtype (`keep_products`)."""
     return [m for m in net.modules() if getattr(m, "copy", None) is not None and m.weight.grad_dtype == m.copy.dtype]
 
 
 @contextmanager
 def products_kept(layers: list[nn.Module]) -> Iterator[None]:
-    """For a forward and backward pass of compiled layers, which would cast to the weights' dtype within the graph.
+    """Keep gradients as products through a forward and backward pass of compiled layers.
 
-    Autograd's way from the weights to the copies lies outside of it, and begins and ends here.
+    A compiled graph would cast them to the weights' dtype; autograd's node from weights to copies is therefore made
+    outside of the graph, here.
     """
     kept = [layer.copy for layer in layers]
     try:

@@ -22,7 +22,7 @@ LABEL_STD = TIME_STD = 0.02
 
 
 class PatchEmbed(nn.Module):
-    """Patches of p x p pixels to tokens, row by row."""
+    """Embed patches of p x p pixels as tokens, row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -34,7 +34,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A scalar time in [0, 1], unscaled, to a vector."""
+    """Embed a scalar time in [0, 1], unscaled, as a vector."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -46,7 +46,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A class to a vector; the last row is the null class."""
+    """Embed a class as a vector; the last row is the null class."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
@@ -293,7 +293,7 @@ def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution of patches that do not overlap, on pairs, as the linear map it is."""
+    """A convolution over patches that do not overlap, on pairs, computed as a linear layer."""
 
     def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
         """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
@@ -315,7 +315,7 @@ def _unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
 
 
 def _checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Residual, c: Dual) -> Residual:
-    """branches(residual, c), which backward computes again instead of keeping what it saves."""
+    """Compute branches(residual, c), which backward computes again instead of keeping its activations."""
     if torch.compiler.is_compiling():
         return checkpoint(branches, residual, c, use_reentrant=False, preserve_rng_state=False)
     # backward needs only the primals: recompute without tangents, and do not keep them until then

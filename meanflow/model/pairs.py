@@ -40,7 +40,7 @@ class Dual(NamedTuple):
 
 
 def apply_dual(op_jvp, *duals: Dual, **options):
-    """Apply an operator on explicit pairs to `Dual`s."""
+    """Apply an operator `op_jvp(primals, tangents, ...)` to `Dual`s."""
     start = next((x.start for x in duals if x.tangent is not None), None)
     if start is not None:
         options["tangent_start"] = start

@@ -1,4 +1,4 @@
-"""What a step draws for its samples beside their times: data from posteriors, mirroring, noise."""
+"""Draws of a step beside its times: data from posteriors, mirroring, noise."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,12 @@ from ..draws import Draws, Purpose
 
 
 def draw_flips(draws: Draws) -> Tensor:
-    """Which samples are mirrored (B,) bool: each by a coin."""
+    """Which samples to mirror (B,) bool: each with probability one half."""
     return draws.uniform(Purpose.FLIP) < 0.5
 
 
 def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
-    """What the network learns (B, channels, size, size) fp32: the posterior drawn and scaled, mirrored as marked.
-
-    The batch must be on the draws' device.
-    """
+    """Data (B, channels, size, size) fp32: posteriors drawn and scaled, mirrored where marked; on the draws' device."""
     x = batch.mean.float()
     if batch.std is not None:
         if config.sample_posterior:
@@ -28,13 +25,8 @@ def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
     return x
 
 
-def draw_noise(x: Tensor, draws: Draws) -> Tensor:
-    """Standard normal noise shaped like the batch x."""
-    return draws.normal(Purpose.NOISE, tuple(x.shape[1:])).to(x.dtype)
-
-
 def draw_batch(config: RunConfig, batch: Batch, samples: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Data x and noise e of a step, each (B, channels, size, size)."""
     draws = Draws(config.train.seed, step, samples)
     x = draw_latents(batch, draws, config.data)
-    return x, draw_noise(x, draws)
+    return x, draws.normal(Purpose.NOISE, tuple(x.shape[1:])).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What trains: network, average, objective and optimizer of a run, in one process or its share of several."""
+"""Network, average, objective and optimizer of a run, in one process or sharded over several."""
 
 import copy
 import os
@@ -20,22 +20,22 @@ from .optim import make_optimizer
 from .parallel import compile_blocks, replicate, shard
 
 GRAIN = 32_768
-"""Numbers that are worth a thread: at::internal::GRAIN_SIZE."""
+"""Fewest numbers per thread that torch parallelises over: at::internal::GRAIN_SIZE."""
 
 
 class Engine(NamedTuple):
-    """The parts of a run that hold its weights."""
+    """The objects of a run that hold its weights."""
 
     net: DiT
     ema: DiT
-    """The moving average of its weights; the optimizer's step moves it."""
+    """The moving average of its weights, updated by the optimizer's step."""
     loss: nn.Module
     """The objective of net, compiled and for several processes as configured."""
     optimizer: torch.optim.Optimizer
 
 
 def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | None = None) -> Engine:
-    """The parts of a run, with random initial weights or those given.
+    """Build the engine of a run, with random initial weights or those given.
 
     Raises:
         UserError: for settings that do not go together, or with the machine.
@@ -64,7 +64,7 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
             compile_loss(loss)
         if world.size > 1:
             loss = replicate(loss)
-    # shards are gathered in the compute dtype: no copies of the whole
+    # under FSDP a block is gathered in the compute dtype: no low-precision copies are needed
     copies = dtype is not None and not sharded
     products = world.size == 1 and train.accumulate == 1
     optimizer = make_optimizer(config.optim, net, ema, copies=copies, products=products, captured=train.cuda_graph)
@@ -72,7 +72,7 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
 
 
 def check(config: RunConfig, world: World) -> None:
-    """Raise where settings do not go together, or with the machine."""
+    """Raise if settings contradict each other, or do not fit the machine."""
     train = config.train
     if train.cuda_graph:
         hint = "set train.cuda_graph False"
@@ -88,10 +88,10 @@ def check(config: RunConfig, world: World) -> None:
 
 
 def make_mesh(config: RunConfig, world: World):
-    """Over which processes the shards are, None for all; the first dimension is copied over.
+    """The mesh to shard over, copies along its first dimension; None: shards over all processes.
 
     Raises:
-        UserError: where hybrid's shards do not divide the processes.
+        UserError: if hybrid's shards do not divide the processes.
     """
     if config.train.parallel == "fsdp":
         return None
@@ -107,10 +107,10 @@ def compile_loss(loss: nn.Module) -> None:
 
 
 def fit_threads(config: ModelConfig, batch: int) -> None:
-    """Take no more CPU threads than a step's activations have grains for, of torch's own size; OMP_NUM_THREADS rules.
+    """Limit the CPU threads to the grains of a step's activations, unless OMP_NUM_THREADS is set.
 
     Args:
-        batch: samples that this process computes with at a time.
+        batch: samples of this process at a time.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""What a training step has to compute, in floating-point operations of matrix products, for the MFU of the log."""
+"""Floating-point operations of a training step's matrix products, for the MFU of the log."""
 
 from typing import NamedTuple
 
@@ -15,22 +15,22 @@ SAMPLES = 2
 
 
 class SampleFlops(NamedTuple):
-    """Of one sample's passes, by torch's counter on the network itself."""
+    """Operations of one sample's passes, by torch's counter on the network itself."""
 
     forward: float
     tangent: float
     backward: float
 
     def of_plan(self, plan: Plan) -> float:
-        """What a batch needs, without the padding of its groups."""
+        """Operations that a batch needs, without the padding of its guidance group."""
         rows = int(plan.guided.sum()) + int((plan.cond_row >= 0).sum())
         batch = len(plan.guided)
-        # padding of the derivative, which only coins need, is counted: it is a sixteenth of a batch on average
+        # the derivative's padding (equal_placement bernoulli only) is counted: a sixteenth of a batch on average
         return (rows + batch) * self.forward + len(plan.tangent) * self.tangent + batch * self.backward
 
 
 def sample_flops(config: ModelConfig) -> SampleFlops:
-    """Of a network, counted on tensors without memory."""
+    """Count a network's passes, on meta tensors."""
     with torch.device("meta"):
         net = build_net(config)
         z = torch.empty(SAMPLES, config.in_channels, config.input_size, config.input_size)

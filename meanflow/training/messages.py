@@ -24,20 +24,20 @@ COMPILE = (
 
 
 class StepInputs(NamedTuple):
-    """All that a step depends on, but the weights: tensors on its device."""
+    """All that a step depends on except the weights: tensors on its device."""
 
     batch: Batch
     samples: Tensor
-    """(B,) int64, each sample's index in the global batch: what its draws are a function of."""
+    """Each sample's index in the global batch (B,) int64, which decides its draws."""
     step: Tensor
-    """() int64."""
+    """Index of the step () int64."""
     r: Tensor
     t: Tensor
     drop: Tensor
     plan: Plan
 
     def to(self, device: torch.device) -> "StepInputs":
-        """On a device; the host does not wait for a GPU."""
+        """Copy to a device; the host does not wait for a GPU."""
 
         def move(x):
             if not isinstance(x, Tensor) or x.device == device:
@@ -52,11 +52,11 @@ class StepResult(NamedTuple):
     """Results of a step. With CUDA graphs the next step overwrites them."""
 
     terms: tuple[Terms, ...]
-    """Of each micro-batch of this process."""
+    """Those of each micro-batch of this process."""
     grad_norm: Tensor
-    """() of the whole gradient."""
+    """Norm of the whole gradient ()."""
     skipped: Tensor
-    """() fp32, 1 where the guard kept the step from being made."""
+    """1.0 if the guard skipped the step, else 0.0, () fp32."""
 
 
 @contextmanager

@@ -26,19 +26,19 @@ def make_optimizer(
     products: bool = False,
     captured: bool = False,
 ) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay, as the official code calls it; its step() updates the moving average too.
+    """Make Adam with decoupled weight decay, as the official code does; its step() updates the moving average too.
 
     Args:
         config: says which implementation; all compute the same.
         net: fp32 parameters, or shards of them (FSDP2).
         ema: a network of the same parameters that follows net's, ema <- decay ema + (1 - decay) net.
-        copies: keep the network's low-precision weights too (`DiT.make_copies`), where the implementation can.
-        products: gradients are never summed, over processes or micro-batches: those of weights with a copy stay in its
+        copies: keep the network's low-precision weights too (`DiT.make_copies`), if the implementation can.
+        products: gradients are never summed over processes or micro-batches: those of weights with a copy stay in its
             dtype (`keep_products`).
         captured: the step will be captured in a CUDA graph: the learning rate is a tensor on the device.
 
     Raises:
-        UserError: for apex where NVIDIA's apex is not installed.
+        UserError: for apex if NVIDIA's apex is not installed.
     """
     params = list(net.parameters())
     averages = [] if ema is None else list(ema.parameters())
@@ -70,7 +70,7 @@ def _apex(params: list[Tensor], options: dict, captured: bool) -> torch.optim.Op
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Step, or change nothing where skip, a scalar tensor, is 1. The host waits, unless the optimizer is native."""
+    """Step, or change nothing if skip, a scalar tensor, is 1. The host waits unless the optimizer is native."""
     if isinstance(optimizer, AdamWEMA):
         optimizer.step(skip=skip)
     elif not skip:
@@ -78,14 +78,14 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """The rate of a step, counted from 0: constant after a linear warm-up."""
+    """The learning rate of a step, counted from 0: constant after a linear warm-up."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     return config.lr
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """For the next step; in place where the rate is a tensor, for a captured graph reads it there."""
+    """Set the learning rate of the next step; in place if it is a tensor, which a captured graph reads."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -100,16 +100,16 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(grads)
     high = [i for i, grad in enumerate(grads) if grad.dtype != torch.bfloat16]
     norms = {}
-    # a list of two dtypes would take a kernel for each tensor
+    # for a list of mixed dtypes torch launches a kernel per tensor
     for group in filter(None, (low, high)):
         norms |= zip(group, torch._foreach_norm([grads[i] for i in group], 2, torch.float32), strict=True)
-    # in their order, which rounds as it does for gradients of one dtype
+    # in the gradients' order, so that the sum rounds as for one dtype
     return torch.linalg.vector_norm(torch.stack([norms[i] for i in range(len(grads))]))
 
 
 @torch.no_grad()
 def update_ema(ema: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
-    """ema <- decay ema + (1 - decay) params, in place, after the optimizer's step; it starts as the weights."""
+    """Update the average in place, ema <- decay ema + (1 - decay) params; call it after the optimizer's step."""
     torch._foreach_lerp_(list(ema), list(params), 1 - decay)
 
 
@@ -140,7 +140,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors
     """Continue from :func:`state_tensors`, of any implementation.
 
     Raises:
-        KeyError: for a parameter without a state.
+        KeyError: for a parameter whose state is missing.
     """
     group = optimizer.param_groups[0]
     for name, p in net.named_parameters():

@@ -1,4 +1,4 @@
-"""What the coming steps need, made ahead in a thread."""
+"""Data of the coming steps, prepared ahead in a thread."""
 
 import queue
 import threading
@@ -14,28 +14,28 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Hands out make(first), make(first + 1), ..., made ahead by a thread.
+    """Hands out make(first), make(first + 1), ..., prepared ahead by a thread.
 
     Args:
-        make: a step's data, any pytree. It runs in the thread, one call at a time.
-        first: the step it begins with.
-        depth: how many are kept ready.
+        make: makes a step's data, any pytree. It runs in the thread, one call at a time.
+        first: the step to begin with.
+        depth: how many steps are kept ready.
         pin: put their tensors into pinned memory, in the thread too, so that a GPU copies them without waiting.
     """
 
     def __init__(self, make: Callable[[int], T], first: int, depth: int = 3, pin: bool = False):
         self.make, self.depth, self.pin = make, depth, pin
         self.wait_seconds = 0.0
-        """Spent in get() waiting for the thread."""
-        # the current device is a thread's own: without this every rank's thread would pin on GPU 0
+        """Time spent in get() waiting for the thread."""
+        # the current device belongs to a thread: without this every rank's thread would pin on GPU 0
         self._device = torch.cuda.current_device() if pin else None
         self._start(first)
 
     def get(self, step: int) -> T:
-        """The data of a step. Another step than the next one begins anew there.
+        """Return the data of a step; a step other than the next one restarts the thread there.
 
         Raises:
-            whatever make raised for it, with its traceback; asking again tries again.
+            whatever make raised for it, with its traceback; a second call tries again.
         """
         if step != self._next:
             self.close()
@@ -50,11 +50,11 @@ class Prefetcher(Generic[T]):
         return made
 
     def close(self) -> None:
-        """End the thread, after the call of make that it is in."""
+        """End the thread after its current call of make."""
         self._next = None
         self._stop.set()
         while self._thread.is_alive():
-            # a thread that waits for room must find it
+            # make room for a thread that waits for it
             while not self._ready.empty():
                 self._ready.get()
             self._thread.join(0.01)
@@ -74,7 +74,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def _run(self, step: int, ready: queue.Queue, stop: threading.Event) -> None:
-        # torch's threads of this thread would fight for the cores with those of the step
+        # more threads would compete with those of the step for the cores
         torch.set_num_threads(1)
         if self._device is not None:
             torch.cuda.set_device(self._device)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: config, environment, JSON lines and TensorBoard scalars, pictures of samples."""
+"""The log of a run: configuration, environment, JSON lines and TensorBoard scalars, pictures of samples."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class RunLog:
     """The run folder's log. Sums over the steps of an interval stay on the device until they are written.
 
     Args:
-        out: run folder. world: whose first process writes.
+        out: run folder. world: the processes, whose first one writes.
         wandb: project of Weights & Biases, or "".
     """
 
@@ -38,7 +38,7 @@ class RunLog:
         if wandb:
             _check_wandb(wandb)
         self.config_path = out / "config.json"
-        # on the device, where they are summed over the processes
+        # on the device, for the sum over the processes
         self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64, device=world.device))
         self._tensorboard = self._wandb = None
         self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
@@ -46,10 +46,10 @@ class RunLog:
     # --- the folder ---
 
     def held(self) -> dict | None:
-        """The configuration of the run that the folder holds, if any. Nothing is written.
+        """Read the configuration of the run that the folder holds, if any; writes nothing.
 
         Raises:
-            UserError: where the folder holds something else, or cannot be read.
+            UserError: if the folder holds something else, or cannot be read.
         """
         values = None
 
@@ -87,7 +87,7 @@ class RunLog:
                 )  # fmt: skip
 
     def start(self, config: dict, step: int, classes: list[str] | None = None) -> None:
-        """Record the configuration and the classes' names, and drop the lines after a step: the run goes on there."""
+        """Record the configuration and the classes' names, and drop lines after the step from which the run goes on."""
         if not self.world.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
@@ -103,7 +103,7 @@ class RunLog:
             for line in path.read_text().splitlines():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:  # the half line of a run that was killed
+                except json.JSONDecodeError:  # half a line, of a run that was killed
                     break
                 if row["step"] > step:
                     break
@@ -116,7 +116,7 @@ class RunLog:
             self._wandb = self._start_wandb(config)
 
     def record_start(self, step: int) -> None:
-        """Note where and with what the run goes on: the last start's environment, and all starts'."""
+        """Record a start of the run: its step and environment, beside those of earlier starts."""
         if not self.world.is_main:
             return
         path, now = self.out / "environment.json", environment()
@@ -131,14 +131,14 @@ class RunLog:
     def _start_wandb(self, config: dict):
         import wandb
 
-        # one run for a folder, whatever stops it
+        # one run per folder, however often it is resumed
         name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
         return wandb.init(
             project=self._project, name=self.out.name, id=name, dir=self.out, config=config, resume="allow"
         )
 
     def close(self) -> None:
-        """End the loggers."""
+        """Close the loggers."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -147,12 +147,12 @@ class RunLog:
     # --- numbers ---
 
     def add(self, done: StepResult, flops: float) -> None:
-        """Add a step to the interval's sums; nothing waits for the device. flops: what it needed, of this process."""
+        """Add a step to the interval's sums without waiting for the device; flops: this process's operations in it."""
         share = 1 / (self.world.size * len(done.terms))
         main = float(self.world.is_main)
 
         def number(value: float) -> Tensor:
-            # filled there: a copy to a GPU would wait for it
+            # filled on the device: a copy to a GPU would wait for it
             return torch.full((), value, dtype=torch.float64, device=done.grad_norm.device)
 
         values = dict.fromkeys(SUMS, number(0.0)) | {"steps": number(main), "grad_norm": done.grad_norm.detach() * main}
@@ -160,7 +160,7 @@ class RunLog:
             for name, value in _sums(terms).items():
                 values[name] = values[name] + value * (share if name == "loss" else 1)
         row = torch.stack([values[name].double() for name in SUMS])
-        # what was not done may be not finite, and does not count
+        # a skipped step's figures may be NaN: leave them out of the means
         row = torch.where(done.skipped > 0, 0.0, row)
         row[-1] = done.skipped * main
         self._sums = self._sums + row
@@ -168,20 +168,20 @@ class RunLog:
         self._images += sum(len(terms.raw) for terms in done.terms)
 
     def gathered_sums(self) -> Tensor:
-        """The unfinished interval of all processes, for the checkpoint; the first process holds it from then on."""
+        """Sum the unfinished interval over all processes, for the checkpoint; the first process then keeps it."""
         total = self.world.sum(self._sums)
         self._sums = total if self.world.is_main else torch.zeros_like(total)
         return total
 
     def restore_sums(self, sums: Tensor) -> None:
-        """Continue a checkpoint's interval."""
+        """Continue with a checkpoint's sums."""
         self._sums = sums if self.world.is_main else torch.zeros_like(sums)
 
     def write(self, step: int, epoch: float, lr: float, waited: float, **more: float | None) -> dict:
         """Write the interval's means and start a new one; returns the row. All processes call it, the first writes.
 
         Args:
-            waited: seconds that this process waited for data, since the run began. more: columns as they are.
+            waited: seconds that this process has waited for data since the run began. more: further columns.
         """
         s = dict(zip(SUMS, self.world.sum(self._sums).tolist(), strict=True))
         self._sums = torch.zeros_like(self._sums)
@@ -231,14 +231,14 @@ class RunLog:
             raise self._unwritable(error) from None
 
     def _mfu(self, seconds: float) -> float | None:
-        """This process's share of its GPU's 16-bit datasheet peak, by the matrix products that the recipe needs."""
+        """The recipe's matrix products per second, as a share of this GPU's 16-bit datasheet peak."""
         if self.world.device.type != "cuda":
             return None
         peak = PEAKS.get(torch.cuda.get_device_name(self.world.device))
         return self._flops / seconds / (peak.tflops * 1e12) if peak else None
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
-        """Scores of samples: a line in scores.jsonl, and in the loggers."""
+        """Log scores of samples: a line in scores.jsonl, and in the loggers."""
         if not self.world.is_main:
             return
         try:
@@ -253,7 +253,7 @@ class RunLog:
         tqdm.write(f"{self.out}: step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def event(self, step: int, what: str, **values) -> None:
-        """Something out of the ordinary: a line in events.jsonl and on the terminal."""
+        """Log an unusual event: a line in events.jsonl and on the terminal."""
         if not self.world.is_main:
             return
         try:
@@ -264,7 +264,7 @@ class RunLog:
         tqdm.write(f"{self.out}: step {step}: {what}")
 
     def picture(self, step: int, images: Tensor, captions: list[str], columns: int) -> None:
-        """Write a grid of uint8 samples with what each is of; the first process does."""
+        """Write a grid of uint8 samples with captions; the first process does."""
         if not self.world.is_main:
             return
         picture = captioned(images, captions, columns, zoom=max(1, 32 // images.shape[-1]))
@@ -304,7 +304,7 @@ def _check_wandb(project: str) -> None:
 
 
 def foreign_entry(folder: Path) -> str | None:
-    """The first thing in a folder that no run's start leaves there; hidden files and empty folders do not count."""
+    """Find the first entry that is not of a run's start; hidden files and empty folders do not count."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         hidden = path.name.startswith(".") or path.suffix == ".partial"
         if not hidden and not (path.is_dir() and not any(path.iterdir())):
@@ -313,9 +313,9 @@ def foreign_entry(folder: Path) -> str | None:
 
 
 def _sums(terms: Terms) -> dict[str, Tensor]:
-    """What a micro-batch adds to the sums."""
+    """The addends of a micro-batch."""
     raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
-    du_dt = terms.du_dt.square().flatten(1).mean(1)  # of the last samples of the batch, or all
+    du_dt = terms.du_dt.square().flatten(1).mean(1)  # only of the samples with a derivative
     return {
         "samples": torch.full((), float(len(raw)), device=raw.device),
         "unequal_samples": unequal.sum(),
@@ -330,7 +330,7 @@ def _sums(terms: Terms) -> dict[str, Tensor]:
 
 
 def _memory_gb(device: torch.device) -> float | None:
-    """The most that this process has held so far on its GPU, or its resident memory now, in 1e9 bytes."""
+    """Peak memory of this process on its GPU, or its resident memory now, in 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -1,4 +1,4 @@
-"""One training step, from stored latents to new weights: plain, compiled, or captured whole in CUDA graphs."""
+"""One training step, from stored latents to new weights: plain, compiled, or replayed as a CUDA graph."""
 
 import functools
 import time
@@ -22,22 +22,20 @@ from .parallel import full_tensor, mean_over_ranks, no_gradient_sync
 
 
 class Step:
-    """A training step. Calling it makes one, and leaves its gradient in ``p.grad``, of some weights in bf16 (`copies`).
+    """A training step. A call makes one and leaves its gradient in ``p.grad``, for some weights in bf16 (`copies`).
 
-    A captured step does too, whichever graph makes it: each graph's gradients stay where its own backward pass made
-    them, and after each call ``p.grad`` is those tensors, valid until the next call. Their memory is lent
-    (`Graph.lend`): graphs of all sizes take the room of one gradient. To have them in one place, backward would add to
-    zeros there, or they would be copied: 10.8 or 5.4 GB more to move for an XL/2, 2.5 or 1.3 ms of 84 on an H200.
-    Assigning the tensors costs nothing, for the host does it while the GPU is at work.
-    Where some graphs only add to gradients and another one uses them, they need that place, there before the captures;
-    nothing is lent then.
+    So does a captured step, in whichever graph: the gradients stay where a graph's own backward wrote them, and after a
+    call ``p.grad`` is those tensors, valid until the next call. Their memory is lent (`Graph.lend`), so that graphs of
+    all sizes take the room of one gradient. One place for all would mean adding to zeros there, or a copy: 10.8 or
+    5.4 GB more to move for an XL/2, 2.5 or 1.3 ms of 84 on an H200. Assigning ``p.grad`` costs nothing: the host does
+    it while the GPU works.
 
     Args:
-        config: of the run; train.compile and train.cuda_graph say how.
+        config: of the run; train.compile and train.cuda_graph decide the mode.
         loss: the objective, compiled (`compile_loss`) if train.compile says so, and then wrapped for several processes.
         optimizer: its step() updates the moving average too.
-        planner: of the plans to come, whose sizes are declared.
-        guard: keeps steps from being made; None makes them all.
+        planner: makes the plans, and declares their sizes.
+        guard: decides which steps to skip; None: none.
     """
 
     def __init__(
@@ -55,9 +53,9 @@ class Step:
         self._draw = functools.partial(draw_batch, config)
         self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0
-        """Spent on compiling and capturing so far."""
+        """Time spent on compiling and capturing so far."""
         self._graphs: dict[tuple, tuple[Graph, list[Tensor]]] = {}
-        """By the plan's sizes; beside each graph the gradients it leaves."""
+        """Graphs by the plan's sizes, each with the gradients it leaves."""
         if config.train.compile:
             self._draw = torch.compile(self._draw, fullgraph=True, dynamic=False)
 
@@ -65,7 +63,7 @@ class Step:
         """Update the weights by the mean gradient of some micro-batches, of all processes.
 
         Raises:
-            UserError: where memory or the compiler fails, naming the setting that helps.
+            UserError: if memory or the compiler fails, naming the setting that helps.
         """
         with explained_failures():
             if not self._warm:
@@ -93,7 +91,7 @@ class Step:
         self.optimizer.zero_grad()
         terms = []
         for inputs in micro_batches:
-            # gradients travel with the last one
+            # gradients are summed over processes with the last one
             with no_gradient_sync(self.loss) if inputs is not micro_batches[-1] else nullcontext():
                 terms.append(self._gradient(inputs, 1 / len(micro_batches)))
         grad_norm = full_tensor(gradient_norm([p.grad for p in self.params]))
@@ -111,10 +109,7 @@ class Step:
         return StepResult(tuple(terms), grad_norm, skip)
 
     def _warm_up(self, inputs: StepInputs) -> None:
-        """Run every size that the planner declares: it compiles, and loads the kernels, which a capture must not do.
-
-        The weights stay as they are.
-        """
+        """Run every declared size once, to compile and load kernels, which a capture must not do; weights stay."""
         with self._timed("compiling the step"):
             for plan in self._declared_plans():
                 self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
@@ -124,7 +119,7 @@ class Step:
     def _declared_plans(self) -> list[Plan]:
         return [
             self.planner.example(guidance, tangent)
-            # the largest first: memory that fits it fits the others
+            # largest first: memory that fits it fits the others
             for tangent in reversed(self.planner.tangent_sizes)
             for guidance in reversed(self.planner.guidance_sizes)
         ]
@@ -139,27 +134,27 @@ class Step:
     # --- CUDA graphs ---
 
     def _replay(self, micro_batches: tuple[StepInputs, ...]) -> StepResult:
-        # micro-batches of one step have their own sizes each, too many together: accumulation is not captured
+        # no accumulation: each micro-batch has a size of its own, and their combinations are too many to capture
         (inputs,) = micro_batches
         if not self._graphs:
-            # a first step by hand loads the optimizer's kernels too
+            # the first step runs eagerly, which loads the optimizer's kernels too
             result = self._run((inputs,))
             self._capture(inputs)
             return result
         graph, gradients = self._graphs[_shapes(inputs)]
-        done = graph(inputs)
+        result = graph(inputs)
         self._leave(gradients)
-        return done
+        return result
 
     def _capture(self, inputs: StepInputs) -> None:
-        """Capture the step in every declared size, after one by hand, whose gradient stays."""
+        """Capture the step in every declared size, after an eager one, whose gradient is kept."""
         with self._timed("capturing the step"):
-            # on the host meanwhile: the device may have no room for it beside a graph's
+            # kept on the host: the device may have no room for it beside a graph's
             gradients = [p.grad.cpu() for p in self.params]
             pool = torch.cuda.graph_pool_handle()
             for plan in self._declared_plans():
                 example = inputs._replace(plan=plan).to(inputs.samples.device)
-                # the graph before has lent them
+                # drop the gradients that the previous graph has lent
                 self.optimizer.zero_grad()
                 graph = Graph(lambda inputs: self._run((inputs,)), example, pool)
                 self._graphs[_shapes(example)] = graph, [graph.lend(p.grad) for p in self.params]
@@ -177,7 +172,7 @@ def _shapes(inputs: StepInputs) -> tuple:
 
 
 def declare_sizes(plan: Plan) -> None:
-    """Mark what differs from plan to plan: one compiled graph serves all sizes of a group but none, and all samples."""
+    """Mark the plan's sizes as dynamic: one compiled graph serves all sizes of a group except 0 and the whole batch."""
     groups = [plan.rows, plan.null] if len(plan.rows) else []
     if plan.order is not None and 0 < plan.start < len(plan.guided):
         groups.append(plan.tangent)

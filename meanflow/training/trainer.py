@@ -40,7 +40,7 @@ from .runlog import RunLog
 from .step import Step
 
 GRID_CLASSES, GRID_ROWS = 10, 8
-# what may change between a run and its continuation
+# options that may differ when a run is continued
 CONTINUABLE = (
     *(f"train.{name}" for name in (
         "steps", "log_every", "sample_every", "save_every", "keep_last", "keep_every", "compile", "cuda_graph",
@@ -56,8 +56,8 @@ class Trainer:
 
     Args:
         config: of the run.
-        out: run folder. What it holds is continued.
-        world: the processes that train; None is this one alone.
+        out: run folder; a run in it is continued.
+        world: the processes that train; None: this one alone.
 
     Raises:
         UserError: for a folder that holds another run, damaged checkpoints, data that does not fit.
@@ -124,7 +124,7 @@ class Trainer:
         return tuple(inputs)
 
     def train_step(self, micro_batches: tuple[StepInputs, ...]) -> None:
-        """One optimizer step, or one that the guard left out."""
+        """Make one optimizer step, unless the guard skips it."""
         set_learning_rate(self.optimizer, self.rate(self.step))
         flops = sum(self.flops.of_plan(inputs.plan) for inputs in micro_batches) if self.flops else 0.0
         self.log.add(self.make_step(*(inputs.to(self.device) for inputs in micro_batches)), flops)
@@ -137,7 +137,7 @@ class Trainer:
         """Train to the last step, or until stop() is true in any process; returns whether the end was reached.
 
         Raises:
-            TrainingStopped: after too many steps in a row that the guard left out.
+            TrainingStopped: after too many skipped steps in a row.
         """
         train = self.config.train
         bar = tqdm(
@@ -175,7 +175,7 @@ class Trainer:
         return self.step == train.steps
 
     def _due(self, every: int) -> bool:
-        """Whether something is due after this step: every so many steps, and after the last one."""
+        """Whether to do something after this step: every so many steps, and after the last."""
         return self.step % every == 0 or self.step == self.config.train.steps
 
     def _write_log(self, bar: tqdm, waited: float) -> None:
@@ -209,7 +209,7 @@ class Trainer:
         return float((distance / size).sqrt())
 
     def _went_back(self) -> bool:
-        """Go back to a checkpoint after too many bad steps in a row, if the configuration says so; waits for the device.
+        """Go back to a checkpoint after too many skipped steps in a row, if configured; waits for the device.
 
         Raises:
             TrainingStopped: if the run may not go back, or not once more.
@@ -297,17 +297,17 @@ class Trainer:
         optimizer, tensors = empty_state_tensors(self.net), self._tensors() | {"log.sums": self.log.gathered_sums()}
         ckpt.load(path, tensors | {f"optimizer.{name}": x for name, x in optimizer.items()}, self.world)
         load_state_tensors(self.optimizer, self.net, optimizer)
-        # the low-precision copies of the weights follow
+        # loading weights renews their low-precision copies
         self.net.load_state_dict(self.net.state_dict())
         self.log.restore_sums(tensors["log.sums"])
         self.step, self.position = header.step, header.position
 
 
 def train(config: RunConfig, out: Path) -> int:
-    """Train a run to its end, resuming what the folder holds; the exit code: 0, or 128 + the signal that stopped it.
+    """Train a run to its end, resuming what the folder holds; returns 0, or 128 + the signal that stopped it.
 
     Raises:
-        UserError: where another process trains in the folder, and as :class:`Trainer`. A refused run leaves nothing.
+        UserError: if another process trains in the folder, and as :class:`Trainer`. A refused run leaves nothing.
     """
     with World(config.train.device) as world, stop_on_signal() as received, ExitStack() as stack:
         world.agree(lambda: stack.enter_context(owned(out)), main_only=True)
@@ -337,7 +337,7 @@ def _train(trainer: Trainer, received: list[int]) -> int:
     images = (trainer.step - first) * trainer.config.train.batch
     state = "finished" if finished else "stopped and saved"
     say(f"{state} at step {trainer.step}, {images / max(seconds, 1e-9):.0f} img/s in {seconds:.0f} s")
-    # a signal that another process got stopped this one too
+    # the signal may have reached another process alone
     return 0 if finished else 128 + (received[0] if received else signal.SIGTERM)
 
 
