@@ -28,14 +28,14 @@ FORMAT, VERSION = "meanflow-latents", 1
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 REPEAT = "repeat the command that prepared it"
 ABSENT = {"exif": "ignore", "alpha": "drop"}
-"""What a job was that does not say it."""
+"""Settings of jobs written before these options existed."""
 
 
 # --- files ---
 
 
 def _write(path: Path, parts: list) -> dict:
-    """Write buffers one after the other, whole or not at all; the file's name, size and SHA-256."""
+    """Write buffers one after the other, all or nothing; returns the file's name, size and SHA-256."""
     partial, digest, size = path.with_name(path.name + ".partial"), hashlib.sha256(), 0
     with partial.open("wb") as file:
         for part in parts:
@@ -73,7 +73,7 @@ def _checksum(values: dict) -> str:
 
 
 def _damage(folder: Path, file: dict, *, read: bool) -> str | None:
-    """What is wrong with a file of the manifest, by its size or by reading it."""
+    """Check a file of the manifest, by its size or by reading it; returns what is wrong."""
     path = folder / file["file"]
     try:
         size = path.stat().st_size
@@ -92,7 +92,7 @@ def _damage(folder: Path, file: dict, *, read: bool) -> str | None:
 
 
 class Builder:
-    """Writes a cache shard by shard. What a folder holds already is kept.
+    """Writes a cache shard by shard, keeping the shards that a folder holds already.
 
     Args:
         folder: of the cache.
@@ -101,7 +101,7 @@ class Builder:
     """
 
     def __init__(self, folder: Path, job: dict):
-        # as it will be read again: a tuple becomes a list
+        # as JSON will return it: a tuple becomes a list
         self.folder, self.job = folder, json.loads(json.dumps({"format": FORMAT, "version": VERSION} | job))
 
     def begin(self) -> None:
@@ -128,18 +128,18 @@ class Builder:
 
     @contextmanager
     def alone(self):
-        """Within it no other command writes to the folder.
+        """Keep other commands from writing to the folder within a with block.
 
         Raises:
             UserError: where another one does.
         """
         with owned(self.folder):
-            for stale in self.folder.glob("*.partial"):  # of a process that was killed while writing
+            for stale in self.folder.glob("*.partial"):  # left by a process that was killed while writing
                 stale.unlink()
             yield
 
     def check(self) -> None:
-        """Raise UserError unless the folder's job is this one; where source and VAE lie may differ."""
+        """Raise UserError unless the folder's job is this one; the paths of source and VAE may differ."""
         found = _read_json(self.folder / "job.json", "remove the folder and prepare it anew")
         for name in sorted(found.keys() | self.job.keys()):
             theirs, ours = (_content(job.get(name, ABSENT.get(name))) for job in (found, self.job))
@@ -152,16 +152,16 @@ class Builder:
 
     @property
     def shards(self) -> int:
-        """How many there are in the end."""
+        """Number of shards of the whole cache."""
         return -(-self.job["count"] // self.job["shard_rows"])
 
     def members(self, shard: int) -> range:
-        """Which of the job's images a shard is of."""
+        """The job's images that a shard holds."""
         rows = self.job["shard_rows"]
         return range(shard * rows, min((shard + 1) * rows, self.job["count"]))
 
     def missing(self, *, read: bool = False) -> list[int]:
-        """Shards that are not whole, by their files' sizes, or by reading them all."""
+        """Find the shards that are not whole, by their files' sizes, or by reading them all."""
         return [shard for shard in range(self.shards) if self._entry(shard, read=read) is None]
 
     def _entry(self, shard: int, *, read: bool) -> dict | None:
@@ -174,7 +174,7 @@ class Builder:
         return None if damaged or not fits else entry
 
     def _fits(self, entry: dict, shard: int) -> bool:
-        """Whether an entry says what put wrote: it has no checksum of its own."""
+        """Whether a shard's entry is as put writes it; entries have no checksum of their own."""
         files = [(entry["latents"], f"shard_{shard:05d}.npy"), (entry["labels"], f"labels_{shard:05d}.npy")]
         named = all(file["file"] == name and isinstance(file["sha256"], str) for file, name in files)
         skipped = all(isinstance(x, str) for name, why in entry["skipped"] for x in (name, why))
@@ -225,7 +225,7 @@ class Builder:
 
 
 def _content(value: object) -> object:
-    """Of source and VAE what they are, not where they lie."""
+    """A job without the paths of source and VAE."""
     return {k: v for k, v in value.items() if k not in ("path", "name")} if isinstance(value, dict) else value
 
 
@@ -256,7 +256,7 @@ def _is_json(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict:
-    """What a cache is of.
+    """Read the manifest of a cache.
 
     Raises:
         UserError: for a folder without a manifest, or a damaged one.
@@ -280,7 +280,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def verify(folder: Path) -> list[str]:
-    """Read a whole cache; what is wrong with it, one line a bad shard.
+    """Read a whole cache; returns what is wrong with it, one line per bad shard.
 
     Raises:
         UserError: for a folder without a manifest, or a damaged one.

@@ -1,7 +1,7 @@
 """Training data behind one interface: latents with their labels, in an order that is a function of the seed.
 
-The position in the data is the step: rank r of R reads its part of Order.indices(step), so a run goes on where it was,
-on any number of processes.
+The position in the data is the step: each process reads its share of Order.indices(step), so a run resumes exactly, on
+any number of processes.
 """
 
 from pathlib import Path
@@ -17,31 +17,31 @@ from .cache import Cache
 
 
 class Batch(NamedTuple):
-    """Some samples as they are stored, on the CPU."""
+    """Samples as they are stored, on the CPU."""
 
     mean: Tensor
     """(B, channels, size, size), fp16 or fp32 as they are stored; draw_latents computes in fp32."""
     std: Tensor | None
-    """The posterior's standard deviation, or None where there is none."""
+    """The posterior's standard deviation, or None if there is none."""
     labels: Tensor
     """(B,) int64."""
     flip: Tensor | None = None
-    """(B,) bool, the samples that are still to be mirrored, or None."""
+    """The samples still to be mirrored, (B,) bool, or None."""
 
 
 class Dataset(Protocol):
-    """What the trainer needs of data."""
+    """The data that a trainer needs."""
 
     shape: tuple[int, int, int]
     """(channels, size, size) of a sample."""
     num_classes: int
     classes: list[str] | None
-    """Names of the classes, where the data has them."""
+    """Names of the classes, if the data has them."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
-        """The samples of these indices, those mirrored (or marked to be) that flip (B,) bool says."""
+        """Read the samples of these indices; those in flip (B,) bool are mirrored, or marked to be."""
         ...
 
 
@@ -53,7 +53,7 @@ class Digits:
     classes = [str(i) for i in range(10)]
 
     def __init__(self):
-        from sklearn.datasets import load_digits  # a second to import, and nothing else here needs it
+        from sklearn.datasets import load_digits  # a second to import, needed here alone
 
         digits = load_digits()
         self.images = torch.from_numpy(digits.images).float().div(8).sub(1)[:, None]
@@ -63,7 +63,7 @@ class Digits:
         return len(self.labels)
 
     def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
-        """The samples of these indices, those marked to be mirrored that flip says."""
+        """Read the samples of these indices, those in flip marked to be mirrored."""
         indices = torch.from_numpy(indices)
         return Batch(self.images[indices], None, self.labels[indices], flip)
 
@@ -72,9 +72,9 @@ class Latents:
     """Cached posteriors of a VAE, memory-mapped.
 
     Args:
-        path: of a folder that scripts/prepare_data.py wrote.
-        num_classes: of the model; of a folder that knows its classes' names, they are counted.
-        pixels: the range of the images that the run takes for granted.
+        path: folder that scripts/prepare_data.py wrote.
+        num_classes: of the model, for a folder that does not know the names of its classes.
+        pixels: the range of the images that the run expects.
 
     Raises:
         UserError: for a missing or damaged cache, a label out of range, or other pixels.
@@ -94,14 +94,14 @@ class Latents:
         return len(self.labels)
 
     def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
-        """The samples of these indices. Flipped ones are read mirrored where the cache has them, else marked."""
+        """Read the samples of these indices; those in flip are read mirrored if the cache has them so, else marked."""
         stored = flip is not None and self.cache.flipped
         mean, std = map(torch.from_numpy, self.cache.posterior(indices, flip.numpy() if stored else None))
         return Batch(mean, std, self.labels[torch.from_numpy(indices)], None if stored else flip)
 
 
 def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
-    """Raise where a label is not in 0 ... num_classes - 1."""
+    """Raise if a label is not in 0 ... num_classes - 1."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     first = int(wrong[0]) if len(wrong) else None
     require(
@@ -110,10 +110,10 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
 
 
 def open_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
-    """The dataset of a run.
+    """Open the dataset of a run.
 
     Raises:
-        UserError: where it does not fit the model.
+        UserError: if it does not fit the model.
     """
     dataset = Digits() if data.name == "digits" else Latents(data.path, model.num_classes, data.pixels)
     wanted = (model.in_channels, model.input_size, model.input_size)
@@ -128,17 +128,17 @@ def open_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
 
 
 class Order:
-    """Which samples a step reads: each epoch is a permutation by (seed, epoch)."""
+    """The order of the data: each epoch is a permutation by (seed, epoch)."""
 
     def __init__(self, length: int, batch: int, seed: int, drop_last: bool):
         require(batch <= length, "train.batch", batch, f"at most the {length} samples of the data", "lower it")
         self.length, self.batch, self.seed = length, batch, seed
-        # without drop_last the epochs follow each other seamlessly
+        # without drop_last a batch may span two epochs
         self.epoch_length = length // batch * batch if drop_last else length
         self._permutations: dict[int, np.ndarray] = {}
 
     def epoch(self, step: int) -> float:
-        """Epochs done before a step."""
+        """Number of epochs before a step."""
         return step * self.batch / self.epoch_length
 
     def indices(self, step: int) -> np.ndarray:

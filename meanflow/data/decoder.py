@@ -1,4 +1,4 @@
-"""From latents to images."""
+"""The decoder of a run's latents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from .vae import check_vae, load_vae
 
 
 def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity for digits.
+    """Make a function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity for digits.
 
     Raises:
         UserError: where the autoencoder cannot be loaded, or is not the one that the latents at data.path are of.

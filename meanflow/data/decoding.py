@@ -1,4 +1,4 @@
-"""Image files to RGB, as they are stored or not at all, in bounded memory.
+"""Decode image files to RGB, as they are stored or not at all, in bounded memory.
 
 deep grey   of 9 to 16 bits is scaled so that white is 255; pixels of 32 bits or floats do not say what white is, and
             are refused
@@ -38,14 +38,14 @@ _one_at_a_time = threading.Lock()
 
 
 class Unreadable(ValueError):
-    """An image file that cannot be decoded; says why in one line that is the same on every machine."""
+    """An image file that cannot be decoded; the message is one line, the same on every machine."""
 
 
 def decode(file: bytes, exif: Exif = "ignore", alpha: Alpha = "drop") -> tuple[Image.Image, str]:
-    """An image file as RGB, and the mode that it was stored in.
+    """Decode an image file to RGB; returns the image and its stored mode.
 
     Raises:
-        Unreadable: whatever stands against it.
+        Unreadable: for whatever reason.
     """
     try:
         check_size(len(file))
@@ -71,7 +71,7 @@ def _formats() -> list[str]:
 
 
 def _white(image: Image.Image) -> int:
-    """The value of white: negative where white is 0."""
+    """The value of white; negative if white is 0."""
     bits, inverted = 8, False
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})
@@ -95,7 +95,7 @@ def _rgb(image: Image.Image, white: int, alpha: Alpha) -> Image.Image:
 
 
 def _shrunk(image: Image.Image, alpha: Alpha) -> Image.Image:
-    """The centre square of a large image, by a whole factor smaller, in RGB."""
+    """Reduce the centre square of a large image by a whole factor, in RGB."""
     pixels = image.width * image.height
     if pixels > 2 * LARGE and image.format not in ROW_BY_ROW:
         raise ValueError(f"{pixels:,} pixels, more than {2 * LARGE:,} of {image.format}; store it smaller")

@@ -1,4 +1,4 @@
-"""What an entry of a source is: one set of rules for class folders, tar files, image sets, FID folders and imports.
+"""Entries of a source: one set of rules for class folders, tar files, image sets, FID folders and imports.
 
 An entry is an image (in a tar file together with its label), or any other file, member or row. Each is used, left out
 by name and reason, or refused: used + left out + refused = entries.
@@ -18,39 +18,39 @@ from pathlib import Path
 from ..errors import UserError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""In any case."""
+"""Endings of image files, in any case."""
 SYSTEM = {
     "__macosx", "__pycache__", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information",
     "@eadir",
 }  # fmt: skip
-"""Names of what systems leave behind, beside all names that begin with a dot; in lower case."""
+"""Names that systems leave behind, in lower case; so are all names that begin with a dot."""
 HIDDEN, NO_DATA, NO_FILE = "hidden, or of the system", "no data by its ending", "no regular file"
 UNREADABLE, UNCHOSEN = "cannot be read", "not among the images of --limit"
 NAMED = 1000
-"""So many names of entries are listed for each reason to leave them out; all are counted."""
+"""Most names listed for each reason to leave entries out; all are counted."""
 MAX_BYTES = 2**28
-"""Larger files are no images that can be read."""
+"""Size limit of an image file."""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a name with slashes is hidden, or of the system; "." and ".." are not."""
+    """Whether a component of a path is hidden, or of the system; "." and ".." are not."""
     parts = (part.lower() for part in name.split("/"))
     return any(part in SYSTEM or part.startswith(".") and part not in (".", "..") for part in parts)
 
 
 def is_image(name: str) -> bool:
-    """Whether a name has an image's ending."""
+    """Whether a name ends like an image."""
     return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def shown(name: object) -> str:
-    """A name for one line of a terminal: as it is, or escaped where it holds what cannot be printed."""
+    """A name for one line of a terminal, escaped if it holds what cannot be printed."""
     text = str(name)
     return text if text.isprintable() else ascii(text)
 
 
 def reason(error: Exception) -> str:
-    """Why something cannot be read, in one line that is the same on every machine: without paths and addresses."""
+    """An error in one line that is the same on every machine: without paths and addresses."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = re.sub(r"( at )?\b0x[0-9a-fA-F]{6,}\b", "", text)
     text = re.sub(r"(?<![\w.])(/[^\s/'\":,)]+)+/?", "a path", text)
@@ -59,10 +59,10 @@ def reason(error: Exception) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes.
+    """Read a file's bytes.
 
     Raises:
-        OSError, ValueError: where it cannot be read, or is larger than MAX_BYTES.
+        OSError, ValueError: if it cannot be read, or is larger than MAX_BYTES.
     """
     with path.open("rb") as file:
         check_size(os.fstat(file.fileno()).st_size)
@@ -85,14 +85,14 @@ class Entries:
         self._refusal: str | None = None
 
     def leave_out(self, name: str, why: str) -> None:
-        """Take note of an entry that is not used."""
+        """Record an entry that is not used."""
         known, names = self._left_out.setdefault(why, (0, []))
         if len(names) < NAMED:
             names.append(name)
         self._left_out[why] = (known + 1, names)
 
     def refuse(self, message: str, count: int = 1) -> None:
-        """Take note of entries that cannot be used: a whole line in the form of :class:`UserError`."""
+        """Record entries that cannot be used, by a whole line in the form of :class:`UserError`."""
         self._refused += count
         self._refusal = self._refusal or message
 
@@ -100,7 +100,7 @@ class Entries:
         """End the account; `used` entries are used.
 
         Raises:
-            UserError: where entries are refused, for the first of them.
+            UserError: if entries are refused, for the first of them.
         """
         self.used = used
         if self._refusal:
@@ -109,7 +109,7 @@ class Entries:
 
     @property
     def count(self) -> int:
-        """Of all entries."""
+        """Number of all entries."""
         return self.used + sum(count for count, _ in self._left_out.values()) + self._refused
 
     def left_out(self) -> dict[str, dict]:
@@ -118,7 +118,7 @@ class Entries:
 
 
 def walk(root: Path, below: str, entries: Entries, endings: str | tuple[str, ...] = IMAGE_ENDINGS) -> Iterator[str]:
-    """Names, relative to root, of the files in a folder of it and the folders below that are data by their endings."""
+    """Yield the data files in and below a folder of root, as names relative to root."""
     waiting: list[tuple[str, tuple]] = [(below, ())]
     while waiting:
         folder, above = waiting.pop()
@@ -144,7 +144,7 @@ def walk(root: Path, below: str, entries: Entries, endings: str | tuple[str, ...
 
 
 def _is_data(entry: os.DirEntry, name: str, entries: Entries, endings: str | tuple[str, ...]) -> bool:
-    """Whether a file is data, readable or not; else it is left out, or refused."""
+    """Whether a file is data, readable or not; records others as left out or refused."""
     is_data = name.lower().endswith(endings)
     dangling = entry.is_symlink() and not os.path.exists(entry.path)
     if is_data and (dangling or entry.is_file()):
@@ -157,7 +157,7 @@ def _is_data(entry: os.DirEntry, name: str, entries: Entries, endings: str | tup
 
 
 def holds_images(path: Path, depth: int) -> bool:
-    """Whether a folder that is not hidden holds images, itself or in folders so many levels below it."""
+    """Whether a folder that is not hidden holds images, itself or in folders down to a number of levels below."""
     if is_hidden(path.name):
         return False
     folders = []
@@ -171,13 +171,13 @@ def holds_images(path: Path, depth: int) -> bool:
 
 
 def account(left_out: dict[str, dict], used: int) -> dict:
-    """Numbers of entries, and those left out by reason: {reason: {"count", "names"}}. None is refused, or all are."""
+    """Number of entries, and those left out as {reason: {"count", "names"}}; refused sources get no account."""
     left = sum(those["count"] for those in left_out.values())
     return {"count": used + left, "used": used, "left_out": left, "refused": 0, "reasons": left_out}
 
 
 def describe(entries: dict) -> list[str]:
-    """Lines for a terminal, of an :func:`account`."""
+    """Format an :func:`account` as lines for a terminal."""
     counts = ", ".join(f"{entries[key]} {key.replace('_', ' ')}" for key in ("used", "left_out", "refused"))
     lines = [f"{entries['count']} entries: {counts}"]
     for why, those in entries["reasons"].items():
@@ -187,7 +187,7 @@ def describe(entries: dict) -> list[str]:
 
 
 def describe_classes(labels: Iterable[int], classes: list[str] | None) -> str:
-    """One line that says how many classes there are and which, and which have no image.
+    """Say in one line how many classes there are, which, and which have no image.
 
     Args:
         labels: of all images. classes: their names by label, where they are known.

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 CAPTION = 16
-"""Pixels above an image for what it is of."""
+"""Height of a caption above an image, in pixels."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8 as the official evaluation does it: 127.5 x + 128, clipped and truncated."""
+    """Convert [-1, 1] to uint8 as the official evaluation does: 127.5 x + 128, clipped and truncated."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
-    """uint8 images (N, channels, height, width) as one picture (height, width, channels) with a pixel between them."""
+    """Arrange uint8 images (N, channels, height, width) as a picture (height, width, channels), one pixel apart."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     picture = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, dtype=torch.uint8)
@@ -29,7 +29,7 @@ def grid(images: Tensor, columns: int) -> Tensor:
 
 
 def captioned(images: Tensor, captions: Sequence[str], columns: int, zoom: int = 1) -> Tensor:
-    """:func:`grid` with each pixel repeated zoom times and, above an image, what it is of, as far as it fits."""
+    """:func:`grid` with each pixel repeated zoom times and a caption above each image, cut to its width."""
     from PIL import Image, ImageDraw, ImageFont
 
     n, channels, height, width = images.shape
@@ -49,7 +49,7 @@ def captioned(images: Tensor, captions: Sequence[str], columns: int, zoom: int =
 
 
 def save_png(path: Path | BinaryIO, picture: Tensor, zoom: int = 1) -> None:
-    """A uint8 picture (height, width, 1 or 3) as a PNG file, each pixel repeated zoom times."""
+    """Save a uint8 picture (height, width, 1 or 3) as a PNG file, each pixel repeated zoom times."""
     from PIL import Image
 
     picture = picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)

@@ -1,4 +1,4 @@
-"""Latents that people already have, as a cache: what is stored is copied, nothing is encoded anew.
+"""Import existing latents into a cache: what is stored is copied, nothing is encoded anew.
 
 official   a folder of 00000000.pt, 00000001.pt ..., as MeanFlow's JAX code prepares them (Gsunshine/meanflow, file
            utils/data_util.py): each a dict of "image" (2C, S, S) fp32, the posterior's mean and then its std, and
@@ -44,7 +44,7 @@ LABELS = "dataset.json"
 
 
 class Stored(NamedTuple):
-    """What a layout's files hold of an image, unchecked."""
+    """An image's entry in a layout's files, unchecked."""
 
     moments: object
     """Mean and then std (2C, S, S)."""
@@ -52,13 +52,13 @@ class Stored(NamedTuple):
 
 
 class Latent(NamedTuple):
-    """What a cache takes over."""
+    """An image's entry for a cache."""
 
     moments: np.ndarray
     """Mean and std (2, C, S, S)."""
     label: int
     converted: tuple[str, ...]
-    """What was stored in another way, where its meaning is certain."""
+    """What was converted, because its meaning was certain."""
 
 
 class Layout(Protocol):
@@ -68,15 +68,15 @@ class Layout(Protocol):
     pixels: str
     """"symmetric" for latents of images in [-1, 1], "unit" for [0, 1]."""
     entries: Entries
-    """What of the files is used and what is left out."""
+    """The account of used and left-out files."""
 
     def read(self, index: int) -> Stored:
-        """An image's. Called from several threads. Raises whatever its reader raises."""
+        """Read an image's entry, in any of several threads. Raises whatever the file's reader raises."""
         ...
 
 
 def read_latent(layout: Layout, index: int) -> Latent:
-    """An image's latent and label, checked in the same way for every layout.
+    """Read an image's latent and label, with the same checks for every layout.
 
     Raises:
         UserError: for what cannot be read, or is not a mean, a standard deviation and a label.
@@ -96,7 +96,7 @@ def read_latent(layout: Layout, index: int) -> Latent:
 
 
 def _moments(stored: object, name: str) -> tuple[np.ndarray, str | None]:
-    """(2C, S, S) -> (2, C, S, S), checked; what was converted."""
+    """Check mean and std and reshape them, (2C, S, S) -> (2, C, S, S); returns what was converted, too."""
     converted, fits = None, isinstance(stored, np.ndarray) and stored.dtype.kind == "f"
     if isinstance(stored, torch.Tensor):
         fits = stored.is_floating_point() and stored.layout == torch.strided and not stored.is_meta
@@ -126,14 +126,14 @@ def _moments(stored: object, name: str) -> tuple[np.ndarray, str | None]:
 
 
 def _plain(label: object) -> object:
-    """A label's tensor as an array."""
+    """Convert a label's tensor to an array."""
     if not isinstance(label, torch.Tensor):
         return label
     return (label.detach().float() if label.is_floating_point() else label.detach()).numpy()
 
 
 def _check_labels(entries: Entries, names: Iterable[str], labels: Iterable[object]) -> int:
-    """How many labels are good; the others are refused, before anything is copied."""
+    """Count the good labels and refuse the others, before anything is copied."""
     good = 0
     for name, label in zip(names, labels, strict=True):
         try:
@@ -149,7 +149,7 @@ def _read_label(label: object, name: str) -> Label:
 
 
 class Official:
-    """One .pt file an image."""
+    """A folder with one .pt file per image."""
 
     pixels = "symmetric"
 
@@ -183,7 +183,7 @@ class Archive:
             self.zip = None if path.is_dir() else zipfile.ZipFile(path)
             pairs = json.loads(self._bytes(LABELS))["labels"]
             self.labels = {str(name): label for name, label in pairs}
-        except Exception as error:  # of the zip file, of JSON, of its contents
+        except Exception as error:  # from the zip file, JSON or its contents
             raise UserError(
                 f"source: got {shown(path)}, whose labels cannot be read ({reason(error)}), wanted a zip or folder of "
                 f'.npy files with {LABELS} as {{"labels": [[file, label], ...]}}; prepare it with labels'
@@ -192,7 +192,7 @@ class Archive:
         self._account(len(pairs))
 
     def _account(self, listed: int) -> None:
-        """Every file has a label, every label a file."""
+        """Match files and labels; either without the other is refused."""
         self.entries = Entries()
         if self.zip is None:
             files = set(walk(self.path, "", self.entries, (".npy", LABELS)))
@@ -229,7 +229,7 @@ class Archive:
 
 
 class Arrays:
-    """mean.npy, std.npy and labels.npy."""
+    """A folder with mean.npy, std.npy and labels.npy."""
 
     pixels = "symmetric"
 
@@ -248,7 +248,7 @@ class Arrays:
     def _open(path: Path) -> np.ndarray:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # of a file that is no array, or no whole one
+        except Exception as error:  # the file is no array, or no whole one
             raise UserError(
                 f"source: got {shown(path)}, which cannot be read ({reason(error)}), wanted an array; restore it"
             ) from None
@@ -269,20 +269,20 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How latents are taken over."""
+    """Options of an import."""
 
     layout: Literal["official", "repa", "edm2", "arrays"]
-    """Whose files they are: the official .pt folder, REPA's or EDM2's zip or folder, mean/std/labels.npy."""
+    """Layout of the files: the official .pt folder, REPA's or EDM2's zip or folder, mean/std/labels.npy."""
     vae: str = "stabilityai/sd-vae-ft-mse"
-    """The autoencoder they are of, for the manifest: the files do not say."""
+    """The autoencoder that made the latents, for the manifest: the files do not name it."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """What mean and std are stored in."""
+    """Dtype of the stored mean and std."""
     workers: int = 4
-    """Threads of each process that read."""
+    """Reading threads per process."""
     shard_rows: int = 8192
-    """Rows a shard: what a killed process does again at most."""
+    """Rows per shard, which is also the most that a killed process must repeat."""
     repair: bool = False
-    """Read the shards that are there too, and do the damaged ones again; missing ones are always done."""
+    """Read the existing shards too and write damaged ones again; missing ones are always written."""
 
     def __post_init__(self):
         for name in ("workers", "shard_rows"):
@@ -291,7 +291,7 @@ class ImportOptions:
 
 
 def import_latents(source: Path, folder: Path, options: ImportOptions) -> dict | None:
-    """Copy somebody's latents into a cache, going on with what it holds; the manifest, in the first process.
+    """Copy latents into a cache, resuming what it holds; returns the manifest, in the first process.
 
     Raises:
         UserError: for files that are not there or of another layout, or lack the standard deviation.

@@ -1,4 +1,4 @@
-"""Labels as people store them: whole numbers from 0 on, taken where the meaning is certain and else refused."""
+"""Read labels as people store them: converted to whole numbers from 0 on if the meaning is certain, else refused."""
 
 import re
 from typing import NamedTuple
@@ -11,14 +11,14 @@ LIMIT = 2**31  # labels are below it
 
 
 class Label(NamedTuple):
-    """A label, and what it was made of where it was no whole number."""
+    """A label, and what it was converted from if it was no whole number."""
 
     value: int
     converted: str | None
 
 
 def read_label(value: object, name: str, hint: str = "correct the label") -> Label:
-    """One label: a whole number, its digits as text, a float of that value, or a one-hot vector.
+    """Read one label: a whole number, its digits as text, a float of that value, or a one-hot vector.
 
     Args:
         value: a number, text, a numpy array or a list.

@@ -30,23 +30,23 @@ AHEAD = 4  # batches that are decoded while one is encoded
 
 @dataclass(frozen=True)
 class Options:
-    """How images become latents."""
+    """Options of a preparation."""
 
     image_size: int = 256
     """Side of the cropped images in pixels."""
     vae: str = "stabilityai/sd-vae-ft-mse"
     """diffusers' AutoencoderKL: a local folder or a name on the hub."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """What mean and std are stored in; the autoencoder computes in fp32 (without TF32)."""
+    """Dtype of the stored mean and std; the autoencoder computes in fp32 (without TF32)."""
     flipped: bool = False
-    """Store the encoding of each mirrored image too: twice the room, and what --data.flip then reads."""
+    """Store the encoding of each mirrored image too, for --data.flip: twice the room."""
     split: str = "train"
     """Subfolder, split or, by their names, tar files of the source that are taken; where it has no splits, train is all
     of it. Empty: all folders are classes, whatever they are called."""
     limit: int | None = None
-    """Take so many images only, evenly spread over the source."""
+    """Take only this many images, evenly spread over the source."""
     bad_images: Literal["fatal", "skip"] = "fatal"
-    """What an image that cannot be read does: stop, or be left out and listed in the manifest."""
+    """On an image that cannot be read: stop, or leave it out and list it in the manifest."""
     exif: Exif = "ignore"
     """EXIF's orientation: ignored, or applied."""
     alpha: Alpha = "drop"
@@ -54,11 +54,11 @@ class Options:
     batch: int = 32
     """Images encoded at a time."""
     workers: int = 4
-    """Threads of each process that decode and crop."""
+    """Threads per process that decode and crop."""
     shard_rows: int = 8192
-    """Images a shard: what a killed process does again at most."""
+    """Images per shard, which is also the most that a killed process must repeat."""
     repair: bool = False
-    """Read the shards that are there too, and do the damaged ones again; missing ones are always done."""
+    """Read the existing shards too and write damaged ones again; missing ones are always written."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one; under torchrun each process takes its own."""
 
@@ -73,25 +73,25 @@ class Statistics(Protocol):
     """Statistics of images that stream by, such as meanflow.evaluation.features.ImageStatistics."""
 
     def add(self, images: Tensor) -> object:
-        """Count images uint8 (B, 3, H, W) in."""
+        """Add images uint8 (B, 3, H, W)."""
 
     def save(self, path: Path, world: World) -> None:
-        """Write those of the images of all processes. A collective call."""
+        """Write the statistics of all processes' images. A collective call."""
 
 
 class Decoded(NamedTuple):
-    """An image read by a worker."""
+    """An image decoded by a worker."""
 
     crop: np.ndarray | None
-    """(size, size, 3) uint8, or None where it cannot be read."""
+    """(size, size, 3) uint8, or None if it cannot be read."""
     mode: str
-    """The mode it was stored in, or why it cannot be read."""
+    """Its stored mode, or why it cannot be read."""
     seconds: float
-    """What reading took."""
+    """Time spent reading it."""
 
 
 class Stopwatch:
-    """Seconds of each stage, and the images that went through all of them."""
+    """Time of each stage in seconds, and the number of images that went through all of them."""
 
     def __init__(self, workers: int):
         self.workers, self.start = workers, time.perf_counter()
@@ -124,7 +124,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, crops: np.ndarray) -> np.ndarray:
-        """Crops (B, size, size, 3) uint8 -> mean and std (B, copies, 2, C, S, S) fp32."""
+        """Encode crops (B, size, size, 3) uint8 -> mean and std (B, copies, 2, C, S, S) fp32."""
         x = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2).float()
         x = x.div(127.5).sub(1)  # the bits of the official code's ToTensor and Normalize
         copies = [self._posterior(x)] + ([self._posterior(x.flip(-1))] if self.flipped else [])
@@ -137,7 +137,7 @@ class Encoder:
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers; what they have not begun when this is left is not done."""
+    """A pool of worker threads for a with block; work not begun at its end is dropped."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -146,13 +146,13 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def batches_of(builder: Builder, shards: list[int], size: int) -> list[range]:
-    """The members of shards in batches. They do not cross shards: what a shard holds depends on it alone."""
+    """Cut the members of shards into batches that do not cross shards: a shard's bytes depend on it alone."""
     members = map(builder.members, shards)
     return [part[i : i + size] for part in members for i in range(0, len(part), size)]
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[Sequence], ahead: int) -> Iterator[list]:
-    """The results of work on each batch's items, batches in order, `ahead` of them under way."""
+    """Yield the results of work on each batch's items, in order, with `ahead` batches under way."""
     pending: deque = deque()
     for batch in batches:
         pending.append([pool.submit(work, item) for item in batch])
@@ -165,7 +165,7 @@ def in_order(pool: ThreadPoolExecutor, work: Callable, batches: Iterable[Sequenc
 def fill(
     folder: Path, job: dict, world: World, repair: bool, make: Callable[[Builder, list[int]], Any], left_out: dict
 ) -> dict | None:
-    """Complete a cache: every process makes its share of the shards that are not whole; the manifest, in the first.
+    """Complete a cache: each process makes its share of missing shards; returns the manifest, in the first process.
 
     Args:
         left_out: of the source's entries, see meanflow.data.entries.Entries.left_out.
@@ -184,12 +184,12 @@ def fill(
         if world.is_main and done:
             print(f"{folder}: {done} of {builder.shards} shards are whole, {len(missing)} are made")
         make(builder, missing[world.rank :: world.size])
-        world.gather(None)  # when all have come here, all shards are there
+        world.gather(None)  # a barrier: from here on all shards are there
         return builder.finish(left_out) if world.is_main else None
 
 
 def progress(builder: Builder, shards: list[int], world: World) -> tqdm:
-    """A bar of this process's images; only the first process shows it."""
+    """A progress bar of this process's images, shown by the first process alone."""
     total = sum(len(builder.members(shard)) for shard in shards)
     name = builder.folder.name + (f", process 1 of {world.size}" if world.size > 1 else "")
     return tqdm(total=total, unit="img", desc=name, disable=not world.is_main, dynamic_ncols=True, mininterval=1.0)
@@ -238,7 +238,7 @@ class Preparation:
         }
 
     def run(self) -> dict | None:
-        """Encode what is missing; the manifest, in the first process.
+        """Encode what is missing; returns the manifest, in the first process.
 
         Raises:
             UserError: for an image that cannot be read, latents that are not finite, a folder that holds another job.
@@ -252,7 +252,7 @@ class Preparation:
         return fill(self.folder, self.job, self.world, self.options.repair, self._make, left_out)
 
     def measure(self, statistics: Statistics) -> None:
-        """Write the statistics of all images that can be read to reference.npz. All processes together."""
+        """Write the statistics of all readable images to reference.npz. A collective call."""
         images, batch, world = range(len(self.chosen)), self.options.batch, self.world
         batches = [images[i : i + batch] for i in range(0, len(images), batch)][world.rank :: world.size]
         with threads(self.options.workers) as pool:
@@ -273,7 +273,7 @@ class Preparation:
         try:
             image, mode = decode(self.source.read(int(self.chosen[member])), self.options.exif, self.options.alpha)
             crop = np.asarray(centre_crop(image, self.options.image_size))
-        except Exception as error:  # of the file system, the package datasets or the decoder
+        except Exception as error:  # from the file system, the package datasets or the decoder
             crop, mode = None, reason(error)
         return Decoded(crop, mode, time.perf_counter() - start)
 
@@ -325,11 +325,11 @@ class Preparation:
 def prepare(
     source: str, folder: Path, options: Options, statistics: Callable[[torch.device], Statistics] | None = None
 ) -> dict | None:
-    """Encode a source's images into a latent cache, going on with what it holds; the manifest, in the first process.
+    """Encode a source's images into a latent cache, resuming what it holds; returns the manifest, in the first process.
 
     Args:
-        statistics: makes what the cropped images are counted in, in a second pass over them; it is then saved as
-            reference.npz beside the latents.
+        statistics: makes the statistics that a second pass over the cropped images fills, saved as reference.npz
+            beside the latents.
 
     Raises:
         UserError: for a source without images or a damaged one, an autoencoder that does not fit, another job's folder.

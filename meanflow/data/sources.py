@@ -1,6 +1,6 @@
-"""Labelled images to be encoded: class folders, tar files, Hugging Face image sets, in an order that never changes.
+"""Sources of labelled images: class folders, tar files, Hugging Face image sets, in an order that never changes.
 
-What an entry of a source is, meanflow/data/entries.py says for all of them.
+The rules for their entries are those of meanflow/data/entries.py.
 """
 
 import hashlib
@@ -38,16 +38,16 @@ class Source(Protocol):
 
     kind: str
     names: list[str]
-    """What each image is called, for messages and the list of those left out."""
+    """Name of each image, for messages and the list of those left out."""
     labels: np.ndarray
     """(N,) int64."""
     classes: list[str] | None
-    """Their names by label, where they are known."""
+    """Names of the classes by label, if known."""
     entries: Entries
-    """What is used and what is left out."""
+    """The account of used and left-out entries."""
 
     def read(self, index: int) -> bytes:
-        """An image's file. Called from several threads."""
+        """Read an image's file, in any of several threads."""
         ...
 
 
@@ -106,7 +106,7 @@ class HuggingFace:
                 data = datasets.load_from_disk(name)
             alone = isinstance(data, datasets.Dataset) and not name.startswith(HUB)
             data = (data[split] if isinstance(data, datasets.DatasetDict) else data).with_format(None)
-        except Exception as error:  # of a dozen packages, from the network's to the file system's
+        except Exception as error:  # a dozen packages raise here, from network to file system
             raise UserError(
                 f"source: got {name}, split {split}, which cannot be loaded ({' '.join(str(error).split()[:40])}), "
                 f"wanted an image set; name a folder written by save_to_disk, or {HUB}NAME, and its --split"
@@ -155,7 +155,7 @@ def _meaning(word: str) -> str:
 
 
 def _folder_of_split(path: Path, split: str) -> Path:
-    """The folder that holds a split: one of its name where the folder has splits, or the folder itself.
+    """Find the folder of a split: one of its name if the folder has splits, else the folder itself.
 
     A folder that is called as a split is a class where it holds images, but no folders or tar files with images, and
     others beside it are classes.
@@ -201,7 +201,7 @@ def _is_tar(entry: os.DirEntry) -> bool:
 
 
 def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
-    """The tar files of a folder that are of a split, which their names may tell."""
+    """The tar files of a folder that belong to a split, which their names may tell."""
     found = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         if is_hidden(entry.name):
@@ -221,14 +221,14 @@ def _shards(path: Path, split: str, entries: Entries) -> list[Path]:
 
 
 def _told(file: Path, split: str) -> str | None:
-    """The split that a file's name tells."""
+    """The split that a file's name names, if any."""
     words = re.split(r"[^a-z]+", file.stem.lower())
     found = {_meaning(word) for word in words if word in SPLITS or word == split.lower()}
     return found.pop() if len(found) == 1 else None
 
 
 def _of_split(files: list[Path], split: str, entries: Entries) -> list[Path]:
-    """Those tar files whose names do not tell of another split."""
+    """The tar files whose names do not name another split."""
     if not split:
         return files
     told = {file: _told(file, split) for file in files}
@@ -251,7 +251,7 @@ def _of_split(files: list[Path], split: str, entries: Entries) -> list[Path]:
 
 
 def open_source(name: str, split: str = DEFAULT_SPLIT) -> Source:
-    """The images of a path, or of `hub:NAME`.
+    """Open the images of a path, or of `hub:NAME`.
 
     Raises:
         UserError: for a path that is not there, has no such split, holds no labelled images or entries that have no

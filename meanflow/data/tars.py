@@ -21,9 +21,9 @@ class Member(NamedTuple):
     """A member of a tar file."""
 
     name: str
-    """As it is written there."""
+    """Name as written in the file."""
     place: tuple[int, int] | None
-    """Offset and size of its bytes, where they lie in one piece."""
+    """Offset and size of its bytes, if they lie in one piece."""
     target: str | None
     """The member that a link names."""
 
@@ -103,7 +103,7 @@ class _Tar:
         self.members[name] = Member(info.name, (info.offset_data, info.size) if plain else None, target)
 
     def samples(self) -> Iterator[Sample]:
-        """The images with their labels, in the file's order; other members are left out or refused."""
+        """List the images with their labels, in the file's order; other members are left out or refused."""
         data = [name for name in self.members if self._is_data(name)]
         labels: dict[str, list[str]] = {}
         images: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ class _Tar:
         self.entries.leave_out(f"{self.path.name}:{self.members[name].name}", why)
 
     def _is_data(self, name: str) -> bool:
-        """Whether a member is an image or a label; else it is left out."""
+        """Whether a member is an image or a label; records others as left out."""
         member = self.members[name]
         if is_hidden(name):
             self._leave_out(name, HIDDEN)
@@ -166,7 +166,7 @@ class _Tar:
         return f"{folder}/{posixpath.basename(key)}" if folder else posixpath.basename(key)
 
     def _place(self, name: str) -> tuple[int, int]:
-        """Offset and size of a member, or of what it links to."""
+        """Offset and size of a member, or of its link's target."""
         member, seen = self.members[name], {name}
         while member.target is not None:
             if member.target in seen or member.target not in self.members:
@@ -199,7 +199,7 @@ class _Tar:
 
 
 def _keys(name: str) -> Iterator[str]:
-    """What a name may be of: without its ending, then without ever more of what follows a dot."""
+    """Possible keys of a name: without its ending, then without one more dotted suffix at a time."""
     folder, slash, base = name.rpartition("/")
     while "." in base:
         base = base.rpartition(".")[0]
@@ -207,7 +207,7 @@ def _keys(name: str) -> Iterator[str]:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Raise ReadError unless zeros alone follow the members: tarfile stops in silence at a damaged header."""
+    """Raise ReadError unless only zeros follow the members: tarfile stops silently at a damaged header."""
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)

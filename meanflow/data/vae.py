@@ -1,4 +1,4 @@
-"""The autoencoder whose latents are learnt."""
+"""The autoencoder of the latents."""
 
 import hashlib
 from pathlib import Path
@@ -10,10 +10,10 @@ from ..errors import UserError
 
 
 def load_vae(name: str, device: torch.device, option: str) -> nn.Module:
-    """diffusers' AutoencoderKL of a local folder or of the hub, frozen.
+    """Load diffusers' AutoencoderKL from a local folder or the hub, frozen.
 
     Args:
-        option: what the user named it by, for the message.
+        option: the option that named it, for the message.
 
     Raises:
         UserError: where it cannot be loaded.
@@ -38,7 +38,7 @@ def load_vae(name: str, device: torch.device, option: str) -> nn.Module:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached: one question, where its own downloads try again for half a minute."""
+    """Whether the hub can be reached, by one request; its own downloads retry for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -52,7 +52,7 @@ def hub_answers() -> bool:
 
 
 def identity(name: str, vae: nn.Module) -> dict:
-    """What an autoencoder is, for a manifest: its name, the SHA-256 of its weights, and its configuration."""
+    """Identity of an autoencoder for a manifest: name, SHA-256 of its weights, configuration."""
     digest = hashlib.sha256()
     for key, x in sorted(vae.state_dict().items()):
         digest.update(f"{key} {x.dtype} {tuple(x.shape)} ".encode())
@@ -62,7 +62,7 @@ def identity(name: str, vae: nn.Module) -> dict:
 
 
 def check_vae(name: str, vae: nn.Module, manifest: dict) -> None:
-    """Raise UserError unless a cache's latents are this autoencoder's; an imported cache knows its name alone."""
+    """Raise UserError unless this autoencoder made a cache's latents; an imported cache knows only its name."""
     theirs, ours = manifest["vae"], identity(name, vae)["sha256"]
     if theirs["sha256"] not in (None, ours):
         raise UserError(

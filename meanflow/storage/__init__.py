@@ -1,1 +1,1 @@
-"""What lies on disk: checkpoints, records beside results, and the files of others."""
+"""Files on disk: checkpoints, records beside results, and the files of other projects."""

@@ -5,8 +5,8 @@
         shard-00001-model-00001-of-00002.safetensors  of process 1: averaged weights, all that sampling needs
         shard-00001-model-00002-of-00002.safetensors  of process 1: weights, optimizer, log
 
-Each process writes its share, any number of processes reads it. A checkpoint is written in the background to a folder
-`.partial`, which gets its name last. Nothing is pickled.
+Each process writes its share; any number of processes can read it. A checkpoint is written in the background to a
+folder `.partial`, which is renamed last. Nothing is pickled.
 """
 
 import hashlib
@@ -39,21 +39,21 @@ EMA_FILES, OTHER_FILES = 1, 2
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself."""
+    """The header of a checkpoint, checkpoint.json."""
 
     step: int
     config: dict
-    """Of the run, by section."""
+    """The run's configuration, by section."""
     position: int
-    """Index of the next step's data and draws; beyond the step where a rollback left some out."""
+    """Index of the next batch; larger than step after a rollback has skipped batches."""
     processes: int
-    """That wrote it."""
+    """Number of processes that wrote it."""
     files: dict[str, dict]
     """{file: {bytes, sha256}}."""
 
 
 class Damaged(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that differs from what was written."""
 
 
 def _damaged(path: Path, what: str) -> Damaged:
@@ -67,15 +67,15 @@ def _damaged(path: Path, what: str) -> Damaged:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
+    """List the checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
 
 def read_header(path: Path) -> Header:
-    """The header of a checkpoint, whose files have their sizes.
+    """Read the header of a checkpoint, and compare its files' sizes.
 
     Raises:
-        Damaged: where it cannot be read, is foreign, or a file is missing or of another size.
+        Damaged: if it cannot be read, is foreign, or a file is missing or of another size.
     """
     try:
         values = json.loads((path / HEADER).read_text())
@@ -99,7 +99,7 @@ def verify(path: Path, header: Header, *, ema_only: bool = False, share: slice =
     """Compare the files' contents with their checksums.
 
     Args:
-        ema_only: the averaged weights' alone. share: of the files, for one of several processes.
+        ema_only: check only the averaged weights. share: of the files, for one of several processes.
 
     Raises:
         Damaged: naming the first file that differs.
@@ -114,7 +114,7 @@ def load(path: Path, tensors: dict[str, Tensor], world: World | None = None) -> 
     """Fill tensors, sharded in any way or whole, from a checkpoint; all processes together, or one alone.
 
     Raises:
-        UserError: where the checkpoint lacks one of them or has it in another shape.
+        UserError: if the checkpoint lacks one of them or has it in another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
     held = reader.read_metadata().state_dict_metadata
@@ -131,7 +131,7 @@ def load(path: Path, tensors: dict[str, Tensor], world: World | None = None) -> 
 
 
 def load_network(path: Path, weights: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's network, "ema" or "model", whole, on the CPU, by their names in it."""
+    """Load a checkpoint's network, "ema" or "model": whole tensors on the CPU, by their names in it."""
     held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(x.size, dtype=x.properties.dtype)
@@ -143,17 +143,17 @@ def load_network(path: Path, weights: str) -> dict[str, Tensor]:
 
 
 def last_good(folder: Path, world: World, until: int | None = None) -> Path | None:
-    """The newest intact checkpoint. Those after it are set aside under another name: they are damaged, or given up.
+    """Find the newest intact checkpoint; rename later ones, which are damaged or given up.
 
     Args:
-        until: the last position that it may have reached; None is any.
+        until: the largest position it may have; None: any.
 
     Raises:
-        Damaged: where there are checkpoints, and none is intact.
+        Damaged: if there are checkpoints, but none is intact.
     """
     found = world.broadcast(checkpoints(folder))
     for path in reversed(found):
-        # the processes share the reading, and agree
+        # the processes share the reading and agree on the result
         mine = slice(world.rank, None, world.size)
         error = world.first_error(lambda path=path, mine=mine: verify(path, read_header(path), share=mine))
         if error is None and (until is None or read_header(path).position <= until):
@@ -177,11 +177,11 @@ def _unused(path: Path) -> Path:
 
 
 class Checkpointer:
-    """Writes a run's checkpoints in the background, and drops old ones.
+    """Writes a run's checkpoints in the background, and removes old ones.
 
     Args:
-        folder: of the checkpoints. world: whose processes each write a share.
-        keep_last: how many are kept. keep_every: steps whose checkpoints are kept for ever, 0 for none.
+        folder: of the checkpoints. world: the processes, each of which writes a share.
+        keep_last: number of latest ones to keep. keep_every: keep those of steps that are multiples of it; 0: none.
     """
 
     def __init__(self, folder: Path, world: World, keep_last: int, keep_every: int = 0):
@@ -191,10 +191,10 @@ class Checkpointer:
         self._bytes = 0
 
     def save(self, step: int, config: dict, position: int, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to write a checkpoint; the tensors may change when this returns.
+        """Begin to write a checkpoint; the tensors may change once this returns.
 
         Raises:
-            UserError: where the one before could not be written, or this one not begun.
+            UserError: if the previous one could not be written, or this one not begun.
         """
         self.wait()
         path = self.folder / f"step_{step:08d}"
@@ -215,18 +215,18 @@ class Checkpointer:
         self._writer.start()
 
     def clear(self) -> None:
-        """Remove what a killed run left half written, or half removed.
+        """Remove checkpoints that a killed run left half written or half removed.
 
         Raises:
-            UserError: where the folder cannot be written.
+            UserError: if the folder cannot be written.
         """
         self.world.agree(self._clear, main_only=True)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is there.
+        """Wait for the checkpoint under way.
 
         Raises:
-            UserError: where it could not be written; what the folder held is untouched.
+            UserError: if it could not be written; older ones are untouched.
         """
         if self._writer is not None:
             self._writer.join()
@@ -244,7 +244,7 @@ class Checkpointer:
             raise self._unwritable(self.folder, error) from None
 
     def _finish(self, written: Future, partial: Path, path: Path, header: Header) -> None:
-        """In the background: wait for all shards, name the checkpoint, drop old ones."""
+        """Wait for all shards, rename the checkpoint, remove old ones; runs in the background."""
         try:
             mine, failure = {}, None
             try:
@@ -274,7 +274,7 @@ class Checkpointer:
         return values
 
     def _my_files(self, partial: Path) -> dict[str, dict]:
-        """This process's files, on the disk for sure."""
+        """Flush this process's files to the disk; returns their sizes and checksums."""
         files = {}
         for file in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
             _flush(file)
@@ -282,7 +282,7 @@ class Checkpointer:
         return files
 
     def _name(self, partial: Path, path: Path, header: Header, files: dict[str, dict]) -> str | None:
-        """Give a whole checkpoint its name; what went wrong, if anything."""
+        """Rename a whole checkpoint; returns the error, if any."""
         try:
             values = {"format": FORMAT} | asdict(header) | {"files": files}
             (partial / HEADER).write_text(json.dumps(values, indent=1) + "\n")
@@ -292,7 +292,7 @@ class Checkpointer:
             _flush(self.folder)
             for old in checkpoints(self.folder)[: -self.keep_last]:
                 if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
-                    # half a removal must not look like a checkpoint
+                    # renamed first: a half removed one must not look like a checkpoint
                     shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
         except OSError as error:
             return str(error)
@@ -306,12 +306,12 @@ class Checkpointer:
 
 
 def _quiet() -> None:
-    # one process alone is meant to be alone
+    # a single process runs without torch.distributed on purpose
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: torch.distributed.checkpoint wraps each process's."""
+    """Innermost cause of an error, in one line: torch.distributed.checkpoint wraps each process's."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -322,10 +322,10 @@ def _cause(error: BaseException) -> str:
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], config: dict, step: int) -> None:
-    """One network's weights and configuration as one safetensors file, to sample from and to publish.
+    """Save one network's weights and configuration as one safetensors file, to sample from and to publish.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: if the file cannot be written.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata = {"format": WEIGHTS_FORMAT, "step": str(step), "config": json.dumps(config), "sha256": _sha256(tensors)}
@@ -345,10 +345,10 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], config: dict, step: 
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict, int]:
-    """The tensors, configuration and step of :func:`save_weights`.
+    """Load the tensors, configuration and step of :func:`save_weights`.
 
     Raises:
-        Damaged: where the file is missing, damaged or foreign.
+        Damaged: if the file is missing, damaged or foreign.
     """
     try:
         with safe_open(path, "pt") as file:

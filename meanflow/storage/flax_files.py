@@ -24,7 +24,7 @@ TREES = {"ema": "ema_params", "model": "params"}
 
 
 def read_flax(path: Path, weights: str = "ema") -> tuple[dict[str, np.ndarray], int, Path]:
-    """The parameters of a checkpoint, or of the last one in a folder.
+    """Read the parameters of a checkpoint, or of the last one in a folder.
 
     Args:
         weights: "ema" for the averaged ones, "model" for those in training.
@@ -33,7 +33,7 @@ def read_flax(path: Path, weights: str = "ema") -> tuple[dict[str, np.ndarray], 
         {path with "/" between its levels: array}, the step, and which checkpoint it was.
 
     Raises:
-        UserError: where there is none, or a damaged or foreign one.
+        UserError: if there is none, or a damaged or foreign one.
     """
     path = _newest(path)
     state = _read_orbax(path, TREES[weights]) if path.is_dir() else read_msgpack(path)
@@ -48,7 +48,7 @@ def read_flax(path: Path, weights: str = "ema") -> tuple[dict[str, np.ndarray], 
 
 
 def write_flax(path: Path, ema: Mapping[str, np.ndarray], model: Mapping[str, np.ndarray], step: int) -> None:
-    """A msgpack checkpoint of these parameters and an optimizer (optax.adamw) that has not stepped yet.
+    """Write a msgpack checkpoint of these parameters and an optimizer (optax.adamw) that has not stepped yet.
 
     Args:
         ema, model: {path with "/": array}. path: of the file; flax looks for "checkpoint_" and the step.
@@ -68,7 +68,7 @@ def write_flax(path: Path, ema: Mapping[str, np.ndarray], model: Mapping[str, np
 
 
 def read_msgpack(path: Path) -> object:
-    """The tree of a file of flax.serialization.msgpack_serialize; arrays are numpy's.
+    """Read the tree of a file of flax.serialization.msgpack_serialize; arrays are numpy's.
 
     Raises:
         UserError: for a file that cannot be read or is something else.
@@ -85,7 +85,7 @@ def read_msgpack(path: Path) -> object:
 
 
 def write_msgpack(path: Path, tree: Mapping) -> None:
-    """What flax.serialization.msgpack_serialize writes, byte for byte, by way of a partial file.
+    """Write a tree as flax.serialization.msgpack_serialize does, byte for byte, by way of a partial file.
 
     Raises:
         UserError: where it cannot be written.
@@ -118,7 +118,7 @@ def _unpack(code: int, data: bytes) -> np.ndarray | np.generic:
 
 
 def _join(tree: object) -> object:
-    """The tree with its large arrays in one piece."""
+    """Join the pieces of a tree's large arrays."""
     if not isinstance(tree, dict):
         return tree
     if CHUNKED in tree:
@@ -128,7 +128,7 @@ def _join(tree: object) -> object:
 
 
 def _split(tree: object) -> object:
-    """The tree with arrays of more than 1 GiB in pieces, for msgpack's lengths are short."""
+    """Split a tree's arrays of more than 1 GiB into pieces: msgpack's length fields are 32-bit."""
     if isinstance(tree, np.ndarray) and tree.nbytes > CHUNK_BYTES:
         size = max(1, CHUNK_BYTES // tree.itemsize)
         flat = tree.reshape(-1)
@@ -158,7 +158,7 @@ def _tree(flat: Mapping[str, np.ndarray]) -> dict:
 
 
 def _newest(path: Path) -> Path:
-    """The checkpoint itself, or the folder's of the largest step."""
+    """Return the checkpoint itself, or a folder's checkpoint of the largest step."""
     if path.is_dir() and not _is_orbax(path):
         found = [p for p in path.iterdir() if re.fullmatch(r"checkpoint_\d+", p.name)]
         if not found:
@@ -172,7 +172,7 @@ def _is_orbax(path: Path) -> bool:
 
 
 def _read_orbax(path: Path, tree: str) -> dict:
-    """Step and one tree of parameters of an Orbax folder: zarr arrays named by their keys joined with dots."""
+    """Read step and one tree of parameters of an Orbax folder: zarr arrays named by their keys joined with dots."""
     try:
         import tensorstore
     except ImportError:

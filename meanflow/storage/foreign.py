@@ -1,6 +1,6 @@
-"""State dicts of others: read safely, found in whatever holds them, under plain names.
+"""State dicts of other projects: read safely, found in whatever holds them, under plain names.
 
-What wraps a network puts words into its parameters' names, what saves it puts it into a dict of many things:
+Wrappers add words to parameters' names, and training code saves a network inside a dict of other things:
 
     module. (DDP, AveragedModel)   _orig_mod. (torch.compile)   _fsdp_wrapped_module. ...   anywhere, dropped
     model.  net.  ema.  ...        in front, whatever they are: found by the one name that every such network has
@@ -22,37 +22,37 @@ from torch import Tensor
 from ..errors import UserError, nearest
 
 ANCHOR = "x_embedder.proj.weight"
-"""A name that a DiT and a SiT have, and nothing else in a checkpoint."""
+"""A name that every DiT and SiT has, and nothing else in a checkpoint."""
 WRAPPERS = {
     "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module",
 }  # fmt: skip
 AVERAGES = {"ema", "average", "averaged", "avg", "shadow", "swa"}
 COUNTERS = ("steps", "step", "global_step", "train_steps")
 DEEPEST = 8
-"""Levels of dicts that are looked into; a file may hold one that holds itself."""
+"""Deepest level of dicts to look into; a file may hold a dict that holds itself."""
 
 
 class Network(NamedTuple):
     """A network found in a file."""
 
     where: str
-    """What stood before its names, such as "ema." or ""."""
+    """Prefix of its names, such as "ema." or ""."""
     tensors: dict[str, Tensor]
     averaged: bool
-    """Whether it is a moving average, by what it is called or has counted."""
+    """Whether it is a moving average, by its name or a counter beside it."""
 
 
 def read_network(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], int, str]:
-    """The network of a file of tensors (torch's or safetensors, whatever it is called).
+    """Read the network of a file of tensors (torch's or safetensors, whatever it is called).
 
     Args:
-        weights: "ema" or "model" where the file has both; else the one it has.
+        weights: "ema" or "model", if the file has both; else the one it has is read.
 
     Returns:
         {plain name: tensor} with 16-bit and 8-bit numbers in fp32, the step, and which weights they are.
 
     Raises:
-        UserError: where it cannot be read, would run code when unpickled, or holds no such network.
+        UserError: if it cannot be read, would run code when unpickled, or holds no such network.
     """
     held = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
     if not isinstance(held, Mapping):
@@ -70,24 +70,24 @@ def read_network(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], i
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors by its first bytes: a length, and JSON."""
+    """Whether a file is safetensors, by its first bytes: a length, then JSON."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def plain(name: str) -> str:
-    """A name without what wrapped the modules."""
+    """Drop the wrappers' words from a name."""
     return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
 def full(x: Tensor) -> Tensor:
-    """A tensor of at least 32-bit numbers."""
+    """Convert 16-bit and 8-bit floats to fp32."""
     return x.float() if x.is_floating_point() and x.itemsize < 4 else x
 
 
 def _networks(held: Mapping, where: str = "", depth: int = 0) -> Iterator[Network]:
-    """The networks of a mapping and of those it holds."""
+    """Find the networks in a mapping and in those it holds."""
     here: dict[str, Tensor] = {}
     for key, value in held.items():
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What is written beside results: the versions, commit and hardware that made them; and files whole or not at all."""
+"""Records beside results: the versions, commit and hardware that made them; and atomic writes."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ def environment() -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, "-dirty" appended where it is modified; None outside a checkout."""
+    """The commit of the source tree, with "-dirty" if it is modified; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -34,7 +34,7 @@ def commit() -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole new text or the old one, whatever happens."""
+    """Write a text so that the file holds the whole new one or the old one, whatever happens."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
