@@ -13,9 +13,9 @@ from meanflow_kernels.attention import Backend, force_backend
 from meanflow_kernels.attention.backends import serves
 from meanflow_kernels.counts import attention_bwd_flops, attention_flops, attention_tangent_flops
 
-from . import plain
-from .dual_op import VARIANTS, Case, backward_of, measure
-from .shapes import ATTENTION, Shape, naming, size_for
+from .workloads import plain
+from .workloads.operator_variants import VARIANTS, Case, backward_of, measure
+from .workloads.shapes import ATTENTION, Shape, naming, size_for
 
 
 def _sdpa(backend: SDPBackend) -> Callable:

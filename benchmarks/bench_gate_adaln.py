@@ -5,9 +5,9 @@ import torch
 
 from meanflow_kernels import gate_adaln, gate_adaln_jvp
 
-from . import plain
-from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, size_for
+from .workloads import plain
+from .workloads.operator_variants import VARIANTS, Case, measure
+from .workloads.shapes import MODELS, naming, size_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,8 +8,8 @@ import torch
 from meanflow_kernels import linear, linear_jvp
 from meanflow_kernels.counts import linear_flops
 
-from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, size_for
+from .workloads.operator_variants import VARIANTS, Case, measure
+from .workloads.shapes import MODELS, naming, size_for
 
 
 def _linear_jvp(primals, tangents, weight, bias, *, tangent_start=None):

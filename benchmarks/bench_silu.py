@@ -5,8 +5,8 @@ import torch
 
 from meanflow_kernels import silu, silu_jvp
 
-from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, size_for
+from .workloads.operator_variants import VARIANTS, Case, measure
+from .workloads.shapes import MODELS, naming, size_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,8 +7,8 @@ import torch
 
 from meanflow_kernels import timestep_embedding, timestep_embedding_jvp
 
-from .dual_op import VARIANTS, Case, measure
-from .shapes import MODELS, naming, size_for
+from .workloads.operator_variants import VARIANTS, Case, measure
+from .workloads.shapes import MODELS, naming, size_for
 
 DIM = 256
 

@@ -9,7 +9,7 @@ guidance, and without guidance and derivative, and the differences are the parts
 steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
 compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the parts as
 named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
---kernels writes every kernel of those steps (`kernel_table` says what its rows mean), and times no parts, which would
+--kernels writes every kernel of those steps (`pages.kernel_table` says what its rows mean), and times no parts, which would
 be compiled anew.
 """
 
@@ -34,16 +34,17 @@ from meanflow.training.messages import StepInputs
 from meanflow.training.optim import make_optimizer
 from meanflow.training.step import declare_sizes
 
-from . import kernel_table
-from .arbiter import alone
-from .arguments import BadInput
-from .environment import clocks, merge
-from .kernel_table import Activity, activities
-from .rows import why_untimed
-from .step import add_workload_arguments, append, identity, make_workload, title
-from .table import table
-from .timing import Ceilings, measure_ceilings, quantiles, stamp
-from .variants import Ours, Workload
+from .counting import step_kernels
+from .counting.step_kernels import Activity, activities
+from .harness.arbiter import alone
+from .harness.arguments import BadInput
+from .harness.clock import Ceilings, measure_ceilings, quantiles, stamp
+from .harness.environment import clocks, merge
+from .harness.rows import append, why_untimed
+from .harness.table import table
+from .pages import kernel_table
+from .workloads.step_variants import Ours
+from .workloads.step_workload import Workload, add_workload_arguments, identity, make_workload, title
 
 PROFILED_STEPS = 3
 IDLE = "idle"
@@ -186,9 +187,9 @@ def by_kind(profiled: Profile, device: str) -> dict[str, float]:
 
 def kernels_of(profiled: Profile, work: Workload) -> list[dict]:
     """The rows of the kernel table."""
-    counted = kernel_table.count_calls(work.run, profiled.plans)
+    counted = step_kernels.count_calls(work.run, profiled.plans)
     wall_ms = profiled.wall_ms / PROFILED_STEPS
-    return kernel_table.kernel_rows(profiled.found, counted, profiled.ceilings, wall_ms, PROFILED_STEPS)
+    return step_kernels.kernel_rows(profiled.found, counted, profiled.ceilings, wall_ms, PROFILED_STEPS)
 
 
 def print_cuts(rows: list[dict]) -> None:

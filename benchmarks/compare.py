@@ -17,11 +17,11 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from .arguments import finite
-from .ratios import FEWEST, MARK, STEP, uncompared, uncompared_note
-from .rows import by_machine, device_name, hardware, newest, read, why_untimed
-from .table import table
-from .timing import quantiles
+from .harness.arguments import finite
+from .harness.clock import quantiles
+from .harness.rows import by_machine, device_name, hardware, newest, read, why_untimed
+from .harness.table import table
+from .pages.ratios import FEWEST, MARK, STEP, uncompared, uncompared_note
 
 IDENTITY = {
     "kernel": ("op", "shape", "dtype", "variant", "bench"),

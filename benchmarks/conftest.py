@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from .arbiter import alone, join
-from .environment import environment
-from .stopwatch import Stopwatch
-from .timing import measure_ceilings
+from .harness.arbiter import alone, join
+from .harness.clock import measure_ceilings
+from .harness.environment import environment
+from .harness.operator_timer import Stopwatch
 
 
 def pytest_addoption(parser):

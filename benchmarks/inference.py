@@ -36,15 +36,15 @@ from meanflow.model.build import build_net
 from meanflow.training.flops import sample_flops
 from meanflow.training.peaks import PEAKS
 
-from . import arbiter
-from .arguments import BadInput, available, finite, positive
-from .decoders import DECODES, DTYPES, random_vae
-from .environment import clocks, merge
-from .measuring import Reason, attempt, turns
-from .step import append
-from .table import table
-from .timing import quantiles, stamp
-from .variants import initial_weights
+from .harness import arbiter
+from .harness.arguments import BadInput, available, finite, positive
+from .harness.clock import quantiles, stamp
+from .harness.environment import clocks, merge
+from .harness.rows import append
+from .harness.table import table
+from .harness.turns import Reason, attempt, turns
+from .workloads.decoders import DECODES, DTYPES, random_vae
+from .workloads.step_workload import initial_weights
 
 NETWORKS = ("eager", "compiled", "cuda-graph")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}

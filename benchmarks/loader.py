@@ -20,10 +20,10 @@ from meanflow.data.dataset import Latents, Order
 from meanflow.errors import UserError
 from meanflow.training.prefetch import Prefetcher
 
-from .arguments import BadInput, finite, positive
-from .environment import environment
-from .table import table
-from .timing import quantiles
+from .harness.arguments import BadInput, finite, positive
+from .harness.clock import quantiles
+from .harness.environment import environment
+from .harness.table import table
 
 CHANNELS, CLASSES = 4, 1000
 

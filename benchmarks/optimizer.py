@@ -22,11 +22,11 @@ from meanflow.model.build import build_net
 from meanflow.training.optim import make_optimizer
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 
-from . import arbiter
-from .arguments import BadInput, positive
-from .environment import clocks, environment
-from .table import table
-from .timing import ColdCache, device_ms, host_ms, measure_ceilings, quantiles, wall_ms
+from .harness import arbiter
+from .harness.arguments import BadInput, positive
+from .harness.clock import ColdCache, device_ms, host_ms, measure_ceilings, quantiles, wall_ms
+from .harness.environment import clocks, environment
+from .harness.table import table
 
 IMPLEMENTATIONS = ("native", "torch", "apex")
 CHECKED_STEPS = 3

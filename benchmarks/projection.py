@@ -18,10 +18,10 @@ from meanflow.errors import UserError
 from meanflow.model.build import build_net
 from meanflow.presets import BATCH, preset
 
-from .accounting import META
-from .arguments import BadInput, finite
-from .rows import newest, read
-from .table import table
+from .counting.accounts import META
+from .harness.arguments import BadInput, finite
+from .harness.rows import newest, read
+from .harness.table import table
 
 LINK_GBPS = 450.0
 """NVLink of an H100 or H200 SXM in each direction (NVIDIA's datasheets: 900 GB/s both ways)."""

@@ -11,12 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import plots, recipes, report
-from .markup import NONE, gib, number
-from .ratios import MARK, STEP, speed, uncompared, uncompared_note
-from .rows import hardware, machine, newest, read, short_commit
-from .step_sections import ordered, other_programs, timed
-from .table import markdown_table
+from . import recipes, report
+from .harness.rows import hardware, machine, newest, read, short_commit
+from .harness.table import markdown_table
+from .pages import plots
+from .pages.markup import NONE, gib, number
+from .pages.ratios import MARK, STEP, speed, uncompared, uncompared_note
+from .pages.step_sections import ordered, other_programs, timed
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -18,11 +18,11 @@ from meanflow.errors import UserError, require
 from meanflow.presets import PRESETS, preset
 from meanflow.training.peaks import PEAKS
 
-from .accounting import account
-from .arguments import finite
+from .counting.accounts import account
+from .harness.arguments import finite
+from .harness.rows import read
+from .harness.table import markdown_table, table
 from .projection import LINK_GBPS, project, usable
-from .rows import read
-from .table import markdown_table, table
 
 RECIPES = [name for name in PRESETS if name.startswith("imagenet-")]
 CARDS = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}

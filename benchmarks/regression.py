@@ -26,18 +26,20 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from .arbiter import alone
-from .arguments import BadInput, finite
-from .environment import clocks
-from .measuring import timed, turns
-from .step import add_workload_arguments, append, identity, make_workload, title
-from .timing import quantiles
-from .variants import VARIANTS
+from .harness.arbiter import alone
+from .harness.arguments import BadInput, finite
+from .harness.clock import quantiles
+from .harness.environment import clocks
+from .harness.rows import append
+from .harness.turns import turns
+from .pages.ratios import ITSELF, agrees
+from .workloads.step_timer import timed
+from .workloads.step_variants import VARIANTS
+from .workloads.step_workload import add_workload_arguments, identity, make_workload, title
 
 ROOT = Path(__file__).parents[1]
 READY = "ready"
 TURNS = {"cuda": 40, "cpu": 15}
-ITSELF = "itself"
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -115,11 +117,6 @@ def compare(here: Side, there: Side, repeats: int, seconds: float = math.inf, de
         "ratio": dict(zip(("20", "50", "80"), ratios, strict=True)),
         "turns": len(samples[here]),
     } | found
-
-
-def agrees(ratio: dict) -> bool:
-    """Whether 1 lies within the spread of a ratio."""
-    return ratio["20"] <= 1 <= ratio["80"]
 
 
 def verdict(row: dict, tolerance: float) -> tuple[str, bool]:

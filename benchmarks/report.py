@@ -14,9 +14,9 @@ from pathlib import Path
 
 from meanflow.errors import UserError
 
-from . import kernel_table, peer_sections, sections, step_sections, tune_entries
-from .markup import NONE, Page, grid, notes, number
-from .rows import Rows, by_machine, clock_words, device_name, missing, read
+from .harness.rows import Rows, by_machine, clock_words, device_name, missing, read
+from .pages import kernel_table, peer_sections, sections, step_sections, tuned_configs
+from .pages.markup import NONE, Page, grid, notes, number
 
 CSS = """
 :root { color-scheme: light }
@@ -97,7 +97,9 @@ SECTIONS = {
         None,
         peer_sections.products,
     ),  # fmt: skip
-    "tune": Section("Launch configs against the shipped ones", "tune", "python -m benchmarks.tune", tune_entries.tuned),
+    "tune": Section(
+        "Launch configs against the shipped ones", "tune", "python -m benchmarks.tune", tuned_configs.tuned
+    ),
     "memory": Section(
         "Memory",
         "step",

@@ -11,11 +11,12 @@ import sys
 
 from meanflow.errors import UserError
 
-from .arguments import BadInput
-from .measuring import measure
-from .step import add_workload_arguments, append, identity, make_workload, title
-from .table import table
-from .variants import VARIANTS
+from .harness.arguments import BadInput
+from .harness.rows import append
+from .harness.table import table
+from .workloads.step_timer import measure
+from .workloads.step_variants import VARIANTS
+from .workloads.step_workload import add_workload_arguments, identity, make_workload, title
 
 VALUES = {
     "batch": ("8", "16", "32", "64", "128"),

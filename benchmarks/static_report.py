@@ -25,8 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-from .occupancy import KB, LIMITS
-from .table import table
+from .harness.table import table
+from .static.occupancy import KB, LIMITS
 
 TUNED = (80, 90)
 """Architectures with launch configs of their own; the others share configs that fit any of them."""
@@ -45,7 +45,7 @@ def folders() -> dict:
 
 def _row(index: int) -> dict:
     """One launch config compiled: its row, with the rules it breaks under ``problems``."""
-    from .compiled import inspect
+    from .static.ptxas import inspect
 
     folder, arch, case = _WORK[index]
     row = {

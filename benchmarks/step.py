@@ -5,104 +5,24 @@ python -m benchmarks.step --device cpu --model S/4 --batch 32 --precision fp32 -
 
 All variants make the same steps: same weights, draws, dtype and recipe, guidance, backward, optimizer and moving
 average included; what the host does before (reading data, drawing times, planning) is not. No variant is timed before
-its gradient has been compared with the first's, or with that of --against (`measuring` says how they take turns). A variant that does not fit in
-memory, or would be another's step, is a row with its reason. Exit code 1: a gradient is another, or a variant failed.
+its gradient has been compared with the first's, or with that of --against (`workloads.step_timer` says how they take
+turns). A variant that does not fit in memory, or would be another's step, is a row with its reason. Exit code 1: a
+gradient is another, or a variant failed.
 """
 
 import argparse
-import json
-import math
 import sys
-from pathlib import Path
 
-import torch
-
-from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.errors import UserError
-from meanflow.presets import preset
 
-from . import arbiter
-from .arguments import BadInput, available, finite, positive
-from .environment import environment, merge
-from .measuring import measure
-from .table import table
-from .variants import VARIANTS, Workload
+from .harness.arguments import BadInput
+from .harness.rows import append
+from .harness.table import table
+from .workloads.step_timer import measure
+from .workloads.step_variants import VARIANTS
+from .workloads.step_workload import add_workload_arguments, identity, make_workload, title
 
 REPEATS = {"cuda": 30, "cpu": 10}
-
-
-def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is trained, where, and where the rows go."""
-    parser.add_argument("--preset", default=None, help="a recipe's model and objective, instead of those below")
-    parser.add_argument("--model", default="XL/2", help="size and patch, for instance B/4 (default XL/2)")
-    parser.add_argument("--batch", type=int, default=32, help="samples a step (default 32)")
-    parser.add_argument(
-        "--input-size", type=int, default=32, help="side of the latents; 64 is ImageNet-512 (default 32)"
-    )
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products and attention")
-    parser.add_argument("--omega", type=finite, default=1.0, help="guidance: weight of the sample's velocity")
-    parser.add_argument(
-        "--kappa", type=finite, default=0.5, help="guidance: weight of u(z,t,t|y); 0 and omega 1 is none"
-    )
-    parser.add_argument("--interval", type=finite, nargs=2, default=(0.0, 1.0), help="t that is guided (default 0 1)")
-    parser.add_argument("--share", type=finite, default=0.25, help="share of r != t (default 0.25)")
-    parser.add_argument("--device", type=available, default="cuda", help="cuda (default), or cpu")
-    parser.add_argument("--repeats", type=positive, default=None, help="timed steps")
-    parser.add_argument("--seconds", type=finite, default=math.inf, help="CPU: fewer steps where they take longer")
-    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")
-    parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
-    parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
-    arbiter.add_argument(parser)
-
-
-def make_workload(options: argparse.Namespace) -> Workload:
-    """What the arguments ask for.
-
-    Raises:
-        UserError: for a value out of range.
-    """
-    arbiter.join(options.turns)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high")
-    if options.preset:
-        recipe = preset(options.preset)
-        model, objective = recipe.model, recipe.objective
-    else:
-        model = ModelConfig.official(options.model, input_size=options.input_size)
-        objective = ObjectiveConfig(
-            omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
-            guidance_start=options.interval[0], guidance_end=options.interval[1],
-        )  # fmt: skip
-    return Workload.of(model, objective, options.batch, options.device, options.precision)
-
-
-def identity(work: Workload, preset: str | None = None) -> dict:
-    """The columns of a row that say what was trained."""
-    model, objective = work.run.model, work.run.objective
-    return {
-        "preset": preset,
-        "model": model.name,
-        "batch": work.run.train.batch,
-        "tokens": model.tokens,
-        "precision": work.run.train.precision,
-        "omega": objective.omega,
-        "kappa": objective.kappa,
-        "interval": (objective.guidance_start, objective.guidance_end),
-        "share": 1 - objective.share_equal,
-    }
-
-
-def append(rows: list[dict], options: argparse.Namespace, path: Path | None = None) -> list[dict]:
-    """The rows with where and when; they are written too, to ``path`` or to the file that --rows names."""
-    # one date for all of them
-    where, path = environment(options.device, options.commit), path or options.rows
-    rows = [merge(row, where) for row in rows]
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows
 
 
 def main(args: list[str] | None = None) -> int:
@@ -126,14 +46,6 @@ def main(args: list[str] | None = None) -> int:
         rows += append([identity(work, options.preset) | {"compared": names} | row], options)
     print(report(rows))
     return 1 if any(row.get("failed") for row in rows) else 0
-
-
-def title(row: dict) -> str:
-    """What was trained, and where."""
-    where = row["gpu"] or f"CPU ({row['cpu']}, {row['threads']} threads)"
-    guided = f"omega {row['omega']:g}, kappa {row['kappa']:g}, t in {list(row['interval'])}"
-    shape = f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['precision']}"
-    return f"{shape}, {guided}, r != t {row['share']:.0%}, {where}"
 
 
 def report(rows: list[dict]) -> str:

@@ -33,13 +33,13 @@ from meanflow.errors import UserError
 from meanflow.storage.record import write_atomically
 
 from . import report
-from .arguments import finite
-from .environment import environment
-from .parts import PARTS, Part, chosen, rehearsed
-from .processes import Process
-from .rows import kind_of, parse, read
-from .schedule import PASSED, SKIPPED, Ended, Schedule
-from .table import table
+from .harness.arguments import finite
+from .harness.environment import environment
+from .harness.rows import kind_of, parse, read
+from .harness.table import table
+from .parts.catalogue import PARTS, Part, chosen, rehearsed
+from .parts.processes import Process
+from .parts.schedule import PASSED, SKIPPED, Ended, Schedule
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {"cuda": 540, "cpu": 300}

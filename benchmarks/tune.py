@@ -26,15 +26,15 @@ import torch
 
 from meanflow_kernels.launch import arch_of
 
-from . import arbiter
-from .arguments import BadInput, finite
-from .environment import clocks, environment, merge
-from .stopwatch import relative_error
-from .timing import FLUSH, ColdCache, host_ms, quantiles, timed_ms, wall_ms
-from .tune_ahead import Ahead
-from .tune_entries import line, summary
-from .tune_subjects import Subject, subjects
-from .tune_trials import Trial, Unserved
+from .harness import arbiter
+from .harness.arguments import BadInput, finite
+from .harness.clock import FLUSH, ColdCache, host_ms, quantiles, timed_ms, wall_ms
+from .harness.environment import clocks, environment, merge
+from .harness.operator_timer import relative_error
+from .pages.tuned_configs import line, summary
+from .tuning.ahead import Ahead
+from .tuning.subjects import Subject, subjects
+from .tuning.trials import Trial, Unserved
 
 ROUNDS, FEWEST = {"cuda": 40, "cpu": 1}, 5
 """Turns of the configs of a kernel, and those that are taken however long they last."""

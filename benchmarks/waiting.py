@@ -22,8 +22,8 @@ from pathlib import Path
 from meanflow.errors import UserError, require
 from meanflow.presets import preset
 
-from .arguments import BadInput, finite, positive
-from .table import table
+from .harness.arguments import BadInput, finite, positive
+from .harness.table import table
 
 WARM_STEPS = 3
 RUN = "import sys; from benchmarks.waiting import rate; print(rate(float(sys.argv[1])))"

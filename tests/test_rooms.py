@@ -35,35 +35,49 @@ def test_imports_follow_the_direction(room):
         assert not imports(path) & OURS - ROOMS[room], path
 
 
-# the rooms of meanflow/, each with those it may import; all of them may import what they share at the root
+# the rooms of two packages, each with those it may import; "" is the package's root
 INNER = {
-    "model": set(),
-    "method": set(),
-    "storage": set(),
-    "data": set(),
-    "evaluation": {"method", "data", "storage"},
-    "interop": {"model", "method", "data", "storage"},
-    "training": {"model", "method", "data", "storage", "evaluation", "interop"},
-    "apps": {"method", "data", "storage", "evaluation", "interop", "training"},
-    "": set(),
+    "meanflow": {
+        "model": set(),
+        "method": set(),
+        "storage": set(),
+        "data": set(),
+        "evaluation": {"method", "data", "storage"},
+        "interop": {"model", "method", "data", "storage"},
+        "training": {"model", "method", "data", "storage", "evaluation", "interop"},
+        "apps": {"method", "data", "storage", "evaluation", "interop", "training"},
+        "": set(),
+    },
+    "benchmarks": {
+        "harness": set(),
+        "counting": {"harness"},
+        "workloads": {"harness", "counting"},
+        "parts": {"harness", "workloads"},
+        "tuning": {"harness", "workloads"},
+        "static": set(),
+        "pages": {"harness", "counting", "workloads"},
+        "": {"harness", "counting", "workloads", "parts", "tuning", "static", "pages"},
+    },
 }
+SHARED_ROOT = {"meanflow"}
+"""Packages whose root all rooms may import; at the root of the others stands what people call."""
 MOST_MODULES, LONGEST_CHAIN, LONGEST_CHAIN_OF_ROOMS, MOST_LINES = 12, 8, 4, 400
 
 
-def modules() -> dict[str, Path]:
-    """The modules of meanflow by their dotted names within it, rooms left out."""
-    package = ROOT / "meanflow"
-    files = (p for p in package.rglob("*.py") if p.name != "__init__.py")
-    return {".".join(p.relative_to(package).with_suffix("").parts): p for p in files}
+def modules(package: str) -> dict[str, Path]:
+    """The modules of a package by their dotted names within it, rooms left out."""
+    folder = ROOT / package
+    files = (p for p in folder.rglob("*.py") if p.name != "__init__.py")
+    return {".".join(p.relative_to(folder).with_suffix("").parts): p for p in files}
 
 
 def room_of(module: str) -> str:
     return module.rpartition(".")[0]
 
 
-def inner_imports(module: str, path: Path, lazy: bool) -> set[str]:
-    """The modules of meanflow that one imports; lazy: those that it imports when a function is called, too."""
-    known, found, tree = modules(), set(), ast.parse(path.read_text())
+def inner_imports(package: str, module: str, path: Path, lazy: bool) -> set[str]:
+    """The modules of the package that one imports; lazy: those that it imports when a function is called, too."""
+    known, found, tree = modules(package), set(), ast.parse(path.read_text())
     for node in ast.walk(tree) if lazy else tree.body:
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
@@ -74,8 +88,8 @@ def inner_imports(module: str, path: Path, lazy: bool) -> set[str]:
     return found
 
 
-def graph(lazy: bool) -> dict[str, set[str]]:
-    return {name: inner_imports(name, path, lazy) for name, path in modules().items()}
+def graph(package: str, lazy: bool) -> dict[str, set[str]]:
+    return {name: inner_imports(package, name, path, lazy) for name, path in modules(package).items()}
 
 
 def chain(edges: dict[str, set[str]], start: str, seen: tuple[str, ...] = ()) -> list[str]:
@@ -85,33 +99,43 @@ def chain(edges: dict[str, set[str]], start: str, seen: tuple[str, ...] = ()) ->
     return [start, *max(ways, key=len, default=[])]
 
 
-def test_the_rooms_import_downwards():
-    assert {room_of(module) for module in modules()} == INNER.keys()
-    for module, imported in graph(lazy=True).items():
-        rooms = {room_of(name) for name in imported} - {room_of(module), ""}
-        assert rooms <= INNER[room_of(module)], module
+@pytest.mark.parametrize("package", INNER)
+def test_the_rooms_import_downwards(package):
+    allowed, shared = INNER[package], {""} if package in SHARED_ROOT else set()
+    assert {room_of(module) for module in modules(package)} == allowed.keys()
+    for module, imported in graph(package, lazy=True).items():
+        rooms = {room_of(name) for name in imported} - {room_of(module)} - shared
+        assert rooms <= allowed[room_of(module)], module
 
 
-def test_chains_are_short_and_no_circle():
-    edges, lazily = graph(lazy=False), graph(lazy=True)
+@pytest.mark.parametrize("package", INNER)
+def test_chains_are_short_and_no_circle(package):
+    edges, lazily = graph(package, lazy=False), graph(package, lazy=True)
     longest = max((chain(edges, module) for module in edges), key=len)
     assert len(longest) <= LONGEST_CHAIN, longest
     for module in lazily:
         chain(lazily, module)  # no circle among them either
-    inner = {room: below for room, below in INNER.items() if room}
+    inner = {room: below for room, below in INNER[package].items() if room}
     longest = max((chain(inner, room) for room in inner), key=len)
     assert len(longest) <= LONGEST_CHAIN_OF_ROOMS, longest
 
 
 def test_rooms_and_modules_are_small():
-    names = modules()
-    for room in INNER:
-        held = [name for name in names if room_of(name) == room]
-        assert len(held) <= MOST_MODULES, held
+    for package, rooms in INNER.items():
+        for room in rooms.keys() if package in SHARED_ROOT else rooms.keys() - {""}:
+            held = [name for name in modules(package) if room_of(name) == room]
+            assert len(held) <= MOST_MODULES, held
     files = [path for folder in ROOMS for path in (ROOT / folder).rglob("*.py")]
     for path in [*files, *(ROOT / "tests").rglob("*.py")]:
         lines = len(path.read_text().splitlines())
         assert lines <= MOST_LINES, (path, lines)
+
+
+def test_on_top_of_the_benchmarks_stands_what_people_call():
+    for name, path in modules("benchmarks").items():
+        is_bench = name.startswith("bench_") or name == "conftest"
+        is_command = 'if __name__ == "__main__":' in path.read_text()
+        assert (is_bench or is_command) == (not room_of(name)), name
 
 
 def test_top_level():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import accounting
-from benchmarks.accounting import (
+from benchmarks.counting import accounts
+from benchmarks.counting.accounts import (
     ExactPlanner,
     Flops,
     MetaStep,
@@ -170,7 +171,7 @@ def test_saved_bytes_of_a_known_graph():
 def test_a_target_that_is_not_stopped_is_seen():
     step = MetaStep(tiny())
     r, t, drop = drawn(step.config, 0)
-    plan = whole_batch(step.config.objective, r, t, drop).to(accounting.META)
+    plan = whole_batch(step.config.objective, r, t, drop).to(accounts.META)
 
     def not_stopped():
         def jvp(net, primals, tangents, y, start):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import decoders, inference, report
+from benchmarks import inference, report
+from benchmarks.workloads import decoders
 from meanflow.method.sampling import Sampler
 from meanflow.training.flops import sample_flops
 

@@ -12,9 +12,20 @@ from test_report import GPU, STEP, build
 from test_step_times import SMALL, event, options, ours, rows_of
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import breakdown, kernel_table, step
-from benchmarks.kernel_table import OPERATORS, Activity, Counted, OperatorCalls, activities, kernel_rows, kind_of
-from benchmarks.timing import Ceilings
+from benchmarks import breakdown
+from benchmarks.counting import step_kernels
+from benchmarks.counting.step_kernels import (
+    OPERATORS,
+    Activity,
+    Counted,
+    OperatorCalls,
+    activities,
+    kernel_rows,
+    kind_of,
+)
+from benchmarks.harness.clock import Ceilings
+from benchmarks.pages import kernel_table
+from benchmarks.workloads import step_workload
 from meanflow import config
 from meanflow.method.plan import Planner
 from meanflow.model.build import build_net
@@ -33,14 +44,14 @@ def test_every_name_has_its_kind():
 
 
 def test_every_kernel_and_operator_of_ours_has_a_share():
-    names = [name for op in ("attention", *kernel_table.POINTWISE, "silu") for name in ours(op)]
-    shares = {name: kernel_table.operator_of(name) for name in [*names, "_sum_partials_kernel", "adamw_ema_kernel<1>"]}
+    names = [name for op in ("attention", *step_kernels.POINTWISE, "silu") for name in ours(op)]
+    shares = {name: step_kernels.operator_of(name) for name in [*names, "_sum_partials_kernel", "adamw_ema_kernel<1>"]}
     assert None not in shares.values() and set(shares.values()) == set(OPERATORS)
     assert shares["_gate_adaln_bwd_kernel"] == "gate_adaln_bwd" and shares["_gate_adaln_kernel"] == "gate_adaln"
     assert shares["attention_kernel"] == "attention" and shares["attention_bwd_dq_kernel"] == "attention_bwd"
     lines = [line.split("\t")[1] for line in NAMES.read_text().splitlines() if not line.startswith("#")]
     library = [name for name in lines if re.search("flash|sdpa|fmha", name)]
-    served = Counter(kernel_table.operator_of(name) for name in library)
+    served = Counter(step_kernels.operator_of(name) for name in library)
     assert served == {"attention_bwd": 5, "attention": 3}
     registered = {name for op in flop_registry if (name := str(op)).startswith("meanflow_kernels.")}
     counted = {f"meanflow_kernels.{op}" for _, operators in OPERATORS.values() for op in operators}
@@ -121,10 +132,10 @@ def test_calls_and_bytes_of_operators():
 
 
 def test_calls_of_a_step():
-    work = step.make_workload(options())
+    work = step_workload.make_workload(options())
     planner = Planner(work.run.objective, 4)
     plans = [planner.example(2, 2), planner.example(0, 4), planner.example(0, 4)]
-    counted = kernel_table.count_calls(work.run, plans)
+    counted = step_kernels.count_calls(work.run, plans)
     model = work.run.model
     shape = (model.depth, model.depth / 3)
     # a dual pass in all steps, and a guidance pass in one of them

@@ -8,16 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import measuring, step, variants
-from benchmarks.variants import LEFT_OUT, VARIANTS, left_out, same_as
+from benchmarks import step
+from benchmarks.harness import turns
+from benchmarks.workloads import step_timer, step_variants, step_workload
+from benchmarks.workloads.step_variants import LEFT_OUT, VARIANTS, left_out, same_as
 
 SMALL = "--device cpu --model S/8 --batch 8 --precision fp32 --repeats 2".split()
 
 
 def workload(*more):
     parser = argparse.ArgumentParser()
-    step.add_workload_arguments(parser)
-    return step.make_workload(parser.parse_args([*SMALL, *more]))
+    step_workload.add_workload_arguments(parser)
+    return step_workload.make_workload(parser.parse_args([*SMALL, *more]))
 
 
 def compare(tmp_path, names: str, *more) -> tuple[int, dict[str, dict]]:
@@ -106,7 +108,7 @@ def test_the_ablation_has_a_row_for_each(tmp_path, capsys):
     assert "ours-eager-no-kernels: not timed: the same step as ours-eager" in capsys.readouterr().out.splitlines()[-1]
 
 
-class Stub(variants.Variant):
+class Stub(step_variants.Variant):
     """A step without work; ``fails`` at that call, counted from 0, with ``error``."""
 
     def __init__(self, work, *, fails=None, error=None, gradient=1.0):
@@ -128,7 +130,7 @@ class Stub(variants.Variant):
 
 def stubs(monkeypatch, **options):
     """Stubs by name in the place of the variants."""
-    monkeypatch.setattr(measuring, "needed_flops", lambda run: 1e9)
+    monkeypatch.setattr(step_timer, "needed_flops", lambda run: 1e9)
     for name, how in options.items():
         monkeypatch.setitem(VARIANTS, name, lambda work, how=how: Stub(work, **how))
 
@@ -151,11 +153,11 @@ def test_what_does_not_fit_costs_no_other(monkeypatch, tmp_path, capsys, when, e
 
 def test_a_slow_machine_takes_fewer_turns(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(turns.time, "monotonic", lambda: now[0])
 
     def taken(seconds):
         found = []
-        for turn in measuring.turns(9, seconds):
+        for turn in turns.turns(9, seconds):
             found.append(turn)
             now[0] += 10
         return found
@@ -188,7 +190,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch, tmp_path):
 
 
 def test_a_wrong_gradient_of_the_real_step_is_found(monkeypatch, tmp_path):
-    class Wrong(variants.Ours):
+    class Wrong(step_variants.Ours):
         def step(self):
             super().step()
             with torch.no_grad():
@@ -202,7 +204,7 @@ def test_a_wrong_gradient_of_the_real_step_is_found(monkeypatch, tmp_path):
 def test_a_captured_variant_compares_the_gradient_of_a_graph():
     """Its first step is made by hand and moves no weight; the second, of the same weights, is a graph's."""
     work, rates, gradients = workload(), [], []
-    variant = variants.Ours(work, cuda_graph=True)
+    variant = step_variants.Ours(work, cuda_graph=True)
     by_hand = variant.make_step._run
 
     def make_step(inputs):
@@ -232,7 +234,7 @@ def no_gpu(monkeypatch):
 
 def test_alone_each_row_is_there_before_the_next_starts(monkeypatch, no_gpu):
     stubs(monkeypatch, one={}, large={"fails": 2, "error": MEMORY}, two={}, wrong={"gradient": 2.0})
-    rows = measuring.in_turn(workload(), ["one", "large", "two", "wrong", "never"], 3)
+    rows = step_timer.in_turn(workload(), ["one", "large", "two", "wrong", "never"], 3)
     one = next(rows)
     assert (one["variant"], one["samples"], one["peak_bytes"], one["reserved_bytes"]) == ("one", 3, 7, 9)
     assert one["missing"]["joules_per_image"]
@@ -269,6 +271,6 @@ def test_a_failed_variant_leaves_nothing_in_memory():
         kept.append(weakref.ref(large))
         raise torch.OutOfMemoryError("no room")
 
-    assert measuring.attempt(fail) == (None, measuring.Reason("out of memory", failed=False))
+    assert turns.attempt(fail) == (None, turns.Reason("out of memory", failed=False))
     gc.collect()
     assert kept[0]() is None

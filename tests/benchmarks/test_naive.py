@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.naive import NaiveDiT, naive_terms
+from benchmarks.workloads.naive import NaiveDiT, naive_terms
 from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.method.objective import meanflow_terms
 from meanflow.model.build import build_net

@@ -10,7 +10,9 @@ import re
 import pytest
 from report_rows import CPU, Reader, kernel, made_up, step
 
-from benchmarks import ratios, report, rows
+from benchmarks import report
+from benchmarks.harness import rows
+from benchmarks.pages import ratios
 
 
 def save(path, found: list[dict]):

@@ -1,4 +1,4 @@
-"""benchmarks.schedule and arbiter: parts that compile side by side and are timed alone, killed, stopped and late ones."""
+"""The suite's schedule: parts that compile side by side and are timed alone, killed, stopped and late ones."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import arbiter
-from benchmarks.parts import Part
-from benchmarks.processes import Process, family
-from benchmarks.schedule import Ended, Schedule
+from benchmarks.harness import arbiter
+from benchmarks.parts.catalogue import Part
+from benchmarks.parts.processes import Process, family
+from benchmarks.parts.schedule import Ended, Schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PART = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from benchmarks import arbiter
+from benchmarks.harness import arbiter
 
 name, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[4])
 for _ in range(2):

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import breakdown, inference, projection, regression, report, scaling, step, variants
-from benchmarks.accounting import account
-from benchmarks.environment import merge
-from benchmarks.kernel_table import activities, kind_of
+from benchmarks import breakdown, inference, projection, regression, report, scaling, step
+from benchmarks.counting.accounts import account
+from benchmarks.counting.step_kernels import activities, kind_of
+from benchmarks.harness.environment import merge
+from benchmarks.pages import ratios
+from benchmarks.workloads import step_variants, step_workload
 from meanflow_kernels.adamw_ema import native
 from meanflow_kernels.adamw_ema.native import MISSING
 
@@ -40,7 +42,7 @@ def test_rows_agree_with_each_other(tmp_path, capsys):
         assert row["tflops"] == pytest.approx(row["needed_flops"] / row["ms"] / 1e9)
         assert row["ms_20"] <= row["ms"] <= row["ms_80"]
     # one work for both: what the recipe needs, not what a variant wastes
-    work = step.make_workload(options())
+    work = step_workload.make_workload(options())
     accounts = account(work.run, batches=100)
     needed = accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]
     assert (ours["model"], ours["batch"], ours["tokens"]) == ("S/8", 4, 16)
@@ -54,7 +56,7 @@ def options(*more):
     import argparse
 
     parser = argparse.ArgumentParser()
-    step.add_workload_arguments(parser)
+    step_workload.add_workload_arguments(parser)
     return parser.parse_args([*SMALL, *more])
 
 
@@ -257,7 +259,7 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setitem(variants.VARIANTS, "ours-eager", full)
+    monkeypatch.setitem(step_variants.VARIANTS, "ours-eager", full)
     rows.unlink()
     assert scaling.main([*axis, "--values", "16,64"]) == 0
     (row,) = rows_of(rows)
@@ -289,8 +291,8 @@ def test_projection(tmp_path, capsys):
 
 
 def test_a_preset_is_a_workload():
-    work = step.make_workload(options("--preset", "imagenet-xl2"))
-    row = step.identity(work, "imagenet-xl2")
+    work = step_workload.make_workload(options("--preset", "imagenet-xl2"))
+    row = step_workload.identity(work, "imagenet-xl2")
     assert (row["model"], row["tokens"], row["kappa"], row["interval"]) == ("XL/2", 256, 0.92, (0.0, 0.75))
 
 
@@ -317,7 +319,7 @@ def test_the_same_version_twice(tmp_path):
     done = run_regression("--self-check", "--rows", str(tmp_path / "rows.jsonl"))
     (row,) = rows_of(tmp_path / "rows.jsonl")
     within = row["ratio"]["20"] <= 1 <= row["ratio"]["80"]
-    assert row["base"] == regression.ITSELF and row["turns"] == 2
+    assert row["base"] == ratios.ITSELF and row["turns"] == 2
     assert done.returncode == (0 if within else 1) and ("agrees" if within else "DISAGREES") in done.stdout
 
 
@@ -348,12 +350,12 @@ def test_a_ratio_is_of_the_pairs():
 
 @pytest.mark.parametrize("ms", [202.0, 200.0, 198.0])
 def test_noise_alone_agrees(ms):
-    assert regression.verdict(compared(ms, 200.0, regression.ITSELF), 0.03) == ("agrees: 1 lies within", False)
+    assert regression.verdict(compared(ms, 200.0, ratios.ITSELF), 0.03) == ("agrees: 1 lies within", False)
 
 
 @pytest.mark.parametrize("ms", [220.0, 180.0], ids=["slower", "faster"])
 def test_another_speed_of_the_same_version_disagrees(ms):
-    assert regression.verdict(compared(ms, 200.0, regression.ITSELF), 0.03) == ("DISAGREES: 1 lies outside", True)
+    assert regression.verdict(compared(ms, 200.0, ratios.ITSELF), 0.03) == ("DISAGREES: 1 lies outside", True)
 
 
 def test_a_slower_revision_is_called_slower():

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import environment as environment_module
-from benchmarks import measuring, timing
 from benchmarks.bench_silu import VARIANTS, Case, measure
-from benchmarks.environment import _nvml, clocks, energy, environment
-from benchmarks.measuring import joules
-from benchmarks.shapes import MODELS, naming, size_for
-from benchmarks.stopwatch import Stopwatch, check, relative_error
-from benchmarks.timing import Ceilings, device_ms, measure_ceilings, quantiles
+from benchmarks.harness import clock
+from benchmarks.harness import environment as environment_module
+from benchmarks.harness.clock import Ceilings, device_ms, measure_ceilings, quantiles
+from benchmarks.harness.environment import _nvml, clocks, energy, environment
+from benchmarks.harness.operator_timer import Stopwatch, check, relative_error
+from benchmarks.workloads import step_timer
+from benchmarks.workloads.shapes import MODELS, naming, size_for
+from benchmarks.workloads.step_timer import joules
 from meanflow.training.peaks import PEAKS
 from meanflow_kernels import silu, silu_jvp
 from meanflow_kernels.counts import Work
@@ -80,7 +81,7 @@ def test_a_gpus_row_says_how_its_cache_was_flushed():
     # on a CPU nothing is
     assert watch._row({"op": "x"}, work, [1.0])["flush"] is None
     watch.device = "cuda"
-    assert watch._row({"op": "x"}, work, [1.0])["flush"] == timing.FLUSH != "write"
+    assert watch._row({"op": "x"}, work, [1.0])["flush"] == clock.FLUSH != "write"
 
 
 def test_row_says_where_and_when(tmp_path):
@@ -217,9 +218,9 @@ def test_an_nvml_that_does_not_start_costs_its_columns_alone(nvml):
 @pytest.mark.parametrize(("gpu", "known"), [("NVIDIA H200", True), ("NVIDIA GeForce RTX 9090", False)])
 def test_only_a_known_gpus_step_has_mfu(nvml, monkeypatch, gpu, known):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
-    monkeypatch.setattr(measuring, "needed_flops", lambda run: 4e12)
+    monkeypatch.setattr(step_timer, "needed_flops", lambda run: 4e12)
     train = SimpleNamespace(batch=8, precision="bf16")
-    row = measuring.row("ours", [9.0, 10.0, 11.0], SimpleNamespace(device="cuda", run=SimpleNamespace(train=train)))
+    row = step_timer.row("ours", [9.0, 10.0, 11.0], SimpleNamespace(device="cuda", run=SimpleNamespace(train=train)))
     assert row["images_per_second"] == pytest.approx(800.0) and row["tflops"] == pytest.approx(400.0)
     assert row["mfu"] == (pytest.approx(400.0 / PEAKS[gpu].tflops) if known else None)
 

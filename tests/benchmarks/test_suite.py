@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.parts import ATTENTION_TESTS, CUDA_PARTS, ELSEWHERE, PARTS, RECIPES, Part, chosen, rehearsed
+from benchmarks.parts.catalogue import ATTENTION_TESTS, CUDA_PARTS, ELSEWHERE, PARTS, RECIPES, Part, chosen, rehearsed
 from benchmarks.suite import Suite
-from benchmarks.variants import VARIANTS
+from benchmarks.workloads.step_variants import VARIANTS
 
 ROW = {"model": "S/8", "batch": 4, "precision": "fp32", "ms": 3.0, "ms_20": 2.0, "ms_80": 4.0}
 ROW |= {"images_per_second": 1.0, "device": "cpu", "commit": "abc"}

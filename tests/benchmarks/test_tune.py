@@ -13,9 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="the tuner launches Triton kernels")
 
-from benchmarks import tune, tune_entries  # noqa: E402
-from benchmarks.tune_subjects import SHAPES, subjects  # noqa: E402
-from benchmarks.tune_trials import Trial  # noqa: E402
+from benchmarks import tune  # noqa: E402
+from benchmarks.pages.tuned_configs import entries  # noqa: E402
+from benchmarks.tuning.subjects import SHAPES, subjects  # noqa: E402
+from benchmarks.tuning.trials import Trial  # noqa: E402
 from meanflow_kernels.adaln.config import RowConfig  # noqa: E402
 from meanflow_kernels.attention import config  # noqa: E402
 from meanflow_kernels.bias_gelu.config import StripConfig  # noqa: E402
@@ -140,14 +141,15 @@ def test_an_entry_changes_where_all_its_shapes_gain_more_than_noise():
         _row("b", "x", "old", 1, 1, 1),
         _row("b", "x", "noise", 0.98, 1.04, 1.1),
     ]
-    (entry,) = tune_entries.entries(rows)
+    (entry,) = entries(rows)
     assert (entry["table"], entry["entry"], entry["shapes"]) == ("a", "fast", 2)
     assert entry["50"] == pytest.approx(1.25)
 
 
 COMPILE = """
 import json, sys
-from benchmarks import static_report, tune_subjects
+from benchmarks import static_report
+from benchmarks.tuning import subjects as tune_subjects
 work = tune_subjects.compile_cases(int(sys.argv[1]))
 step = max(1, len(work) // int(sys.argv[2]))
 print(json.dumps(static_report.report(work[::step], int(sys.argv[3]))))

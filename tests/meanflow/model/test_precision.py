@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.naive import NaiveDiT
+from benchmarks.workloads.naive import NaiveDiT
 from meanflow.config import ModelConfig
 from meanflow.method.objective import pair_jvp
 from meanflow.model.build import build_net

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 
-from benchmarks.accounting import account
+from benchmarks.counting.accounts import account
 from meanflow.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.training.trainer import Trainer, train
 

@@ -59,8 +59,8 @@ TOLD = {
     "torch._ops": native_operator,
     "torch.optim.adam": rate_unchecked,
     "torch.nn.parallel.distributed": shapes_unchecked,
-    "benchmarks.measuring": results_unchecked,
-    "benchmarks.stopwatch": results_unchecked,
+    "benchmarks.workloads.step_timer": results_unchecked,
+    "benchmarks.harness.operator_timer": results_unchecked,
     "benchmarks.inference": results_unchecked,
 }
 

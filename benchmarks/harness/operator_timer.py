@@ -10,7 +10,7 @@ import torch
 from meanflow.training.peaks import PEAKS
 from meanflow_kernels.counts import Work
 
-from . import timing
+from . import clock
 from .arbiter import alone
 from .environment import clocks, merge
 from .table import table
@@ -22,7 +22,7 @@ class Stopwatch:
 
     device: str
     environment: dict
-    ceilings: timing.Ceilings
+    ceilings: clock.Ceilings
     path: Path | None = None
     """Each row is appended to this file of JSON lines as soon as it is there."""
     rows: list[dict] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Stopwatch:
     def __post_init__(self):
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cold = timing.ColdCache() if self.device == "cuda" else None
+        self._cold = clock.ColdCache() if self.device == "cuda" else None
 
     def time(self, benchmark, fn: Callable[[], object], *, name: dict, work: Work, errors: dict[str, float]) -> None:
         """Time ``fn`` and keep the row.
@@ -45,8 +45,8 @@ class Stopwatch:
             if benchmark.disabled:
                 return
             host = [1e3 * seconds for seconds in benchmark.stats.stats.data]
-            host_ms = timing.quantiles(host)[1]
-            device = timing.device_ms(fn, self._cold, host_ms) if self.device == "cuda" else host
+            host_ms = clock.quantiles(host)[1]
+            device = clock.device_ms(fn, self._cold, host_ms) if self.device == "cuda" else host
             found = clocks(self.device)
         row = self._row(name, work, device) | {"host_ms": host_ms if self.device == "cuda" else None} | errors
         benchmark.extra_info.update({key: row[key] for key in ("ms", "tflops", "gbps")})
@@ -56,9 +56,9 @@ class Stopwatch:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def _row(self, name: dict, work: Work, samples: list[float]) -> dict:
-        low, ms, high = timing.quantiles(samples)
+        low, ms, high = clock.quantiles(samples)
         row = name | {"ms": ms, "ms_20": low, "ms_80": high, "samples": len(samples)}
-        row |= {"flush": timing.FLUSH if self.device == "cuda" else None}
+        row |= {"flush": clock.FLUSH if self.device == "cuda" else None}
         row |= {"flops": work.flops, "bytes": work.bytes}
         row |= {"tflops": work.flops / ms / 1e9, "gbps": work.bytes / ms / 1e6}
         bound = "gemm" if work.flops else "copy"

@@ -5,9 +5,9 @@ A ratio says where one of its rows was timed before anybody had compared its gra
 
 from collections.abc import Iterable
 
+from ..harness.clock import quantiles
+from ..harness.rows import machine
 from .markup import NONE
-from .rows import machine
-from .timing import quantiles
 
 MARK = "†"
 FEWEST = 3
@@ -84,3 +84,11 @@ def speed_words(found: tuple[float, ...] | None) -> str:
         return NONE
     value = f"{found[0]:.2f}"
     return value if len(found) == 1 else f"{value} ({found[1]:.2f} to {found[2]:.2f})"
+
+
+ITSELF = "itself"
+
+
+def agrees(ratio: dict) -> bool:
+    """Whether 1 lies within the spread of a ratio."""
+    return ratio["20"] <= 1 <= ratio["80"]

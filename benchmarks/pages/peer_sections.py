@@ -2,9 +2,9 @@
 
 import html
 
+from ..harness.rows import by_machine, device_name, hardware, missing, newest
 from . import plots, sections
 from .markup import NONE, Page, figures_of, grid, notes, number, older, power, spread, where
-from .rows import by_machine, device_name, hardware, missing, newest
 
 PUBLIC = "public kernels"
 """The ``bench`` of rows that time others' kernels and ours in one process."""

@@ -4,19 +4,15 @@ import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
-from meanflow.data.dataset import Batch
-from meanflow.draws import Draws, Purpose
+from meanflow.config import ObjectiveConfig
 from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Plan, Planner, whole_batch
-from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
-from meanflow.presets import preset
 from meanflow.training.draw import draw_batch
 from meanflow.training.engine import compile_loss
 from meanflow.training.messages import StepInputs
@@ -25,58 +21,7 @@ from meanflow.training.step import Step
 from meanflow_kernels.routing import Route, force_route
 
 from .naive import NaiveDiT, naive_terms
-
-WEIGHT_STD = 0.02
-"""Of the weights that start at zero, so that every gradient depends on everything."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained, the same for every variant."""
-
-    run: RunConfig
-    device: str
-
-    @classmethod
-    def of(cls, model: ModelConfig, objective: ObjectiveConfig, batch: int, device: str, precision: str) -> "Workload":
-        """A network and objective on synthetic latents."""
-        train = TrainConfig(steps=1, batch=batch, precision=precision, matmul="high", device=device)
-        return cls(RunConfig(model, objective, OptimConfig(), preset("imagenet-b4").data, train), device)
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.run.train.precision == "bf16" else None
-
-    def weights(self) -> dict[str, Tensor]:
-        """Initial weights without zeros, on the CPU."""
-        return initial_weights(self.run.model, self.device)
-
-    def inputs(self, step: int) -> StepInputs:
-        """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
-        run, samples = self.run, torch.arange(self.run.train.batch)
-        draws, generator = Draws(0, step, samples), torch.Generator().manual_seed(step)
-        r, t = draw_times(run.objective, draws)
-        drop = drop_mask(run.objective, draws.uniform(Purpose.LABEL_DROP))
-        shape = (len(samples), run.model.in_channels, run.model.input_size, run.model.input_size)
-        mean = 5 * torch.randn(shape, generator=generator)
-        labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)
-        batch = Batch(mean, torch.full_like(mean, 0.1), labels)
-        plan = Planner(run.objective, len(samples)).plan(r, t, drop)
-        return StepInputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
-
-
-@functools.lru_cache(maxsize=1)
-def initial_weights(model: ModelConfig, device: str) -> dict[str, Tensor]:
-    """Those of every variant, on the CPU; drawn once and on the device, for a CPU takes long over the largest model's."""
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.device("meta"):
-        net = build_net(model)
-    net.to_empty(device=device)
-    net.init_weights(generator)
-    for p in net.parameters():
-        if p.ndim > 1 and not p.any():
-            nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
-    return {name: x.cpu() for name, x in net.state_dict().items()}
+from .step_workload import Workload
 
 
 class Variant:

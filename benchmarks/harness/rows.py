@@ -1,11 +1,14 @@
 """Rows of results: reading them, telling their kinds apart, and saying where and when they were taken."""
 
+import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from meanflow.errors import UserError
+
+from .environment import environment, merge
 
 REQUIRED = {
     "kernel": ("op", "shape", "dtype", "variant", "ms", "ms_20", "ms_80", "flops", "bytes", "bound", "ceiling"),
@@ -220,3 +223,22 @@ def missing(rows: list[dict]) -> list[str]:
         if why != why_untimed(row)
     )
     return list(dict.fromkeys(reasons))
+
+
+def append(rows: list[dict], options: argparse.Namespace, path: Path | None = None) -> list[dict]:
+    """The rows with where and when; they are written too, to ``path`` or to the file that --rows names."""
+    # one date for all of them
+    where, path = environment(options.device, options.commit), path or options.rows
+    rows = [merge(row, where) for row in rows]
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+def rate(row: dict) -> tuple[float, str]:
+    """What a call reached at what bounds it, from its FLOPs or bytes and its time."""
+    if row["bound"] == "gemm":
+        return row["flops"] / row["ms"] / 1e9, "TFLOP/s"
+    return row["bytes"] / row["ms"] / 1e6, "GB/s"

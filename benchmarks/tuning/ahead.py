@@ -9,9 +9,9 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 
-from . import arbiter
-from .tune_subjects import Subject, subjects
-from .tune_trials import Trial
+from ..harness import arbiter
+from .subjects import Subject, subjects
+from .trials import Trial
 
 MOST = 15
 """Workers: a container's cores may be fewer than the machine's that it sees."""

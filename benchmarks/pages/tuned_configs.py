@@ -2,8 +2,8 @@
 
 import math
 
+from ..harness.rows import by_machine, hardware, newest, why_untimed
 from .markup import NONE, Page, grid, notes, number, older, spread, where
-from .rows import by_machine, hardware, newest, why_untimed
 
 
 def entries(rows: list[dict]) -> list[dict]:

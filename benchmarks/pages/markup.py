@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..harness.rows import hardware
 from . import plots
-from .rows import hardware
 
 NONE = "–"
 GIB = 2**30

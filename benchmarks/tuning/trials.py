@@ -19,8 +19,8 @@ from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.launch import Launch
 from meanflow_kernels.partials import sum_partials
 
-from . import plain
-from .shapes import Shape
+from ..workloads import plain
+from ..workloads.shapes import Shape
 
 EPS = 1e-6
 

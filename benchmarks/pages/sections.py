@@ -5,6 +5,7 @@ from itertools import compress
 
 from meanflow.training.peaks import PEAKS
 
+from ..harness.rows import by_machine, device_name, hardware, missing, newest, rate, why_untimed
 from . import plots
 from .markup import (
     GIB,
@@ -22,9 +23,8 @@ from .markup import (
     spread,
     where,
     workload,
-)  # fmt: skip
+)
 from .ratios import speed_words
-from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
 
 ON_A_CPU = (
     "On a CPU kinds are of operators: attention is its batched products and softmax (its scaling and row sums stay "
@@ -151,13 +151,6 @@ FLUSHES = {
 def flush_note(rows: list[dict]) -> list[str]:
     """How the L2 cache was made cold, where the rows say it."""
     return [f"Flush: {FLUSHES.get(name, name)}." for name in dict.fromkeys(r["flush"] for r in rows if r.get("flush"))]
-
-
-def rate(row: dict) -> tuple[float, str]:
-    """What a call reached at what bounds it, from its FLOPs or bytes and its time."""
-    if row["bound"] == "gemm":
-        return row["flops"] / row["ms"] / 1e9, "TFLOP/s"
-    return row["bytes"] / row["ms"] / 1e6, "GB/s"
 
 
 def kernel_table(rows: list[dict], caption: str) -> str:

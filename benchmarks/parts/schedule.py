@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .arbiter import ASK, GRANT, RELEASE, STOPPED
-from .parts import Part
+from ..harness.arbiter import ASK, GRANT, RELEASE, STOPPED
+from .catalogue import Part
 from .processes import Process
 
 TICK = 0.02

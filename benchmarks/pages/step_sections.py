@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 
 from meanflow.training.peaks import PEAKS
 
+from ..harness.rows import by_machine, device_name, hardware, missing, newest, why_untimed
+from ..workloads.step_variants import VARIANTS, left_out
 from . import plots
 from .markup import (
     NONE,
@@ -22,11 +24,8 @@ from .markup import (
     spread,
     where,
     workload,
-)  # fmt: skip
-from .ratios import mark, slowdown, speed, speed_words, uncompared_note
-from .regression import ITSELF, agrees
-from .rows import by_machine, device_name, hardware, missing, newest, why_untimed
-from .variants import VARIANTS, left_out
+)
+from .ratios import ITSELF, agrees, mark, slowdown, speed, speed_words, uncompared_note
 
 WHOLE = ("ours", "ours-eager")
 """The steps that have every ingredient."""

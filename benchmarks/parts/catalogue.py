@@ -4,7 +4,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
-from .variants import VARIANTS
+from ..workloads.step_variants import VARIANTS
 
 LIMIT = 540
 """Seconds of a part at most, unless it says less."""

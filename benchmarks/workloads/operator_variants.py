@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from meanflow_kernels.counts import Work, moved_bytes
 from meanflow_kernels.routing import Route, force_route
 
-from .stopwatch import Stopwatch, check
+from ..harness.operator_timer import Stopwatch, check
 
 
 @dataclass(frozen=True)

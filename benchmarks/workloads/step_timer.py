@@ -9,9 +9,7 @@ reason, and the others go on.
 import functools
 import gc
 import math
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,18 +19,17 @@ from meanflow.config import RunConfig
 from meanflow.training.peaks import PEAKS
 from meanflow_kernels.adamw_ema.native import MISSING
 
-from .accounting import account
-from .arbiter import alone, running_seconds
-from .arguments import BadInput
-from .environment import clocks, energy, merge
-from .timing import quantiles, stamp
-from .variants import VARIANTS, Variant, Workload, same_as
+from ..counting.accounts import account
+from ..harness.arbiter import alone, running_seconds
+from ..harness.arguments import BadInput
+from ..harness.clock import quantiles, stamp
+from ..harness.environment import clocks, energy, merge
+from ..harness.turns import Reason, attempt, turns
+from .step_variants import VARIANTS, Variant, same_as
+from .step_workload import Workload
 
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """||g - g_first|| / ||g_first||: the rounding of two orders of summation, far below any mistake's."""
-OUT_OF_MEMORY = "out of memory"
-FEWEST = 3
-"""Turns that are taken however long they last."""
 
 
 class Reference(NamedTuple):
@@ -91,15 +88,6 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
-def turns(repeats: int, seconds: float) -> Iterator[int]:
-    """The numbers of the steps to take, while there is time: a slow machine gets fewer pairs, and not none."""
-    begin = time.monotonic()
-    for turn in range(repeats):
-        if turn >= FEWEST and time.monotonic() - begin > seconds:
-            return
-        yield turn
-
-
 def interleaved(
     work: Workload, names: list[str], repeats: int, seconds: float, reference: Reference | None = None
 ) -> Iterator[dict]:
@@ -156,33 +144,6 @@ def apart(work: Workload, name: str, reference: Reference | None, batches: list)
         used = merge(joules(before, energy(), len(batches) * work.run.train.batch), clocks(work.device))
     memory = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     return samples, merge(columns, memory, used), reference
-
-
-class Reason(NamedTuple):
-    """Why a variant has no time."""
-
-    words: str
-    failed: bool
-    """Whether that is a mistake, and not the machine's or the workload's nature."""
-
-
-def attempt(call: Callable) -> tuple[object, Reason | None]:
-    """What ``call`` returns, or why it failed. The exception is not kept: it would keep the variant's memory."""
-    try:
-        found = call()
-    except Exception as error:
-        if out_of_memory(error):
-            return None, Reason(OUT_OF_MEMORY, failed=False)
-        traceback.print_exc()
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return None, Reason(f"{type(error).__name__}: {first[:200]}", failed=True)
-    return (None, found) if isinstance(found, Reason) else (found, None)
-
-
-def out_of_memory(error: Exception) -> bool:
-    # the trainer's step says it in words of its own
-    words = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in words or words.startswith("memory:")
 
 
 def untimed(name: str, why: Reason) -> dict:

@@ -27,9 +27,9 @@ from meanflow_kernels.gate_adaln import candidates as gate_adaln_candidates
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.launch import CompileCase, Launch
 
-from . import tune_trials
-from .shapes import MODELS, Shape
-from .tune_trials import Trial
+from ..workloads.shapes import MODELS, Shape
+from . import trials
+from .trials import Trial
 
 SHAPES = MODELS | {"L/2": Shape(32, 256, 16, 64), "S/2": Shape(64, 256, 6, 64)}
 """Between them all widths of the DiT family, and both head dims at 256 tokens."""
@@ -118,10 +118,10 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
     length = size_for(device, base).tokens
     dual, single = (choose(arch, half, d, length) for choose in (dual_config, plain_config))
     triton = backward_configs(arch, half, d, length)
-    forward = functools.partial(tune_trials.attention, shipped=single)
+    forward = functools.partial(trials.attention, shipped=single)
     beside = functools.partial(forward, beside=True)
-    both = functools.partial(tune_trials.attention, shipped=dual, dual=True)
-    backward = functools.partial(tune_trials.attention_bwd, shipped=triton)
+    both = functools.partial(trials.attention, shipped=dual, dual=True)
+    backward = functools.partial(trials.attention_bwd, shipped=triton)
     duals, singles = attention_candidates.dual_candidates(arch, d), attention_candidates.plain_candidates(arch, d)
     pairs = attention_candidates.backward_candidates(arch)
 
@@ -144,9 +144,9 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
 
 
 ROWS = {
-    "gate_adaln": (gate_adaln_op, tune_trials.gate_adaln, tune_trials.gate_adaln_bwd, gate_adaln_candidates),
-    "adaln": (adaln_op, tune_trials.adaln, tune_trials.adaln_bwd, adaln_candidates),
-    "bias_gelu": (bias_gelu_op, tune_trials.bias_gelu, tune_trials.bias_gelu_bwd, bias_gelu_candidates),
+    "gate_adaln": (gate_adaln_op, trials.gate_adaln, trials.gate_adaln_bwd, gate_adaln_candidates),
+    "adaln": (adaln_op, trials.adaln, trials.adaln_bwd, adaln_candidates),
+    "bias_gelu": (bias_gelu_op, trials.bias_gelu, trials.bias_gelu_bwd, bias_gelu_candidates),
 }
 
 
@@ -155,7 +155,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
     base = SHAPES[model]
     shape, more = size_for(device, base), size_for(device, replace(base, batch=base.batch + base.batch // 4))
     single, dual = functools.partial(forward, n=0), functools.partial(forward, n=max(1, shape.batch // 4))
-    sums = functools.partial(tune_trials.sums, backward=backward, config=module.BACKWARD)
+    sums = functools.partial(trials.sums, backward=backward, config=module.BACKWARD)
     for name, part, size, table, build in (
         (f"{op}_jvp", "mixed", shape, "FORWARD", dual),
         (op, "guidance", more, "FORWARD", single),

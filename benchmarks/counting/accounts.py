@@ -1,0 +1,298 @@
+"""The work of a step: FLOPs of each pass, bytes kept for the backward, and the time below which no GPU can be.
+
+FLOPs are counted by torch's counter on the step's own code over meta tensors, with the kernels as the operators that
+they are. F is one plain forward of the network on the batch. A product of matrices counts, a pointwise operator does
+not (meanflow_kernels.counts).
+"""
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from meanflow.config import RunConfig
+from meanflow.draws import Draws, Purpose
+from meanflow.errors import require
+from meanflow.method.objective import meanflow_terms
+from meanflow.method.plan import Plan, Planner
+from meanflow.method.times import draw_times, drop_mask
+from meanflow.model.build import build_net
+from meanflow.training.peaks import PEAKS
+from meanflow_kernels.adamw_ema import adamw_ema_bytes
+from meanflow_kernels.routing import Route, force_route
+
+BATCHES = 1000
+"""Drawn batches of a mean."""
+PARTS = ("guidance", "primal", "tangent", "backward")
+RESULTS = Path(__file__).parents[1] / "results"
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Multiplications and additions of matrix products; fractions in a mean."""
+
+    linear: float = 0
+    attention: float = 0
+
+    @property
+    def total(self) -> float:
+        """Of both kinds."""
+        return self.linear + self.attention
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.linear + other.linear, self.attention + other.attention)
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(self.linear * factor, self.attention * factor)
+
+    def __sub__(self, other: "Flops") -> "Flops":
+        return self + other * -1
+
+
+def count(fn: Callable[[], object]) -> Flops:
+    """The FLOPs of a call, by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        fn()
+    by_operator = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(flops for op, flops in by_operator.items() if op.startswith("meanflow_kernels.attention"))
+    return Flops(sum(by_operator.values()) - attention, attention)
+
+
+class MetaStep:
+    """A run's step on meta tensors with the kernels' route: counted or traced, never computed.
+
+    Args:
+        config: of the run; its batch is a rank's.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config, batch, model = config, config.train.batch, config.model
+        with META:
+            self.net = build_net(model, torch.bfloat16 if config.train.precision == "bf16" else None)
+            self.x, self.e = torch.empty(2, batch, model.in_channels, model.input_size, model.input_size)
+            self.r, self.t = torch.empty(2, batch)
+            self.y = torch.empty(batch, dtype=torch.long)
+            self.drop = torch.empty(batch, dtype=torch.bool)
+        self.planner = Planner(config.objective, batch)
+
+    def loss(self, plan: Plan) -> Tensor:
+        """The objective of a plan."""
+        inputs = (self.x, self.e, self.r, self.t, self.y, self.drop)
+        with force_route(Route.TRITON):
+            return meanflow_terms(self.config.objective, self.net, *inputs, plan.to(META)).loss
+
+    def flow_matching_loss(self) -> Tensor:
+        """Of the same network and batch, by the plain forward with r = t."""
+        with force_route(Route.TRITON):
+            return (self.net(self.x, self.t, self.t, self.y) - (self.e - self.x)).square().mean()
+
+    def plain_forward(self) -> Flops:
+        """F."""
+        with force_route(Route.TRITON), torch.no_grad():
+            return count(lambda: self.net(self.x, self.r, self.t, self.y))
+
+    def forward(self, guidance_size: int, tangent_size: int) -> Flops:
+        """Of a step without its backward."""
+        return count(lambda: self.loss(self.planner.example(guidance_size, tangent_size)))
+
+    def parts(self, guidance_size: int, tangent_size: int, bare: dict[int, Flops]) -> dict[str, Flops]:
+        """The parts of a step of these sizes; bare forwards have no guidance, and a tangent of a size or of 0."""
+        roots = []
+        forward = count(lambda: roots.append(self.loss(self.planner.example(guidance_size, tangent_size))))
+        backward = count(lambda: roots.pop().backward())
+        self.net.zero_grad()
+        without = bare[tangent_size]
+        return dict(zip(PARTS, (forward - without, bare[0], without - bare[0], backward), strict=True))
+
+
+class ExactPlanner(Planner):
+    """A planner for which every size is declared: nothing is padded."""
+
+    def _guidance_sizes(self) -> tuple[int, ...]:
+        return (0, *super()._guidance_sizes())
+
+    def _multiples(self, most: int) -> tuple[int, ...]:
+        return tuple(range(most + 1))
+
+
+def plan_sizes(config: RunConfig, planner: Planner, step: int, rank: int) -> tuple[int, int]:
+    """Rows of the guidance forward and of the derivative, for a drawn batch of a rank."""
+    batch = config.train.batch
+    draws = Draws(config.train.seed, step, torch.arange(rank * batch, (rank + 1) * batch))
+    r, t = draw_times(config.objective, draws)
+    plan = planner.plan(r, t, drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP)))
+    return len(plan.rows), len(plan.tangent)
+
+
+def saved_bytes(loss: Callable[[], Tensor], net: nn.Module) -> int:
+    """Bytes that autograd holds when the backward of loss() starts, by storage, without parameters and buffers."""
+    alive = weakref.WeakSet()
+
+    class Saved:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+
+    def pack(tensor: Tensor) -> Saved:
+        # detached, because an output that keeps its own graph would keep it for ever
+        saved = Saved(tensor.detach())
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        root = loss()
+    # what a graph without the loss has saved is gone by now
+    held = {id(s): s for s in (saved.tensor.untyped_storage() for saved in alive)}
+    own = {id(s): s for s in (x.untyped_storage() for x in (*net.parameters(), *net.buffers()))}
+    assert root.requires_grad
+    return sum(storage.nbytes() for key, storage in held.items() if key not in own)
+
+
+def mean(flops: Iterable[Flops]) -> Flops:
+    """Of some counts."""
+    flops = list(flops)
+    return sum(flops, Flops()) * (1 / len(flops))
+
+
+def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dict:
+    """The accounts of a run's step, as plain values for JSON.
+
+    Args:
+        config: its train.batch is a rank's. ranks: rank k draws samples k batch ... (k + 1) batch - 1.
+        batches: of the means.
+
+    Raises:
+        UserError: for no ranks or batches.
+    """
+    require(ranks >= 1, "ranks", ranks, "a positive whole number", "1 is a process alone")
+    require(batches >= 1, "batches", batches, "a positive whole number", f"the usual number is {BATCHES}")
+    step = MetaStep(config)
+    planner, forward = step.planner, step.plain_forward()
+    sizes = [(guidance, tangent) for guidance in planner.guidance_sizes for tangent in planner.tangent_sizes]
+    bare = {tangent: step.forward(0, tangent) for tangent in {0, *planner.tangent_sizes}}
+    parts = {size: step.parts(*size, bare) for size in tqdm(sizes, desc="counting declared sizes", unit="size")}
+    total = {size: sum(by_part.values(), Flops()) for size, by_part in parts.items()}
+
+    exact_planner = ExactPlanner(config.objective, config.train.batch)
+    padded, exact, slowest = [], [], []
+    for index in tqdm(range(batches), desc="drawing batches", unit="batch"):
+        drawn = [plan_sizes(config, planner, index, rank) for rank in range(ranks)]
+        padded.append(drawn[0])
+        slowest.append(max(total[size].total for size in drawn))
+        exact.append(_unpadded(parts[drawn[0]], drawn[0], plan_sizes(config, exact_planner, index, 0)))
+    mean_parts = {part: mean(parts[size][part] for size in padded) for part in PARTS}
+    used = Counter(padded)
+
+    def units(flops: Flops) -> dict:
+        values = {"flops": flops.total, "linear": flops.linear, "attention": flops.attention}
+        return values | {"forwards": flops.total / forward.total}
+
+    whole = units(sum(mean_parts.values(), Flops()))
+    return {
+        "batch": config.train.batch,
+        "precision": config.train.precision,
+        "batches": batches,
+        "forward_flops": forward.total,
+        "forward_attention_flops": forward.attention,
+        "step_flops": whole["flops"],
+        "step_in_forwards": whole["forwards"],
+        "step_in_forwards_unpadded": mean(exact).total / forward.total,
+        "ranks": ranks,
+        "step_in_forwards_slowest_rank": sum(slowest) / batches / forward.total,
+        "parts": {part: units(flops) for part, flops in mean_parts.items()},
+        "step": whole,
+        "sizes": [
+            {"guidance": size[0], "tangent": size[1], "batches": used[size]} | units(total[size]) for size in sizes
+        ],
+        **_memory(step),
+    }
+
+
+def _unpadded(parts: dict[str, Flops], padded: tuple[int, int], exact: tuple[int, int]) -> Flops:
+    """A step of the exact sizes: the FLOPs of a group are proportional to its rows."""
+    shares = {part: n / max(m, 1) for part, n, m in zip(("guidance", "tangent"), exact, padded, strict=True)}
+    return sum((flops * shares.get(part, 1) for part, flops in parts.items()), Flops())
+
+
+def _memory(step: MetaStep) -> dict:
+    planner = step.planner
+    plan = planner.example(planner.guidance_sizes[-1], planner.tangent_sizes[-1])
+    parameters = sum(p.numel() for p in step.net.parameters())
+    return {
+        "saved_bytes": saved_bytes(lambda: step.loss(plan), step.net),
+        "saved_bytes_flow_matching": saved_bytes(step.flow_matching_loss, step.net),
+        "parameters": parameters,
+        "parameter_bytes": sum(p.nbytes for p in step.net.parameters()),
+        "optimizer_bytes": adamw_ema_bytes(parameters, emas=1, copies=False),
+        # two moments and the average, in fp32
+        "optimizer_state_bytes": 3 * 4 * parameters,
+    }
+
+
+# --- the floor ---
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a GPU is at one thing at best, and where that is from."""
+
+    value: float
+    source: Literal["given", "measured", "datasheet"]
+
+
+def find_rates(
+    gpu: str, *, gemm_tflops: float | None = None, copy_gbps: float | None = None, results: Path = RESULTS
+) -> tuple[Rate, Rate]:
+    """A GPU's rates of 16-bit products in TFLOP/s and of copies in GB/s: given, or measured, or the datasheet's.
+
+    Args:
+        results: folders of committed rows; the fastest ceiling that was measured on this GPU counts.
+
+    Raises:
+        UserError: for a GPU of which nothing is known.
+    """
+    for name, given in (("gemm-tflops", gemm_tflops), ("copy-gbps", copy_gbps)):
+        require(given is None or given > 0, name, given, "a positive number", "leave it out for a known GPU's")
+    lines = [line for path in sorted(results.glob("*/*.jsonl")) for line in path.read_text().splitlines()]
+    rows = [row for row in map(json.loads, lines) if row.get("gpu") == gpu]
+    peak = PEAKS.get(gpu)
+    rates = []
+    of_bounds = (("gemm", gemm_tflops, peak and peak.tflops), ("copy", copy_gbps, peak and peak.gbps))
+    for bound, given, datasheet in of_bounds:
+        # rows of other programs are beside no ceiling
+        ceilings = (row.get("ceiling") for row in rows if row.get("bound") == bound)
+        measured = max((x for x in ceilings if x is not None), default=None)
+        known = {"given": given, "measured": measured, "datasheet": datasheet}
+        found = next((Rate(value, source) for source, value in known.items() if value is not None), None)
+        require(
+            found is not None, "gpu", gpu, "one of " + ", ".join(PEAKS),
+            "or give --gemm-tflops and --copy-gbps of yours",
+        )  # fmt: skip
+        rates.append(found)
+    return tuple(rates)
+
+
+def floor(accounts: dict, gpu: str, gemm: Rate, copy: Rate) -> dict:
+    """The time that a step's products and its optimizer's bytes take at these rates, in ms."""
+    gemm_ms = accounts["step_flops"] / gemm.value / 1e9
+    optimizer_ms = accounts["optimizer_bytes"] / copy.value / 1e6
+    return {
+        "floor_ms": gemm_ms + optimizer_ms,
+        "floor": {
+            "gpu": gpu,
+            "gemm_ms": gemm_ms,
+            "gemm_tflops": gemm.value,
+            "gemm_source": gemm.source,
+            "optimizer_ms": optimizer_ms,
+            "copy_gbps": copy.value,
+            "copy_source": copy.source,
+        },
+    }

@@ -1,0 +1,1 @@
+"""What the tuner sweeps, how it tries a launch config, and how it compiles ahead."""

@@ -1,0 +1,144 @@
+"""The training step that all variants make: what is trained, on which inputs, as the command line asks for it."""
+
+import argparse
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from meanflow.data.dataset import Batch
+from meanflow.draws import Draws, Purpose
+from meanflow.method.plan import Planner
+from meanflow.method.times import draw_times, drop_mask
+from meanflow.model.build import build_net
+from meanflow.presets import preset
+from meanflow.training.messages import StepInputs
+
+from ..harness import arbiter
+from ..harness.arguments import available, finite, positive
+
+WEIGHT_STD = 0.02
+"""Of the weights that start at zero, so that every gradient depends on everything."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, the same for every variant."""
+
+    run: RunConfig
+    device: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, objective: ObjectiveConfig, batch: int, device: str, precision: str) -> "Workload":
+        """A network and objective on synthetic latents."""
+        train = TrainConfig(steps=1, batch=batch, precision=precision, matmul="high", device=device)
+        return cls(RunConfig(model, objective, OptimConfig(), preset("imagenet-b4").data, train), device)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.run.train.precision == "bf16" else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Initial weights without zeros, on the CPU."""
+        return initial_weights(self.run.model, self.device)
+
+    def inputs(self, step: int) -> StepInputs:
+        """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
+        run, samples = self.run, torch.arange(self.run.train.batch)
+        draws, generator = Draws(0, step, samples), torch.Generator().manual_seed(step)
+        r, t = draw_times(run.objective, draws)
+        drop = drop_mask(run.objective, draws.uniform(Purpose.LABEL_DROP))
+        shape = (len(samples), run.model.in_channels, run.model.input_size, run.model.input_size)
+        mean = 5 * torch.randn(shape, generator=generator)
+        labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)
+        batch = Batch(mean, torch.full_like(mean, 0.1), labels)
+        plan = Planner(run.objective, len(samples)).plan(r, t, drop)
+        return StepInputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
+
+
+@functools.lru_cache(maxsize=1)
+def initial_weights(model: ModelConfig, device: str) -> dict[str, Tensor]:
+    """Those of every variant, on the CPU; drawn once and on the device, for a CPU takes long over the largest model's."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device("meta"):
+        net = build_net(model)
+    net.to_empty(device=device)
+    net.init_weights(generator)
+    for p in net.parameters():
+        if p.ndim > 1 and not p.any():
+            nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
+    return {name: x.cpu() for name, x in net.state_dict().items()}
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, where, and where the rows go."""
+    parser.add_argument("--preset", default=None, help="a recipe's model and objective, instead of those below")
+    parser.add_argument("--model", default="XL/2", help="size and patch, for instance B/4 (default XL/2)")
+    parser.add_argument("--batch", type=int, default=32, help="samples a step (default 32)")
+    parser.add_argument(
+        "--input-size", type=int, default=32, help="side of the latents; 64 is ImageNet-512 (default 32)"
+    )
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products and attention")
+    parser.add_argument("--omega", type=finite, default=1.0, help="guidance: weight of the sample's velocity")
+    parser.add_argument(
+        "--kappa", type=finite, default=0.5, help="guidance: weight of u(z,t,t|y); 0 and omega 1 is none"
+    )
+    parser.add_argument("--interval", type=finite, nargs=2, default=(0.0, 1.0), help="t that is guided (default 0 1)")
+    parser.add_argument("--share", type=finite, default=0.25, help="share of r != t (default 0.25)")
+    parser.add_argument("--device", type=available, default="cuda", help="cuda (default), or cpu")
+    parser.add_argument("--repeats", type=positive, default=None, help="timed steps")
+    parser.add_argument("--seconds", type=finite, default=math.inf, help="CPU: fewer steps where they take longer")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default torch's)")
+    parser.add_argument("--rows", type=Path, default=None, help="append the rows to this file of JSON lines")
+    parser.add_argument("--commit", default=None, help="of a tree that is no git checkout")
+    arbiter.add_argument(parser)
+
+
+def make_workload(options: argparse.Namespace) -> Workload:
+    """What the arguments ask for.
+
+    Raises:
+        UserError: for a value out of range.
+    """
+    arbiter.join(options.turns)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")
+    if options.preset:
+        recipe = preset(options.preset)
+        model, objective = recipe.model, recipe.objective
+    else:
+        model = ModelConfig.official(options.model, input_size=options.input_size)
+        objective = ObjectiveConfig(
+            omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
+            guidance_start=options.interval[0], guidance_end=options.interval[1],
+        )  # fmt: skip
+    return Workload.of(model, objective, options.batch, options.device, options.precision)
+
+
+def identity(work: Workload, preset: str | None = None) -> dict:
+    """The columns of a row that say what was trained."""
+    model, objective = work.run.model, work.run.objective
+    return {
+        "preset": preset,
+        "model": model.name,
+        "batch": work.run.train.batch,
+        "tokens": model.tokens,
+        "precision": work.run.train.precision,
+        "omega": objective.omega,
+        "kappa": objective.kappa,
+        "interval": (objective.guidance_start, objective.guidance_end),
+        "share": 1 - objective.share_equal,
+    }
+
+
+def title(row: dict) -> str:
+    """What was trained, and where."""
+    where = row["gpu"] or f"CPU ({row['cpu']}, {row['threads']} threads)"
+    guided = f"omega {row['omega']:g}, kappa {row['kappa']:g}, t in {list(row['interval'])}"
+    shape = f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['precision']}"
+    return f"{shape}, {guided}, r != t {row['share']:.0%}, {where}"
