@@ -13,10 +13,10 @@ from .workloads.shapes import MODELS, naming, size_for
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
-def test_adaln(benchmark, stopwatch, device, model, stream, variant):
+def test_adaln(benchmark, timer, device, model, stream, variant):
     shape = size_for(device, MODELS[model])
     x, x_dot = torch.randn(2, shape.batch, shape.tokens, shape.width, device=device, dtype=stream)
     vectors = torch.randn(4, shape.batch, shape.width, device=device, dtype=stream)
     options = {"out_dtype": torch.bfloat16}
     case = Case(adaln, adaln_jvp, plain.adaln, (x, *vectors[:2]), (x_dot, *vectors[2:]), options=options)
-    measure(stopwatch, benchmark, case, naming("adaln", model, shape, stream, variant), *VARIANTS[variant])
+    measure(timer, benchmark, case, naming("adaln", model, shape, stream, variant), *VARIANTS[variant])

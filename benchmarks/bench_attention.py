@@ -113,11 +113,11 @@ def _flops(shape: Shape) -> dict[str, int]:
 
 @pytest.mark.parametrize("variant", VARIANTS | BACKENDS | PEERS)
 @pytest.mark.parametrize("regime", ATTENTION)
-def test_attention(benchmark, stopwatch, device, regime, variant):
+def test_attention(benchmark, timer, device, regime, variant):
     shape = size_for(device, ATTENTION[regime])
     # q, k and v are read where the qkv projection left them
     size = (2, shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
     packed, packed_dot = torch.randn(size, device=device, dtype=torch.bfloat16)
     case = Case(attention, attention_jvp, plain.attention, packed.unbind(2), packed_dot.unbind(2), flops=_flops(shape))
     name = naming("attention", regime, shape, packed.dtype, variant)
-    measure(stopwatch, benchmark, case, name, *(VARIANTS | BACKENDS | PEERS)[variant])
+    measure(timer, benchmark, case, name, *(VARIANTS | BACKENDS | PEERS)[variant])

@@ -12,9 +12,9 @@ from .workloads.shapes import MODELS, naming, size_for
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_bias_gelu(benchmark, stopwatch, device, model, variant):
+def test_bias_gelu(benchmark, timer, device, model, variant):
     shape = size_for(device, MODELS[model])
     x, x_dot = torch.randn(2, shape.batch, shape.tokens, 4 * shape.width, device=device, dtype=torch.bfloat16)
     bias = torch.randn(4 * shape.width, device=device, dtype=torch.bfloat16)
     case = Case(bias_gelu, bias_gelu_jvp, plain.bias_gelu, (x,), (x_dot,), (bias,))
-    measure(stopwatch, benchmark, case, naming("bias_gelu", model, shape, x.dtype, variant), *VARIANTS[variant])
+    measure(timer, benchmark, case, naming("bias_gelu", model, shape, x.dtype, variant), *VARIANTS[variant])

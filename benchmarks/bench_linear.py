@@ -29,7 +29,7 @@ LINEAR_VARIANTS = VARIANTS | {"ours, stacked rows": ("dual", _stacked)}
 
 @pytest.mark.parametrize("variant", LINEAR_VARIANTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_linear(benchmark, stopwatch, device, model, variant):
+def test_linear(benchmark, timer, device, model, variant):
     shape = size_for(device, MODELS[model])
     k, c = shape.width, 4 * shape.width
     x, x_dot = (torch.randn(shape.batch, shape.tokens, k, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -40,4 +40,4 @@ def test_linear(benchmark, stopwatch, device, model, variant):
     quarter = linear_flops(max(1, shape.batch // 4) * shape.tokens, k, c)
     flops = {"dual": 2 * rows, "quarter": rows + quarter, "primal": rows, "backward": rows}
     case = Case(linear, _linear_jvp, torch.nn.functional.linear, (x,), (x_dot,), (weight, bias), flops=flops)
-    measure(stopwatch, benchmark, case, naming("linear", model, shape, x.dtype, variant), *LINEAR_VARIANTS[variant])
+    measure(timer, benchmark, case, naming("linear", model, shape, x.dtype, variant), *LINEAR_VARIANTS[variant])

@@ -26,9 +26,9 @@ FORWARD = [name for name, (call, _) in VARIANTS.items() if call != "backward"]
 
 @pytest.mark.parametrize("variant", FORWARD)
 @pytest.mark.parametrize("model", MODELS)
-def test_timestep_embedding(benchmark, stopwatch, device, model, variant):
+def test_timestep_embedding(benchmark, timer, device, model, variant):
     shape = size_for(device, MODELS[model])
     t, t_dot = torch.rand(2, shape.batch, device=device)
     case = Case(timestep_embedding, timestep_embedding_jvp, _plain, (t,), (t_dot,), (DIM,))
     name = naming("timestep_embedding", model, shape, t.dtype, variant)
-    measure(stopwatch, benchmark, case, name, *VARIANTS[variant])
+    measure(timer, benchmark, case, name, *VARIANTS[variant])

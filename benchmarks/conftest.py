@@ -11,11 +11,11 @@ import torch
 from .harness.arbiter import alone, join
 from .harness.clock import measure_ceilings
 from .harness.environment import environment
-from .harness.operator_timer import Stopwatch
+from .harness.operator_timer import OperatorTimer
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("stopwatch")
+    group = parser.getgroup("kernel benches")
     group.addoption("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     group.addoption("--rows", type=Path, metavar="FILE", help="append the rows to FILE as JSON lines")
     group.addoption("--commit", help="what the rows say of the source, where it is no git checkout")
@@ -29,14 +29,14 @@ def device(pytestconfig) -> str:
 
 
 @pytest.fixture(scope="session")
-def stopwatch(pytestconfig, device):
+def timer(pytestconfig, device):
     """The rows of this session, the ceilings of its device measured first."""
     join(pytestconfig.getoption("--turns"))
     found = environment(device, pytestconfig.getoption("--commit"))
     with alone(device):
         ceilings = measure_ceilings(device)
-    pytestconfig.stopwatch = Stopwatch(device, found, ceilings, pytestconfig.getoption("--rows"))
-    return pytestconfig.stopwatch
+    pytestconfig.timer = OperatorTimer(device, found, ceilings, pytestconfig.getoption("--rows"))
+    return pytestconfig.timer
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def fresh_compiler():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    stopwatch = getattr(config, "stopwatch", None)
-    if stopwatch is not None and stopwatch.rows:
+    timer = getattr(config, "timer", None)
+    if timer is not None and timer.rows:
         terminalreporter.section("device time, cold cache")
-        terminalreporter.write_line(stopwatch.summary())
+        terminalreporter.write_line(timer.summary())

@@ -17,7 +17,7 @@ from .table import table
 
 
 @dataclass
-class Stopwatch:
+class OperatorTimer:
     """Collects the rows of a run on one device."""
 
     device: str

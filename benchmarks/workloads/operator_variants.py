@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from meanflow_kernels.counts import Work, moved_bytes
 from meanflow_kernels.routing import Route, force_route
 
-from ..harness.operator_timer import Stopwatch, check
+from ..harness.operator_timer import OperatorTimer, check
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _errors(case: Case, call: str, results: list, cotangents: list, *, strict: b
     return {"error": max(errors[:primal])} | ({"error_dot": max(errors[primal:])} if errors[primal:] else {})
 
 
-def measure(stopwatch: Stopwatch, benchmark, case: Case, name: dict, call: str, build: Callable) -> None:
+def measure(timer: OperatorTimer, benchmark, case: Case, name: dict, call: str, build: Callable) -> None:
     """Check a variant's results against fp64, then time it and keep the row.
 
     ``build(case)`` returns the function to time: it returns outputs and their tangents, outputs, or a pair
@@ -140,6 +140,6 @@ def measure(stopwatch: Stopwatch, benchmark, case: Case, name: dict, call: str, 
         n = {"dual": case.primals[0].shape[0], "quarter": results[-1].shape[0]}.get(call, 0)
         read = [*case.primals, *case.parameters, *(x_dot[:n] for x_dot in case.tangents), *cotangents]
         work = Work(case.flops.get(call, 0), moved_bytes(read, results))
-        stopwatch.time(benchmark, fn, name=name | {"call": call}, work=work, errors=errors)
+        timer.time(benchmark, fn, name=name | {"call": call}, work=work, errors=errors)
     except torch.OutOfMemoryError as error:
         pytest.skip(f"out of memory: {error}")

@@ -1,4 +1,4 @@
-"""The stopwatch: its numbers follow from its rows, and it times nothing that is wrong."""
+"""The operator timer: its numbers follow from its rows, and it times nothing that is wrong."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from benchmarks.harness import clock
 from benchmarks.harness import environment as environment_module
 from benchmarks.harness.clock import Ceilings, device_ms, measure_ceilings, quantiles
 from benchmarks.harness.environment import _nvml, clocks, energy, environment
-from benchmarks.harness.operator_timer import Stopwatch, check, relative_error
+from benchmarks.harness.operator_timer import OperatorTimer, check, relative_error
 from benchmarks.workloads import step_timer
 from benchmarks.workloads.shapes import MODELS, naming, size_for
 from benchmarks.workloads.step_timer import joules
@@ -35,9 +35,11 @@ class Benchmark:
         fn()
 
 
-def _stopwatch(gpu=None, path=None) -> Stopwatch:
+def _timer(gpu=None, path=None) -> OperatorTimer:
     found = environment("cpu") | {"gpu": gpu}
-    return Stopwatch("cpu", found, Ceilings(copy_gbps=2000.0, gemm_tflops=500.0, gemm="8192x8192x8192 bfloat16"), path)
+    return OperatorTimer(
+        "cpu", found, Ceilings(copy_gbps=2000.0, gemm_tflops=500.0, gemm="8192x8192x8192 bfloat16"), path
+    )
 
 
 def _silu_case(op_jvp) -> Case:
@@ -50,10 +52,10 @@ def _name(variant: str) -> dict:
 
 
 def test_row_follows_from_its_times():
-    watch = _stopwatch("NVIDIA H200")
+    timer = _timer("NVIDIA H200")
     work = Work(flops=12 * 10**9, bytes=10**6)
-    watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=work, errors={"error": 0.0})
-    (row,) = watch.rows
+    timer.time(Benchmark(), lambda: None, name={"op": "x"}, work=work, errors={"error": 0.0})
+    (row,) = timer.rows
     assert row["ms"] == pytest.approx(6.0) and row["ms_20"] == pytest.approx(3.0) and row["ms_80"] == pytest.approx(9.0)
     assert row["tflops"] == pytest.approx(12e9 / 6e-3 / 1e12)
     assert row["gbps"] == pytest.approx(1e6 / 6e-3 / 1e9)
@@ -63,37 +65,37 @@ def test_row_follows_from_its_times():
 
 
 def test_pointwise_work_is_held_against_the_copy():
-    watch = _stopwatch()
-    watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(flops=0, bytes=6 * 10**9), errors={})
-    assert watch.rows[0]["bound"] == "copy"
-    assert watch.rows[0]["share_of_ceiling"] == pytest.approx(0.5)
+    timer = _timer()
+    timer.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(flops=0, bytes=6 * 10**9), errors={})
+    assert timer.rows[0]["bound"] == "copy"
+    assert timer.rows[0]["share_of_ceiling"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("gpu", [None, "NVIDIA GeForce RTX 9090"])
 def test_unknown_gpu_gets_no_share_of_a_peak(gpu):
-    watch = _stopwatch(gpu)
-    watch.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(1, 1), errors={})
-    assert "share_of_peak" not in watch.rows[0]
+    timer = _timer(gpu)
+    timer.time(Benchmark(), lambda: None, name={"op": "x"}, work=Work(1, 1), errors={})
+    assert "share_of_peak" not in timer.rows[0]
 
 
 def test_a_gpus_row_says_how_its_cache_was_flushed():
-    watch, work = _stopwatch("NVIDIA H200"), Work(flops=0, bytes=10**6)
+    timer, work = _timer("NVIDIA H200"), Work(flops=0, bytes=10**6)
     # on a CPU nothing is
-    assert watch._row({"op": "x"}, work, [1.0])["flush"] is None
-    watch.device = "cuda"
-    assert watch._row({"op": "x"}, work, [1.0])["flush"] == clock.FLUSH != "write"
+    assert timer._row({"op": "x"}, work, [1.0])["flush"] is None
+    timer.device = "cuda"
+    assert timer._row({"op": "x"}, work, [1.0])["flush"] == clock.FLUSH != "write"
 
 
 def test_row_says_where_and_when(tmp_path):
-    watch = _stopwatch(path=tmp_path / "deep" / "rows.jsonl")
-    measure(watch, Benchmark(), _silu_case(silu_jvp), _name("ours"), *VARIANTS["ours"])
+    timer = _timer(path=tmp_path / "deep" / "rows.jsonl")
+    measure(timer, Benchmark(), _silu_case(silu_jvp), _name("ours"), *VARIANTS["ours"])
     row = json.loads((tmp_path / "deep" / "rows.jsonl").read_text())
     assert row["device"] == "cpu" and row["gpu"] is None and row["cpu"]
     assert row["torch"] == torch.__version__ and row["triton"] and row["date"].endswith("+00:00") and "commit" in row
     assert row["op"] == "silu" and row["call"] == "dual" and row["batch"] == 2
     # x, x_dot, y and y_dot, once each
     assert row["bytes"] == 4 * 4 * 128 * 2
-    assert "tiny" in watch.summary() and "no measure of a GPU" in watch.summary()
+    assert "tiny" in timer.summary() and "no measure of a GPU" in timer.summary()
 
 
 @pytest.mark.parametrize(
@@ -106,10 +108,10 @@ def test_row_says_where_and_when(tmp_path):
     ids=["wrong tangent", "wrong primal", "NaN"],
 )
 def test_no_number_on_a_red_check(variant, broken):
-    watch = _stopwatch()
+    timer = _timer()
     with pytest.raises(AssertionError, match="may be timed"):
-        measure(watch, Benchmark(), _silu_case(broken), _name(variant), *VARIANTS[variant])
-    assert watch.rows == []
+        measure(timer, Benchmark(), _silu_case(broken), _name(variant), *VARIANTS[variant])
+    assert timer.rows == []
 
 
 def test_wrong_tangent_of_the_last_quarter_is_found():
@@ -118,7 +120,7 @@ def test_wrong_tangent_of_the_last_quarter_is_found():
 
     with pytest.raises(AssertionError, match="may be timed"):
         variant = "ours, tangent of a quarter"
-        measure(_stopwatch(), Benchmark(), _silu_case(broken), _name(variant), *VARIANTS[variant])
+        measure(_timer(), Benchmark(), _silu_case(broken), _name(variant), *VARIANTS[variant])
 
 
 def test_error_bound_is_tighter_for_ours():
