@@ -1,6 +1,6 @@
 """What a training step has to do: ``python -m benchmarks.accounting --preset NAME --batch B``.
 
-FLOPs of each part of the step, counted by torch's counter on the step's own code over meta tensors: nothing is
+FLOPs of each pass of the step, counted by torch's counter on the step's own code over meta tensors: nothing is
 computed, and the kernels are counted as the operators that they are. F is one plain forward of the network on the
 batch. A product of matrices counts, a pointwise operator does not (meanflow_kernels.counts).
 
@@ -32,9 +32,9 @@ def text(report: dict) -> str:
     """The accounts as a table with a few lines below it."""
     f, batch = report["forward_flops"], report["batch"]
     rows = [
-        [name, f"{part['flops'] / 1e9:.1f}", f"{part['forwards']:.4f}"]
-        + [f"{part[kind] / 1e9:.1f}" for kind in ("linear", "attention")]
-        for name, part in (*report["parts"].items(), ("step", report["step"]))
+        [name, f"{counted['flops'] / 1e9:.1f}", f"{counted['forwards']:.4f}"]
+        + [f"{counted[kind] / 1e9:.1f}" for kind in ("linear", "attention")]
+        for name, counted in (*report["parts"].items(), ("step", report["step"]))
     ]
     head = f"{report['preset']}, batch {batch}, {report['precision']}, mean of {report['batches']} drawn batches; "
     head += f"F = {f / 1e9:.1f} GFLOP, {f / batch / 2e9:.2f} GMAC a sample"
@@ -47,17 +47,22 @@ def text(report: dict) -> str:
     weights = f"parameters: {report['parameters'] / 1e6:.1f} M, {report['parameter_bytes'] / 1e9:.3f} GB; optimizer: "
     weights += f"{report['optimizer_bytes'] / 1e9:.3f} GB moved a step, "
     weights += f"{report['optimizer_state_bytes'] / 1e9:.3f} GB held (two moments, average)"
-    columns = ["part", "GFLOP", "F", "linear", "attention"]
+    columns = ["pass", "GFLOP", "F", "linear", "attention"]
     return "\n".join([head, table(columns, rows), steps, memory, weights, _floor(report)])
 
 
 def _floor(report: dict) -> str:
     if report["floor_ms"] is None:
         return "floor: none, no rate of fp32 products is known; give --gemm-tflops"
-    parts = report["floor"]
-    line = f"floor on {parts['gpu']}: {report['floor_ms']:.2f} ms = "
-    line += f"{parts['gemm_ms']:.2f} products at {parts['gemm_tflops']:.4g} TFLOP/s ({parts['gemm_source']}) + "
-    return line + f"{parts['optimizer_ms']:.2f} optimizer at {parts['copy_gbps']:.4g} GB/s ({parts['copy_source']})"
+    of_floor = report["floor"]
+    line = f"floor on {of_floor['gpu']}: {report['floor_ms']:.2f} ms = "
+    line += (
+        f"{of_floor['gemm_ms']:.2f} products at {of_floor['gemm_tflops']:.4g} TFLOP/s ({of_floor['gemm_source']}) + "
+    )
+    return (
+        line
+        + f"{of_floor['optimizer_ms']:.2f} optimizer at {of_floor['copy_gbps']:.4g} GB/s ({of_floor['copy_source']})"
+    )
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:

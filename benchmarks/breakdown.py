@@ -1,15 +1,15 @@
-"""Where a step's time goes: by part, by kind of work, and by kernel.
+"""Where a step's time goes: by phase, by kind of work, and by kernel.
 
 python -m benchmarks.breakdown --model XL/2 --batch 32
 python -m benchmarks.breakdown --model XL/2 --batch 32 --kernels kernels.jsonl --captured
 python -m benchmarks.breakdown --device cpu --model S/8 --batch 4 --precision fp32 --eager --trace step.json
 
-By part: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
-guidance, and without guidance and derivative, and the differences are the parts' cost. By kind: the kernels of some
+By phase: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
+guidance, and without guidance and derivative, and the differences are the phases' cost. By kind: the kernels of some
 steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
-compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the parts as
+compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the phases as
 named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
---kernels writes every kernel of those steps (`pages.kernel_table` says what its rows mean), and times no parts, which would
+--kernels writes every kernel of those steps (`pages.kernel_table` says what its rows mean), and times no phases, which would
 be compiled anew.
 """
 
@@ -51,7 +51,7 @@ IDLE = "idle"
 NO_KERNELS = "the profiler saw no kernel on the GPU: torch without CUPTI, or another profiler holds it"
 
 
-class Parts:
+class Phases:
     """The step cut into its phases, for an objective."""
 
     def __init__(self, work: Workload, *, compiled: bool):
@@ -87,8 +87,8 @@ class Parts:
         return dict(zip(("draw", "loss", "backward", "optimizer"), (b - a for a, b in zip(at, at[1:])), strict=True))
 
 
-def by_part(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]:
-    """Median milliseconds of each part."""
+def by_phase(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]:
+    """Median milliseconds of each phase."""
     objective = work.run.objective
     unguided = replace(objective, omega=1.0, kappa=0.0)
     objectives = {"whole": objective, "unguided": unguided, "primal": replace(unguided, share_equal=1.0)}
@@ -97,12 +97,12 @@ def by_part(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]
         variant = replace(work, run=replace(work.run, objective=each))
         # a function is compiled so many times at most, whichever objective it is for
         torch.compiler.reset()
-        parts, batches = Parts(variant, compiled=compiled), [variant.inputs(k) for k in range(repeats + 2)]
+        phases, batches = Phases(variant, compiled=compiled), [variant.inputs(k) for k in range(repeats + 2)]
         for inputs in batches[:2]:
-            parts.times(inputs, work.device)
+            phases.times(inputs, work.device)
         # compiled by now
         with alone(work.device):
-            samples = [parts.times(inputs, work.device) for inputs in batches[2:]]
+            samples = [phases.times(inputs, work.device) for inputs in batches[2:]]
         found[name] = {phase: quantiles([s[phase] for s in samples])[1] for phase in samples[0]}
     whole = found["whole"]
     return {
@@ -193,7 +193,7 @@ def kernels_of(profiled: Profile, work: Workload) -> list[dict]:
 
 
 def print_cuts(rows: list[dict]) -> None:
-    """The rows by part and by kind as tables."""
+    """The rows by phase and by kind as tables."""
     print(title(rows[0]), "\n")
     for row in rows:
         if why := why_untimed(row):
@@ -214,10 +214,10 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     how.add_argument("--captured", action="store_true", help="replay a CUDA graph; with --kernels, on a GPU")
     parser.add_argument("--trace", type=Path, default=None, help="write a trace of some steps to this file")
     parser.add_argument("--kernels", type=Path, default=None, metavar="FILE",
-                        help="append every kernel of a step to this file of JSON lines, and time no parts")  # fmt: skip
+                        help="append every kernel of a step to this file of JSON lines, and time no phases")  # fmt: skip
     options = parser.parse_args(args)
     if options.captured and (options.kernels is None or options.device == "cpu"):
-        wanted = "--kernels and a GPU; a replayed graph has kernels, but no parts"
+        wanted = "--kernels and a GPU; a replayed graph has kernels, but no phases"
         parser.error(f"--captured: got --kernels {options.kernels}, --device {options.device}, wanted {wanted}")
     return options
 
@@ -239,7 +239,7 @@ def measure(options: argparse.Namespace) -> None:
     rows = []
     if options.kernels is None:
         repeats = options.repeats or (20 if work.device == "cuda" else 5)
-        rows.append(cut("part", by_part(work, repeats, compiled=not options.eager)))
+        rows.append(cut("phase", by_phase(work, repeats, compiled=not options.eager)))
     train = {"compile": not options.eager, "cuda_graph": options.captured}
     profiled = profile_steps(work, options.trace, ceilings=options.kernels is not None, **train)
     rows.append(cut("kind", by_kind(profiled, work.device)))

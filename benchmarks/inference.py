@@ -64,7 +64,7 @@ SAMPLES = {
 class Way(NamedTuple):
     """Something to time."""
 
-    part: str
+    scope: str
     """network, decode or sample."""
     variant: str
     precision: str
@@ -80,7 +80,7 @@ class Way(NamedTuple):
     @property
     def group(self) -> tuple:
         """Ways with the same output."""
-        return self.part, self.steps
+        return self.scope, self.steps
 
     def run(self, noise: Tensor, mark: Callable[[], object] = lambda: None) -> Tensor:
         """The output; ``mark`` is called between its stages."""
@@ -174,7 +174,7 @@ class Workload:
     def flops(self, way: Way) -> float:
         """Floating-point operations of a batch's matrix products and convolutions."""
         network = self.batch * self.forward_flops * (way.steps or 0)
-        return network + (self.decode_flops if way.part != "network" else 0)
+        return network + (self.decode_flops if way.scope != "network" else 0)
 
     def count(self) -> None:
         """Count what a sample's evaluation and the batch's decoding take, on tensors without memory."""
@@ -210,7 +210,7 @@ def first_call(work: Workload, way: Way, references: dict[tuple, tuple[str, Tens
     output = way.run(work.noise)
     stamp(device)
     columns = {"first_call_seconds": arbiter.running_seconds() - begin, "against": None}
-    if way.part == "network":
+    if way.scope == "network":
         # what the network adds: the noise would hide its mistakes
         output = output - work.noise
     if way.group not in references:
@@ -221,7 +221,7 @@ def first_call(work: Workload, way: Way, references: dict[tuple, tuple[str, Tens
         tf32 = device == "cuda" and way.precision == "fp32"
         if way.judged and not difference <= (TF32_TOLERANCE if tf32 else TOLERANCE[way.precision]):
             raise SystemExit(
-                f"{way.part} {way.variant}, {way.precision}: its output is {difference:.2e} off that of {against}, "
+                f"{way.scope} {way.variant}, {way.precision}: its output is {difference:.2e} off that of {against}, "
                 "nothing was timed"
             )
         columns |= {"against": against, "difference": difference}
@@ -283,10 +283,10 @@ def timed(work: Workload, way: Way) -> Sample:
 
 def identity(work: Workload, way: Way) -> dict:
     """The columns that say what a row is of."""
-    row = {"kind": "inference", "part": way.part, "variant": way.variant, "model": work.model.name}
+    row = {"kind": "inference", "part": way.scope, "variant": way.variant, "model": work.model.name}
     row |= {"batch": work.batch, "input_size": work.model.input_size, "tokens": work.model.tokens}
     row |= {"precision": way.precision, "steps": way.steps}
-    return row | ({} if way.part == "network" else {"vae": work.vae_name, "decode": way.decode or way.variant})
+    return row | ({} if way.scope == "network" else {"vae": work.vae_name, "decode": way.decode or way.variant})
 
 
 def timings(work: Workload, way: Way, samples: dict[Way, list[Sample]]) -> dict:
@@ -304,7 +304,7 @@ def timings(work: Workload, way: Way, samples: dict[Way, list[Sample]]) -> dict:
     ratios = [a.ms / b.ms for a, b in zip(samples[first], samples[way], strict=True)]
     row |= {"flops": flops, "tflops": flops / ms / 1e9, "times": _spread(ratios)}
     row["mfu"] = row["tflops"] / peak.tflops if peak and way.precision != "fp32" else None
-    if way.part == "sample":
+    if way.scope == "sample":
         row["share_of_decode"] = _spread([sample.share for sample in samples[way]])
     return row
 
@@ -368,19 +368,19 @@ def report(rows: list[dict]) -> str:
     vae = next((row["vae"] for row in rows if "vae" in row), None)
     text = [f"{head['model']}, batch {head['batch']}, latents {head['input_size']}, {where}"]
     text += [f"decoder: {vae}"] if vae else []
-    for part in ("network", "decode", "sample"):
-        found = [row for row in rows if row["part"] == part and row["ms"]]
+    for scope in ("network", "decode", "sample"):
+        found = [row for row in rows if row["part"] == scope and row["ms"]]
         if not found:
             continue
-        header = [part, "precision", "steps", "ms", "20 to 80 %", "img/s", "x first", "TFLOP/s", "off", "first call s"]
+        header = [scope, "precision", "steps", "ms", "20 to 80 %", "img/s", "x first", "TFLOP/s", "off", "first call s"]
         lines = [
             [r["variant"], r["precision"], r["steps"] or "-", f"{r['ms']:.2f}", f"{r['ms_20']:.2f} to {r['ms_80']:.2f}",
              f"{r['images_per_second']:.4g}", f"{r['times']['50']:.2f}", f"{r['tflops']:.3g}",
              f"{r['difference']:.1e}" if "difference" in r else "-", f"{r['first_call_seconds']:.1f}"]
-            + ([f"{r['share_of_decode']['50']:.0%}", r["decode"]] if part == "sample" else [])
+            + ([f"{r['share_of_decode']['50']:.0%}", r["decode"]] if scope == "sample" else [])
             for r in found
         ]  # fmt: skip
-        text.append(table(header + (["decode's share", "decode"] if part == "sample" else []), lines))
+        text.append(table(header + (["decode's share", "decode"] if scope == "sample" else []), lines))
     untimed = (f"{r['part']} {r['variant']}: not timed: {r['missing']['ms']}" for r in rows if not r["ms"])
     return "\n".join([*text, *dict.fromkeys(untimed)])
 

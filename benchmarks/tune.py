@@ -200,7 +200,7 @@ def identity(subject: Subject, config: object) -> dict:
     return {
         "kind": "tune",
         "op": subject.op,
-        "shape": f"{subject.model} {subject.part} {subject.shape}",
+        "shape": f"{subject.model} {subject.network_pass} {subject.shape}",
         "dtype": str(subject.half).removeprefix("torch."),
         "table": subject.table,
         "config": subject.label(config),

@@ -31,7 +31,7 @@ from meanflow_kernels.routing import Route, force_route
 
 BATCHES = 1000
 """Drawn batches of a mean."""
-PARTS = ("guidance", "primal", "tangent", "backward")
+PASSES = ("guidance", "primal", "tangent", "backward")
 RESULTS = Path(__file__).parents[1] / "results"
 META = torch.device("meta")
 
@@ -104,14 +104,14 @@ class MetaStep:
         """Of a step without its backward."""
         return count(lambda: self.loss(self.planner.example(guidance_size, tangent_size)))
 
-    def parts(self, guidance_size: int, tangent_size: int, bare: dict[int, Flops]) -> dict[str, Flops]:
-        """The parts of a step of these sizes; bare forwards have no guidance, and a tangent of a size or of 0."""
+    def passes(self, guidance_size: int, tangent_size: int, bare: dict[int, Flops]) -> dict[str, Flops]:
+        """FLOPs of each pass of a step of these sizes; bare forwards have no guidance, and a tangent of a size or of 0."""
         roots = []
         forward = count(lambda: roots.append(self.loss(self.planner.example(guidance_size, tangent_size))))
         backward = count(lambda: roots.pop().backward())
         self.net.zero_grad()
         without = bare[tangent_size]
-        return dict(zip(PARTS, (forward - without, bare[0], without - bare[0], backward), strict=True))
+        return dict(zip(PASSES, (forward - without, bare[0], without - bare[0], backward), strict=True))
 
 
 class ExactPlanner(Planner):
@@ -178,8 +178,8 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
     planner, forward = step.planner, step.plain_forward()
     sizes = [(guidance, tangent) for guidance in planner.guidance_sizes for tangent in planner.tangent_sizes]
     bare = {tangent: step.forward(0, tangent) for tangent in {0, *planner.tangent_sizes}}
-    parts = {size: step.parts(*size, bare) for size in tqdm(sizes, desc="counting declared sizes", unit="size")}
-    total = {size: sum(by_part.values(), Flops()) for size, by_part in parts.items()}
+    passes = {size: step.passes(*size, bare) for size in tqdm(sizes, desc="counting declared sizes", unit="size")}
+    total = {size: sum(by_pass.values(), Flops()) for size, by_pass in passes.items()}
 
     exact_planner = ExactPlanner(config.objective, config.train.batch)
     padded, exact, slowest = [], [], []
@@ -187,15 +187,15 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
         drawn = [plan_sizes(config, planner, index, rank) for rank in range(ranks)]
         padded.append(drawn[0])
         slowest.append(max(total[size].total for size in drawn))
-        exact.append(_unpadded(parts[drawn[0]], drawn[0], plan_sizes(config, exact_planner, index, 0)))
-    mean_parts = {part: mean(parts[size][part] for size in padded) for part in PARTS}
+        exact.append(_unpadded(passes[drawn[0]], drawn[0], plan_sizes(config, exact_planner, index, 0)))
+    means = {each: mean(passes[size][each] for size in padded) for each in PASSES}
     used = Counter(padded)
 
     def units(flops: Flops) -> dict:
         values = {"flops": flops.total, "linear": flops.linear, "attention": flops.attention}
         return values | {"forwards": flops.total / forward.total}
 
-    whole = units(sum(mean_parts.values(), Flops()))
+    whole = units(sum(means.values(), Flops()))
     return {
         "batch": config.train.batch,
         "precision": config.train.precision,
@@ -207,7 +207,7 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
         "step_in_forwards_unpadded": mean(exact).total / forward.total,
         "ranks": ranks,
         "step_in_forwards_slowest_rank": sum(slowest) / batches / forward.total,
-        "parts": {part: units(flops) for part, flops in mean_parts.items()},
+        "parts": {each: units(flops) for each, flops in means.items()},
         "step": whole,
         "sizes": [
             {"guidance": size[0], "tangent": size[1], "batches": used[size]} | units(total[size]) for size in sizes
@@ -216,10 +216,10 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
     }
 
 
-def _unpadded(parts: dict[str, Flops], padded: tuple[int, int], exact: tuple[int, int]) -> Flops:
+def _unpadded(passes: dict[str, Flops], padded: tuple[int, int], exact: tuple[int, int]) -> Flops:
     """A step of the exact sizes: the FLOPs of a group are proportional to its rows."""
-    shares = {part: n / max(m, 1) for part, n, m in zip(("guidance", "tangent"), exact, padded, strict=True)}
-    return sum((flops * shares.get(part, 1) for part, flops in parts.items()), Flops())
+    shares = {each: n / max(m, 1) for each, n, m in zip(("guidance", "tangent"), exact, padded, strict=True)}
+    return sum((flops * shares.get(each, 1) for each, flops in passes.items()), Flops())
 
 
 def _memory(step: MetaStep) -> dict:

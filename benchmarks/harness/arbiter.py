@@ -35,10 +35,10 @@ class _Channel:
         self.end.sendall(word)
         answer = b""
         while not answer.endswith(b"\n"):
-            part = self.end.recv(64)
-            if not part:
+            received = self.end.recv(64)
+            if not received:
                 raise RuntimeError("--turns: the suite that gives the turns has ended; nothing more is timed")
-            answer += part
+            answer += received
         return answer.decode().strip()
 
 

@@ -47,8 +47,8 @@ def _nvml(read) -> tuple[dict, dict]:
 
 def merge(*columns: dict) -> dict:
     """A row of these columns; what is missing in any of them stays said."""
-    row = {key: value for part in columns for key, value in part.items() if key != "missing"}
-    missing = {key: why for part in columns for key, why in part.get("missing", {}).items()}
+    row = {key: value for some in columns for key, value in some.items() if key != "missing"}
+    missing = {key: why for some in columns for key, why in some.get("missing", {}).items()}
     return row | ({"missing": missing} if missing else {})
 
 

@@ -25,8 +25,9 @@ REQUIRED = {
     "product": ("step", "layer", "pass", "m", "k", "n", "dtype", "tflops"),
     "part": ("part", "outcome", "seconds"),
 }
-"""The kinds of rows, and the columns without which one is not shown; a step, a way of sampling or a launch config without
-a time, and a kernel without a measured ceiling, may say why instead."""
+"""The kinds of rows, and the columns without which one is not shown. Rows without a time (of a step, of sampling, of a
+launch config) and kernels without a measured ceiling are shown where they give the reason. Columns keep the names that
+the committed rows have: a step's passes are "parts" there, and what was sampled is a "part"."""
 TIMED = ("ms", "ms_20", "ms_80", "images_per_second")
 
 THROTTLE = {

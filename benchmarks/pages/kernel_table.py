@@ -95,9 +95,9 @@ def text(rows: list[dict]) -> str:
 
 def section(page: Page, rows: list[dict]) -> str:
     """The report's tables, of the last run of each step."""
-    parts = []
+    pieces = []
     for group in by_machine(rows):
-        parts.append(where(group))
+        pieces.append(where(group))
         for title, of_step in by_workload(group).items():
             for variant in dict.fromkeys(row["variant"] for row in of_step):
                 runs = {}
@@ -105,8 +105,8 @@ def section(page: Page, rows: list[dict]) -> str:
                     if row["variant"] == variant:
                         runs.setdefault(str(row.get("date")), []).append(row)
                 last = runs[max(runs)]
-                parts.append(f"<h3>{html.escape(f'{title}, {variant}')}</h3>")
-                parts.append(notes([summary(last), *ceilings_of(last)]) + grid(*lines(last, 96), hardware(last)))
-                parts.append(notes(older(sum(map(len, runs.values())) - len(last))))
-        parts.append(notes(missing(group)))
-    return "".join(parts)
+                pieces.append(f"<h3>{html.escape(f'{title}, {variant}')}</h3>")
+                pieces.append(notes([summary(last), *ceilings_of(last)]) + grid(*lines(last, 96), hardware(last)))
+                pieces.append(notes(older(sum(map(len, runs.values())) - len(last))))
+        pieces.append(notes(missing(group)))
+    return "".join(pieces)

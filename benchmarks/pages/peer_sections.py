@@ -16,7 +16,7 @@ def is_beside_others(row: dict) -> bool:
 
 
 def public_kernels(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["variant"]))
         tables, figures = [], []
@@ -40,9 +40,9 @@ def public_kernels(page: Page, rows: list[dict]) -> str:
         named = (f"{name}: {row['peer']} ({revisions[name]})" for name, row in sources.items())
         lines += [f"Others' kernels: {', '.join(named)}."] if sources else []
         lines += sections.flush_note(group)
-        parts.append(where(group) + figures_of(figures) + "".join(tables))
-        parts.append(notes(lines + older(left_over) + missing(group)))
-    return "".join(parts)
+        pieces.append(where(group) + figures_of(figures) + "".join(tables))
+        pieces.append(notes(lines + older(left_over) + missing(group)))
+    return "".join(pieces)
 
 
 def public_table(rows: list[dict]) -> str:
@@ -63,7 +63,7 @@ def public_table(rows: list[dict]) -> str:
 
 
 def products(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (row["step"], row["layer"], row["pass"], row["dtype"]))
         passes = list(dict.fromkeys(row["pass"] for row in group))
@@ -75,6 +75,6 @@ def products(page: Page, rows: list[dict]) -> str:
         header = ["=step", "=layer", "m", "k", "n", *(f"{name}, TFLOP/s" for name in passes)]
         copies = dict.fromkeys(row["copy_gbps"] for row in group if row.get("copy_gbps"))
         words = [f"A large copy reaches {number(copy)} GB/s here." for copy in copies]
-        parts.append(where(group) + grid(header, cells, hardware(group)))
-        parts.append(notes(words + older(left_over) + missing(group)))
-    return "".join(parts)
+        pieces.append(where(group) + grid(header, cells, hardware(group)))
+        pieces.append(notes(words + older(left_over) + missing(group)))
+    return "".join(pieces)

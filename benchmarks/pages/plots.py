@@ -119,18 +119,20 @@ def panels_of_bars(
 
 
 def stacked(title: str, hardware: str, unit: str, rows: dict[str, dict[str, float]]) -> Figure:
-    """A bar a name, cut into its parts; a part that was measured below zero has no width."""
+    """A bar a name, cut into its segments; a segment that was measured below zero has no width."""
     with rc_context(STYLE):
-        parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-        figure, (ax,) = new(1.0 + 0.32 * len(rows), hardware, names=len(parts))
-        colour, most = colours(parts), max(sum(row.values()) for row in rows.values())
+        segments = list(dict.fromkeys(segment for row in rows.values() for segment in row))
+        figure, (ax,) = new(1.0 + 0.32 * len(rows), hardware, names=len(segments))
+        colour, most = colours(segments), max(sum(row.values()) for row in rows.values())
         left = np.zeros(len(rows))
-        for part in parts:
-            width = np.array([max(0.0, row.get(part, 0.0)) for row in rows.values()])
-            ax.barh(range(len(rows)), width, left=left, color=colour[part], label=part, height=0.66, edgecolor="white")
+        for segment in segments:
+            width = np.array([max(0.0, row.get(segment, 0.0)) for row in rows.values()])
+            ax.barh(
+                range(len(rows)), width, left=left, color=colour[segment], label=segment, height=0.66, edgecolor="white"
+            )
             for y, (start, value) in enumerate(zip(left, width, strict=True)):
                 if value > 0.07 * most:
-                    shade = "white" if colour[part] in DARK else INK
+                    shade = "white" if colour[segment] in DARK else INK
                     words = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
                     ax.text(start + value / 2, y, words, ha="center", va="center", fontsize=7, color=shade)
             left += width

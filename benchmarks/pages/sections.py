@@ -33,13 +33,13 @@ ON_A_CPU = (
 
 
 def breakdown(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
-        parts.append(where(group))
+        pieces.append(where(group))
         group, left_over = newest(group, lambda row: (workload(row), row["variant"], row["by"]))
         figures, lacking = [], []
         for title, found in by_workload(group).items():
-            parts.append(f"<h3>{html.escape(title)}</h3>")
+            pieces.append(f"<h3>{html.escape(title)}</h3>")
             for by in dict.fromkeys(row["by"] for row in found):
                 cut = {row["variant"]: row["ms"] for row in found if row["by"] == by and row["ms"]}
                 lacking += [
@@ -57,22 +57,22 @@ def breakdown(page: Page, rows: list[dict]) -> str:
                     for variant, ms in cut.items()
                 ]
                 header = [f"=by {by}", "all, ms", *(f"{name}, ms (share)" for name in names)]
-                parts.append(grid(header, lines, hardware(found)))
+                pieces.append(grid(header, lines, hardware(found)))
                 figure = plots.stacked(f"Step by {by}: {title}", hardware(found), "ms a step", cut)
                 figures.append(page.figure(f"breakdown by {by} {title} {device_name(found[0])}", figure))
-        lines = ["A part that is a difference of two times can come out below zero."]
+        lines = ["A phase that is a difference of two times can come out below zero."]
         if group[0].get("device") == "cpu":
             lines.append(ON_A_CPU)
         traces = dict.fromkeys(row["trace"] for row in group if row.get("trace"))
         lines += [
             f"Trace with named ranges, beside this report: {name}; opens at https://ui.perfetto.dev." for name in traces
         ]
-        parts.append(notes(lines + lacking + older(left_over) + missing(group)) + figures_of(figures))
-    return "".join(parts)
+        pieces.append(notes(lines + lacking + older(left_over) + missing(group)) + figures_of(figures))
+    return "".join(pieces)
 
 
 def memory(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine([row for row in rows if row.get("peak_bytes")]):
         group, left_over = newest(group, lambda row: (workload(row), row["variant"]))
         lines, figures = [], []
@@ -88,18 +88,18 @@ def memory(page: Page, rows: list[dict]) -> str:
                 figure = plots.bars(f"Peak memory: {title}", hardware(found), "GiB allocated at most", peaks, words)
                 figures.append(page.figure(f"memory {title} {device_name(found[0])}", figure))
         header = ["=step", "=variant", "peak, GiB", "reserved, GiB", "of naive's peak"]
-        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over)))
-        parts.append(figures_of(figures))
-    return "".join(parts)
+        pieces.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over)))
+        pieces.append(figures_of(figures))
+    return "".join(pieces)
 
 
 AXES = {"batch": "batch, samples", "tokens": "tokens", "model": "model"}
 
 
 def scaling(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
-        parts.append(where(group))
+        pieces.append(where(group))
         group, left_over = newest(group, lambda row: (workload(row), row["axis"], row["variant"]))
         figures = []
         for axis in dict.fromkeys(row["axis"] for row in group):
@@ -108,7 +108,7 @@ def scaling(page: Page, rows: list[dict]) -> str:
             of_axis = [row for row in group if row["axis"] == axis]
             for title, found in by_workload(of_axis, *without).items():
                 found = found if axis == "model" else sorted(found, key=lambda row: row[axis])
-                parts.append(f"<h3>Over {axis}: {html.escape(title)}</h3>" + scaling_table(found, axis))
+                pieces.append(f"<h3>Over {axis}: {html.escape(title)}</h3>" + scaling_table(found, axis))
                 timed = [row for row in found if row.get("ms")]
                 if not timed:
                     continue
@@ -121,8 +121,8 @@ def scaling(page: Page, rows: list[dict]) -> str:
                         peaks.setdefault(row["variant"], []).append((row[axis], peak))
                 figure = plots.curves(f"Step over {axis}: {title}", hardware(found), AXES.get(axis, axis), panels)
                 figures.append(page.figure(f"scaling {axis} {title} {device_name(found[0])}", figure))
-        parts.append(figures_of(figures) + notes(older(left_over) + missing(group)))
-    return "".join(parts)
+        pieces.append(figures_of(figures) + notes(older(left_over) + missing(group)))
+    return "".join(pieces)
 
 
 def scaling_table(rows: list[dict], axis: str) -> str:
@@ -177,7 +177,7 @@ def kernel_table(rows: list[dict], caption: str) -> str:
 
 
 def kernels(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["variant"]))
         line, name = hardware(group), device_name(group[0])
@@ -213,8 +213,8 @@ def kernels(page: Page, rows: list[dict]) -> str:
         if peak:
             lines.append(f"Datasheet: {peak.tflops:g} TFLOP/s, {peak.gbps:g} GB/s ({peak.source}).")
         lines += flush_note(group) + older(left_over) + missing(group)
-        parts.append(where(group) + figures_of(figures) + notes(lines) + "".join(tables))
-    return "".join(parts)
+        pieces.append(where(group) + figures_of(figures) + notes(lines) + "".join(tables))
+    return "".join(pieces)
 
 
 def ceiling_words(copy: float | None, gemm: float | None) -> str:
@@ -227,7 +227,7 @@ def ceiling_words(copy: float | None, gemm: float | None) -> str:
 
 
 def optimizer(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (row["model"], row["implementation"]))
         lines, figures = [], []
@@ -249,13 +249,13 @@ def optimizer(page: Page, rows: list[dict]) -> str:
             figures.append(page.figure(f"optimizer {model} {device_name(found[0])}", figure))
         header = ["=model", "parameters, M", "=implementation", "ms a step", "20 to 80 %, ms", "GB/s"]
         header += ["of the measured copy", "times as fast as torch"]
-        parts.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over) + missing(group)))
-        parts.append(figures_of(figures))
-    return "".join(parts)
+        pieces.append(where(group) + grid(header, lines, hardware(group)) + notes(older(left_over) + missing(group)))
+        pieces.append(figures_of(figures))
+    return "".join(pieces)
 
 
 def inference(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(
             group,
@@ -269,16 +269,16 @@ def inference(page: Page, rows: list[dict]) -> str:
                 r["steps"],
             ),
         )
-        parts.append(where(group))
+        pieces.append(where(group))
         figures, batches = [], {}
         for row in group:
             title = f"{row['model']}, batch {row['batch']}, latents of {row.get('input_size')}"
             batches.setdefault(title, []).append(row)
         for title, found in batches.items():
-            parts.append(f"<h3>{html.escape(title)}</h3>")
-            for part in ("network", "decode", "sample"):
-                if of_part := [row for row in found if row["part"] == part]:
-                    parts.append(inference_table(part, of_part))
+            pieces.append(f"<h3>{html.escape(title)}</h3>")
+            for scope in ("network", "decode", "sample"):
+                if of_scope := [row for row in found if row["part"] == scope]:
+                    pieces.append(inference_table(scope, of_scope))
             cut = {}
             for row in found:
                 if row["part"] == "sample" and row["steps"] == 1 and row.get("ms"):
@@ -291,11 +291,11 @@ def inference(page: Page, rows: list[dict]) -> str:
         vaes = dict.fromkeys(row["vae"] for row in group if row.get("vae"))
         lines = [f"Decoder: {vae}." for vae in vaes] + ["From asking for a batch to its end; ratios are of pairs."]
         reasons = (f"{r['part']} {r['variant']} was not timed: {why}." for r in group if (why := why_untimed(r)))
-        parts.append(figures_of(figures) + notes(lines + list(dict.fromkeys(reasons)) + older(left_over)))
-    return "".join(parts)
+        pieces.append(figures_of(figures) + notes(lines + list(dict.fromkeys(reasons)) + older(left_over)))
+    return "".join(pieces)
 
 
-def inference_table(part: str, rows: list[dict]) -> str:
+def inference_table(scope: str, rows: list[dict]) -> str:
     lines = []
     for row in (row for row in rows if row.get("ms")):
         times, share = row.get("times"), row.get("share_of_decode")
@@ -304,20 +304,20 @@ def inference_table(part: str, rows: list[dict]) -> str:
         line += [number(row["images_per_second"]), speed_words(times and (times["50"], times["20"], times["80"]))]
         line += [number(row.get("tflops"), 3), percent(row.get("mfu")), number(mib)]
         line += [f"{row['difference']:.1e}" if "difference" in row else NONE]
-        if part == "sample":
+        if scope == "sample":
             line += [row["decode"], percent(share["50"])]
         lines.append(line)
-    header = [f"={part}", "=precision", "steps", "ms", "20 to 80 %, ms", "images/s", "times as fast as the first"]
+    header = [f"={scope}", "=precision", "steps", "ms", "20 to 80 %, ms", "images/s", "times as fast as the first"]
     header += ["TFLOP/s", "MFU", "a call's memory, MiB", "off the first's output"]
-    return grid(header + (["=decode", "decode's share"] if part == "sample" else []), lines, hardware(rows))
+    return grid(header + (["=decode", "decode's share"] if scope == "sample" else []), lines, hardware(rows))
 
 
 def accounting(page: Page, rows: list[dict]) -> str:
     rows, left_over = newest(rows, lambda row: (row["preset"], row["batch"], row["precision"], row.get("commit")))
     lines, bounds = [], []
     for row in rows:
-        forwards = [f"{row['parts'][part]['flops'] / row['forward_flops']:.3f}" for part in row["parts"]]
-        total = sum(part["flops"] for part in row["parts"].values()) / row["forward_flops"]
+        forwards = [f"{counted['flops'] / row['forward_flops']:.3f}" for counted in row["parts"].values()]
+        total = sum(counted["flops"] for counted in row["parts"].values()) / row["forward_flops"]
         saved = row.get("saved_bytes")
         lines.append(
             [row["preset"], str(row["batch"]), row["precision"], number(row["forward_flops"] / 1e9), *forwards]
@@ -328,7 +328,7 @@ def accounting(page: Page, rows: list[dict]) -> str:
             words = f"{row['preset']}, batch {row['batch']}: no step is shorter than {number(row['floor_ms'])} ms on "
             words += f"{floor['gpu']} at {number(floor['gemm_tflops'])} TFLOP/s ({floor['gemm_source']}) and "
             bounds.append(words + f"{number(floor['copy_gbps'])} GB/s ({floor['copy_source']}): a bound, not a time.")
-    header = ["=recipe", "batch", "=precision", "F, GFLOP", *(f"{part}, F" for part in rows[0]["parts"])]
+    header = ["=recipe", "batch", "=precision", "F, GFLOP", *(f"{name}, F" for name in rows[0]["parts"])]
     header += ["step, F", "without padding, F", "saved for backward, GB", "=commit", "=date"]
     caption = "Counted on the step's own code, the same on every machine; F is one forward pass of the batch."
     return grid(header, lines, caption) + notes(bounds + older(left_over))

@@ -101,7 +101,7 @@ def whole_of(row: dict) -> str:
 
 
 def headline(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (workload(row), row["variant"]))
         tables, figures, ratios, words, alone = [], [], {}, {}, []
@@ -128,8 +128,8 @@ def headline(page: Page, rows: list[dict]) -> str:
             tables.append(notes(uncompared_note(alone)))
         lines = ["Speeds with a spread are of pairs of steps of the same inputs, those without are ratios of medians."]
         lines += other_programs(group) + mfu_note(group) + older(left_over) + missing(group)
-        parts.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
-    return "".join(parts)
+        pieces.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
+    return "".join(pieces)
 
 
 def step_figure(title: str, rows: list[dict]) -> Figure:
@@ -152,7 +152,7 @@ def other_programs(rows: list[dict]) -> list[str]:
 
 
 def ablation(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         whole, _ = newest(timed(filter(may_be_whole, group)), lambda row: (workload(row), row["variant"]))
         group, left_over = newest(
@@ -182,8 +182,8 @@ def ablation(page: Page, rows: list[dict]) -> str:
                     figures.append(page.figure(f"ablation {first} {title} {device_name(found[0])}", figure))
         what = "Each leaves one ingredient out of the step that all are compared with; more than 1 is slower than it."
         lines = [what] + older(left_over) + missing(group)
-        parts.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
-    return "".join(parts)
+        pieces.append(where(group) + figures_of(figures) + "".join(tables) + notes(lines))
+    return "".join(pieces)
 
 
 def ablation_table(rows: list[dict], first: str) -> str:
@@ -204,7 +204,7 @@ def ablation_table(rows: list[dict], first: str) -> str:
 
 
 def agreement(page: Page, rows: list[dict]) -> str:
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (workload(row), row["variant"], row["base"]))
         lines = []
@@ -216,6 +216,6 @@ def agreement(page: Page, rows: list[dict]) -> str:
             lines[-1] += [f"{ratio['50']:.3f} ({ratio['20']:.3f} to {ratio['80']:.3f})", str(row["turns"]), within]
         header = ["=step", "=variant", "=against", "ms a step", "the other's, ms", "time over the other's", "pairs"]
         what = "Two processes make the same steps in turns; the ratio is the median over the pairs (20 to 80 %)."
-        parts.append(where(group) + grid([*header, "1 within the spread"], lines, hardware(group)))
-        parts.append(notes([what] + older(left_over) + missing(group)))
-    return "".join(parts)
+        pieces.append(where(group) + grid([*header, "1 within the spread"], lines, hardware(group)))
+        pieces.append(notes([what] + older(left_over) + missing(group)))
+    return "".join(pieces)

@@ -60,7 +60,7 @@ def summary(rows: list[dict]) -> str:
 
 def tuned(page: Page, rows: list[dict]) -> str:
     """The report's section: for each kernel and shape the shipped config and the fastest, and the entries to change."""
-    parts = []
+    pieces = []
     for group in by_machine(rows):
         group, left_over = newest(group, lambda row: (row["op"], row["shape"], row["dtype"], row["config"]))
         lines, reasons = [], {}
@@ -78,12 +78,12 @@ def tuned(page: Page, rows: list[dict]) -> str:
             ]
         header = ["=kernel", "=shape", "=config", "=", "ms", "20 to 80 %, ms", "times as fast as shipped", "timed"]
         caption = "The shipped config and the fastest of those that took turns with it; ratios are of pairs of a turn."
-        parts.append(where(group) + grid(header, lines, f"{caption} {hardware(group)}"))
+        pieces.append(where(group) + grid(header, lines, f"{caption} {hardware(group)}"))
         words = [
             f"{x['table']} should read {x['entry']}: {number(x['50'], 3)} times as fast over {x['shapes']} shapes, "
             f"{number(x['least'], 3)} at the least."
             for x in entries(group)
         ]
         words += [f"Not timed: {why}: {', '.join(dict.fromkeys(names))}." for why, names in reasons.items()]
-        parts.append(notes(words + older(left_over)))
-    return "".join(parts)
+        pieces.append(notes(words + older(left_over)))
+    return "".join(pieces)

@@ -46,8 +46,8 @@ class Subject:
 
     op: str
     model: str
-    part: str
-    """Which pass of the network this is."""
+    network_pass: str
+    """The pass of the network that launches it: mixed (primal and tangent), guidance or backward."""
     shape: Shape
     half: torch.dtype
     table: str
@@ -65,7 +65,7 @@ class Subject:
 
     @property
     def title(self) -> str:
-        return f"{self.op} {self.model} {self.part} {self.shape}"
+        return f"{self.op} {self.model} {self.network_pass} {self.shape}"
 
     def compiles(self, config: object) -> bool:
         """Whether a config is of kernels of ours, and no library."""
@@ -102,14 +102,16 @@ def _signature(launches: Iterable[Launch]) -> tuple:
     )
 
 
-def _subject(op: str, model: str, part: str, shape: Shape, half: torch.dtype, table, shipped, candidates, build):
+def _subject(
+    op: str, model: str, network_pass: str, shape: Shape, half: torch.dtype, table, shipped, candidates, build
+):
     build = functools.partial(build, shape, half)
     trial, same, first = build("meta"), {}, {}
     for config in (shipped, *candidates):
         library = isinstance(config, enum.Enum) and config is not Backend.TRITON
         key = config if library else _signature(trial.launches(config))
         same[config] = first.setdefault(key, config)
-    return Subject(op, model, part, shape, half, table, shipped, same, build)
+    return Subject(op, model, network_pass, shape, half, table, shipped, same, build)
 
 
 def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -> Iterable[Subject]:
@@ -129,7 +131,7 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
         first = (*preferred(table, arch, d, length), Backend.TRITON)[0]
         return first, tuple(Backend)
 
-    for op, part, batch, table, (shipped, candidates), build in (
+    for op, network_pass, batch, table, (shipped, candidates), build in (
         ("attention_jvp", "mixed", some, "dual", (dual, duals), both),
         ("attention", "guidance", base.batch + some, "plain", (single, singles), forward),
         ("attention", "mixed", base.batch - some, "plain", (single, singles), forward),
@@ -140,7 +142,7 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
     ):
         shape = size_for(device, replace(base, batch=batch))
         place = f"attention/config.py, {table}, head dim {d}, {length} tokens"
-        yield _subject(op, model, part, shape, half, place, shipped, candidates, build)
+        yield _subject(op, model, network_pass, shape, half, place, shipped, candidates, build)
 
 
 ROWS = {
@@ -156,7 +158,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
     shape, more = size_for(device, base), size_for(device, replace(base, batch=base.batch + base.batch // 4))
     single, dual = functools.partial(forward, n=0), functools.partial(forward, n=max(1, shape.batch // 4))
     sums = functools.partial(trials.sums, backward=backward, config=module.BACKWARD)
-    for name, part, size, table, build in (
+    for name, network_pass, size, table, build in (
         (f"{op}_jvp", "mixed", shape, "FORWARD", dual),
         (op, "guidance", more, "FORWARD", single),
         (f"{op}_bwd", "backward", shape, "BACKWARD", backward),
@@ -165,7 +167,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
         # adaln runs twice a step, and has no candidates for its sums
         if found := getattr(candidates, f"{table}_CANDIDATES", ()):
             place = f"{op}/config.py, {table}"
-            yield _subject(name, model, part, size, half, place, getattr(module, table), found, build)
+            yield _subject(name, model, network_pass, size, half, place, getattr(module, table), found, build)
 
 
 ORDER = (

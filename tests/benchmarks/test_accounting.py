@@ -79,19 +79,19 @@ def test_nothing_is_saved_for_the_derivative_or_guidance(bar, batch):
 
 
 @pytest.mark.parametrize("bar", BARS)
-def test_parts_are_the_whole(bar):
+def test_passes_are_the_whole(bar):
     accounts = accounts_of_xl2(32, bar)
-    parts = accounts["parts"]
+    passes = accounts["parts"]
     for key in ("flops", "linear", "attention", "forwards"):
-        assert sum(part[key] for part in parts.values()) == pytest.approx(accounts["step"][key], rel=1e-12)
+        assert sum(each[key] for each in passes.values()) == pytest.approx(accounts["step"][key], rel=1e-12)
     assert accounts["step"]["forwards"] == accounts["step_in_forwards"]
-    for name, part in parts.items():
+    for name, each in passes.items():
         # the kernels' operators have been counted, not overlooked
-        assert (part["attention"] > 0) == (part["linear"] > 0) == (name != "guidance" or bar != "unguided"), name
-    assert parts["primal"]["flops"] == accounts["forward_flops"]
+        assert (each["attention"] > 0) == (each["linear"] > 0) == (name != "guidance" or bar != "unguided"), name
+    assert passes["primal"]["flops"] == accounts["forward_flops"]
     # a flash backward is 2.5 forwards, the derivative of a quarter of the samples twice theirs
-    assert parts["backward"]["attention"] == 2.5 * parts["primal"]["attention"]
-    assert parts["tangent"]["attention"] == 2 / 4 * parts["primal"]["attention"]
+    assert passes["backward"]["attention"] == 2.5 * passes["primal"]["attention"]
+    assert passes["tangent"]["attention"] == 2 / 4 * passes["primal"]["attention"]
 
 
 @pytest.mark.parametrize("model, gmacs", {"B/4": 5.6, "B/2": 23.1, "M/2": 54.0, "L/2": 80.9, "XL/2": 119.0}.items())
@@ -101,18 +101,18 @@ def test_forward_is_the_papers(model, gmacs):
     assert counted == pytest.approx(gmacs, rel=0.01)
 
 
-def test_parts_are_proportional_to_their_rows():
+def test_passes_are_proportional_to_their_rows():
     step = MetaStep(tiny(equal_placement="bernoulli"))
     guidance_sizes, tangent_sizes = step.planner.guidance_sizes, step.planner.tangent_sizes
     assert len(guidance_sizes) > 5 and len(tangent_sizes) >= 5
     bare = {n: step.forward(0, n) for n in tangent_sizes}
-    a_row = step.parts(guidance_sizes[1], tangent_sizes[1], bare)
+    a_row = step.passes(guidance_sizes[1], tangent_sizes[1], bare)
     for guidance, tangent in zip(guidance_sizes[1:], (*tangent_sizes[1:], *tangent_sizes), strict=False):
-        parts = step.parts(guidance, tangent, bare)
-        assert parts["guidance"] == a_row["guidance"] * (guidance / guidance_sizes[1])
-        assert parts["tangent"] == a_row["tangent"] * (tangent / tangent_sizes[1])
-        assert (parts["primal"], parts["backward"]) == (a_row["primal"], a_row["backward"])
-    assert step.parts(0, 0, bare)["guidance"] == step.parts(0, 0, bare)["tangent"] == Flops()
+        passes = step.passes(guidance, tangent, bare)
+        assert passes["guidance"] == a_row["guidance"] * (guidance / guidance_sizes[1])
+        assert passes["tangent"] == a_row["tangent"] * (tangent / tangent_sizes[1])
+        assert (passes["primal"], passes["backward"]) == (a_row["primal"], a_row["backward"])
+    assert step.passes(0, 0, bare)["guidance"] == step.passes(0, 0, bare)["tangent"] == Flops()
 
 
 def drawn(config: RunConfig, step: int, rank: int = 0):
@@ -259,7 +259,7 @@ def test_command(command, tmp_path):
     keys += "saved_bytes_flow_matching parameters parameter_bytes optimizer_bytes floor_ms floor environment"
     assert set(keys.split()) <= accounts.keys()
     assert accounts["floor"]["gemm_source"] == "given" and accounts["precision"] == "bf16"
-    assert [line.split()[0] for line in out.splitlines()[1:7]] == ["part", *accounts["parts"], "step"]
+    assert [line.split()[0] for line in out.splitlines()[1:7]] == ["pass", *accounts["parts"], "step"]
     assert "500 TFLOP/s (given)" in out and "slowest of 2 ranks" in out
     assert "100%" in err  # progress
     code, out, _ = command(*args, "--precision", "fp32")

@@ -245,7 +245,7 @@ def test_breakdown_and_trace(tmp_path, capsys):
     found = Counter(event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X")
     ranges = ("draw", "loss", "guidance", "primal and tangent", "backward", "optimizer")
     assert [found[name] for name in ranges] == [breakdown.PROFILED_STEPS] * 6
-    assert "by part" in capsys.readouterr().out
+    assert "by phase" in capsys.readouterr().out
 
 
 def test_scaling(tmp_path, monkeypatch, capsys):
