@@ -1,9 +1,9 @@
-"""What the kernels and the step cost: read off the compiler without a GPU, and measured on one.
+"""Benchmarks of the kernels and of the step: read off the compiler without a GPU, and measured on one.
 
 On top stand the commands (``python -m benchmarks.NAME``) and the benches of the operators (``bench_*.py``, for pytest).
 Their helpers are in the rooms: ``harness`` (how everything is timed), ``counting`` (work counted, not computed),
-``workloads`` (what is timed), ``parts`` (of the suite), ``pages`` (of the report), ``static`` (what the compilers say)
-and ``tuning``. No helper imports a command.
+``workloads`` (what is timed), ``parts`` (of the suite), ``pages`` (of the report), ``static`` (what the compilers
+make of a kernel) and ``tuning``. No helper imports a command.
 """
 
 import sys

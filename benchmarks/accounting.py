@@ -1,4 +1,4 @@
-"""What a training step has to do: ``python -m benchmarks.accounting --preset NAME --batch B``.
+"""Count the work of a training step: ``python -m benchmarks.accounting --preset NAME --batch B``.
 
 FLOPs of each pass of the step, counted by torch's counter on the step's own code over meta tensors: nothing is
 computed, and the kernels are counted as the operators that they are. F is one plain forward of the network on the
@@ -10,7 +10,7 @@ batch. A product of matrices counts, a pointwise operator does not (meanflow_ker
     backward    of the primal alone
 
 Beside them: the bytes that autograd keeps for the backward, next to those of flow matching; those of the weights and
-the optimizer; and the time below which no step of these products and bytes can be on a GPU.
+the optimizer; and a lower bound of the step's time on a GPU, from these products and bytes.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def _floor(report: dict) -> str:
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.accounting", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--preset", required=True, help="a recipe, as for scripts/train.py")

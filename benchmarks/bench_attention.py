@@ -85,7 +85,7 @@ BACKENDS = {
     for backend in Backend
     for call in ("primal", "backward")
 }
-"""What the tables of attention/config.py choose from."""
+"""The backends that the tables of attention/config.py choose from."""
 
 PEERS = {
     "sdpa math, func.jvp": ("dual", _sdpa_func_jvp),

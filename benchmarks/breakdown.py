@@ -1,4 +1,4 @@
-"""Where a step's time goes: by phase, by kind of work, and by kernel.
+"""Break a step's time down: by phase, by kind of work, and by kernel.
 
 python -m benchmarks.breakdown --model XL/2 --batch 32
 python -m benchmarks.breakdown --model XL/2 --batch 32 --kernels kernels.jsonl --captured
@@ -9,8 +9,8 @@ guidance, and without guidance and derivative, and the differences are the phase
 steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
 compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the phases as
 named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
---kernels writes every kernel of those steps (`pages.kernel_table` says what its rows mean), and times no phases, which would
-be compiled anew.
+--kernels writes every kernel of those steps (`pages.kernel_table` says what its rows mean), and times no phases, which
+would be compiled anew.
 """
 
 import argparse
@@ -132,14 +132,14 @@ def name_passes(net: nn.Module) -> None:
 
 
 class Profile(NamedTuple):
-    """What the profiler saw of PROFILED_STEPS steps."""
+    """A profile of PROFILED_STEPS steps."""
 
     found: list[Activity]
     wall_ms: float
     plans: list[Plan]
-    """Of the profiled steps."""
+    """The plans of the profiled steps."""
     ceilings: Ceilings | None
-    """Measured beside them, where asked for."""
+    """Measured in the same run; None unless asked for."""
 
 
 def profile_steps(work: Workload, trace: Path | None, *, ceilings: bool = False, **train) -> Profile:
@@ -176,7 +176,7 @@ def profile_steps(work: Workload, trace: Path | None, *, ceilings: bool = False,
 
 
 def by_kind(profiled: Profile, device: str) -> dict[str, float]:
-    """Milliseconds a step of each kind of kernel, none where the profiler saw none; on a GPU also those of waiting."""
+    """Milliseconds a step by kind of kernel, empty if the profiler saw none; on a GPU the idle time is a kind too."""
     ms = Counter()
     for each in profiled.found:
         ms[each.kind] += each.ms
@@ -205,7 +205,7 @@ def print_cuts(rows: list[dict]) -> None:
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.breakdown", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_workload_arguments(parser)
@@ -214,7 +214,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     how.add_argument("--captured", action="store_true", help="replay a CUDA graph; with --kernels, on a GPU")
     parser.add_argument("--trace", type=Path, default=None, help="write a trace of some steps to this file")
     parser.add_argument("--kernels", type=Path, default=None, metavar="FILE",
-                        help="append every kernel of a step to this file of JSON lines, and time no phases")  # fmt: skip
+                        help="append every kernel of a step to this file of JSON lines; time no phases")  # fmt: skip
     options = parser.parse_args(args)
     if options.captured and (options.kernels is None or options.device == "cpu"):
         wanted = "--kernels and a GPU; a replayed graph has kernels, but no phases"

@@ -1,4 +1,4 @@
-"""Two folders of rows, one number after the other: ``python -m benchmarks.compare BASE NEW``.
+"""Compare two folders of rows, measurement by measurement: ``python -m benchmarks.compare BASE NEW``.
 
 BASE and NEW are files of JSON lines or folders of them, as for benchmarks.report. Rows are the same measurement where
 kind, step or operator, shape, dtype, variant and card are the same; of several in a folder the newest counts. The
@@ -34,7 +34,7 @@ IDENTITY = {
 
 
 def name_of(row: dict) -> tuple:
-    """Which measurement a row is of, on whatever card."""
+    """The identity of a measurement, the card left out."""
     # JSON has no tuples: an interval is a list
     return row["kind"], *(str(row.get(column)) for column in IDENTITY[row["kind"]])
 

@@ -41,7 +41,7 @@ def timer(pytestconfig, device):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Compiled graphs of one bench do not meet the next."""
+    """Forget compiled graphs before each bench."""
     torch.manual_seed(0)
     torch.compiler.reset()
 

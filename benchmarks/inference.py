@@ -50,7 +50,7 @@ NETWORKS = ("eager", "compiled", "cuda-graph")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 """||x - x_first|| / ||x_first||: rounding, through all layers and steps, far below any mistake's."""
 TF32_TOLERANCE = TOLERANCE["fp16"]
-"""Of fp32 on a GPU: its products round to TF32, which has fp16's digits."""
+"""Tolerance of fp32 on a GPU: its products round to TF32, which has fp16's digits."""
 REPEATS = {"cuda": 20, "cpu": 10}
 
 
@@ -73,9 +73,9 @@ class Way(NamedTuple):
     stages: tuple[Callable, ...] | Reason
     """Each takes what the one before it returns: the network, the decoder, or both; or why there are none."""
     judged: bool = True
-    """Whether its output has to be the first's."""
+    """True if its output must be that of the first way of its group."""
     decode: str | None = None
-    """Of a sample: the decoder's way."""
+    """The decoder's way of a sample; None for a network or a decoder alone."""
 
     @property
     def group(self) -> tuple:
@@ -97,7 +97,7 @@ class Sample(NamedTuple):
 
     ms: float
     share: float
-    """Of its last stage."""
+    """The last stage's share of that time."""
 
 
 class Workload:
@@ -282,7 +282,7 @@ def timed(work: Workload, way: Way) -> Sample:
 
 
 def identity(work: Workload, way: Way) -> dict:
-    """The columns that say what a row is of."""
+    """The columns that say what was timed."""
     row = {"kind": "inference", "part": way.scope, "variant": way.variant, "model": work.model.name}
     row |= {"batch": work.batch, "input_size": work.model.input_size, "tokens": work.model.tokens}
     row |= {"precision": way.precision, "steps": way.steps}

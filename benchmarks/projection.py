@@ -1,4 +1,4 @@
-"""How long the paper's recipes take, from measured steps: a projection, never a measurement.
+"""Project the hours of the paper's recipes from measured steps: never a measurement.
 
 python -m benchmarks.step --preset imagenet-xl2 --batch 32 --compare ours --rows rows.jsonl      (measures)
 python -m benchmarks.projection rows.jsonl                                                       (projects)
@@ -28,13 +28,13 @@ LINK_GBPS = 450.0
 
 
 def parameter_bytes(name: str) -> int:
-    """Of a preset's network, in fp32."""
+    """Bytes of the parameters of a preset's network, in fp32."""
     with META:
         return sum(p.nbytes for p in build_net(preset(name).model).parameters())
 
 
 def usable(rows: list[dict]) -> list[dict]:
-    """Of step rows those whose time says what a recipe takes: of ours, on a GPU, with a batch that divides a recipe's.
+    """The step rows that a recipe's time can be projected from: ours, on a GPU, with a batch that divides the recipe's.
 
     A variant that did not fit is a row without a time, and the same step of another preset is no row of this one.
     """

@@ -1,4 +1,4 @@
-"""What is shown of the committed rows, made from them anew: ``python -m benchmarks.published``.
+"""Make what is shown of the committed rows anew: ``python -m benchmarks.published``.
 
 Every folder of benchmarks/results with rows gets its report.html and, where it has the steps of HEADLINE, step.png; the
 tables of README.md that stand between the marks of a block are written again. Nothing is measured. ``--check`` writes
@@ -101,7 +101,7 @@ def speeds(model: str, rows: list[dict], steps: list[dict]) -> str:
 
 
 def derivative(steps: list[dict]) -> str:
-    """What du/dt of a quarter of the samples adds to XL/2's step without guidance."""
+    """A sentence: how much du/dt of a quarter of the samples adds to XL/2's step without guidance."""
     with_it, without = (
         of_step(steps, HEADLINE["cuda"][0] | {"kappa": 0.0, "share": share}) for share in (GUIDED["share"], 0.0)
     )
@@ -111,8 +111,8 @@ def derivative(steps: list[dict]) -> str:
                 unsure = f" {MARK}" if uncompared(row, steps) or uncompared(other, steps) else ""
                 added = f"{row['ms'] / other['ms'] - 1:.1%}{unsure}"
                 return (
-                    f"XL/2 without guidance, ours-captured: the derivative of {GUIDED['share']:.0%} of the samples adds "
-                    f"{added} to a step ({row['ms']:.1f} ms against {other['ms']:.1f})."
+                    f"XL/2 without guidance, ours-captured: the derivative of {GUIDED['share']:.0%} of the samples "
+                    f"adds {added} to a step ({row['ms']:.1f} ms against {other['ms']:.1f})."
                 )
     return ""
 
@@ -138,7 +138,7 @@ def folders() -> list[Path]:
 
 
 def blocks() -> dict[str, str]:
-    """What stands in README.md, by the name of the block."""
+    """The generated blocks of README.md by name."""
     steps = {folder: read([folder]).by_kind["step"] for folder in folders()}
     tables = [
         f"{headline(found)}\n\n![Training steps]({folder.relative_to(ROOT)}/step.png)"

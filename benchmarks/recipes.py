@@ -1,4 +1,4 @@
-"""What the paper's recipes ask of the hardware: ``python -m benchmarks.recipes --gpus 8 --mfu 0.4``.
+"""Demands of the paper's recipes on the hardware: ``python -m benchmarks.recipes --gpus 8 --mfu 0.4``.
 
 Work and memory are counted on the step's own code (benchmarks.accounting), in bf16. Hours are a PROJECTION. Those by
 card are the counted work over the datasheet's peak and a supposed MFU, the share of that peak that a step reaches.
@@ -68,7 +68,7 @@ def demands(name: str, gpus: int, mfu: float) -> dict:
 
 
 def measured(steps: list[dict]) -> dict[str, dict]:
-    """By recipe the projection from its shortest measured step an image."""
+    """The projection of each recipe from its shortest measured step, per image."""
     found = sorted(usable(steps), key=lambda row: row["ms"] / row["batch"], reverse=True)
     return {row["preset"]: project(row, LINK_GBPS) for row in found}
 
@@ -120,12 +120,12 @@ def notes(rows: list[dict]) -> str:
 
 
 def text(rows: list[dict], projected: dict[str, dict]) -> str:
-    """As a table."""
+    """The recipes as a table, with notes."""
     return f"{table(*lines_of(rows, projected))}\n{notes(rows)}"
 
 
 def markdown(rows: list[dict], projected: dict[str, dict]) -> str:
-    """As a table in Markdown."""
+    """The same in Markdown."""
     header, lines = lines_of(rows, projected)
     return f"{markdown_table(header, [[f'`{name}`', *cells] for name, *cells in lines])}\n\n{notes(rows)}"
 

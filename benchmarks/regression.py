@@ -53,7 +53,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 class Side:
-    """A revision at work."""
+    """A process that takes steps with the code of one revision."""
 
     def __init__(self, tree: Path, arguments: list[str]):
         environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}"}
@@ -120,7 +120,7 @@ def compare(here: Side, there: Side, repeats: int, seconds: float = math.inf, de
 
 
 def verdict(row: dict, tolerance: float) -> tuple[str, bool]:
-    """Words for what the ratio says, and whether that is a failure."""
+    """The ratio in words, and True if it is a failure."""
     ratio = row["ratio"]
     if row["base"] == ITSELF:
         return ("agrees: 1 lies within", False) if agrees(ratio) else ("DISAGREES: 1 lies outside", True)

@@ -49,12 +49,12 @@ class Section:
     title: str
     kind: str
     command: str | None
-    """What makes its rows; None where they were taken by hand."""
+    """The command that makes its rows; None if they were taken by hand."""
     write: Callable[[Page, list[dict]], str]
     wanted: Callable[[dict], bool] = lambda row: True
-    """Which rows of the kind it can show."""
+    """True for the rows of the kind that it shows."""
     beside: Callable[[dict], bool] = lambda row: False
-    """Which others it holds them against, where there are any to show."""
+    """True for further rows that those are compared with; without rows to show they are not used."""
 
 
 SECTIONS = {
@@ -155,7 +155,7 @@ def environment(rows: list[dict]) -> str:
 
 
 def parts(rows: list[dict]) -> str:
-    """What the suite ran, and the end of the log of what failed."""
+    """The parts that the suite ran, and the end of the log of each that failed."""
     latest = list({(r["part"], r.get("device"), r.get("gpu"), r.get("commit")): r for r in rows}.values())
     lines = [
         [r["part"], r["outcome"], number(r["seconds"], 3), str(r.get("rows", NONE)), r.get("log") or NONE]
@@ -172,7 +172,7 @@ def parts(rows: list[dict]) -> str:
 
 
 def ignored(rows: Rows) -> list[str]:
-    """Words for the rows that no section shows."""
+    """A line for each group of rows that no section shows."""
     words = [f"{rows.unknown} rows are of an unknown kind and are not shown."] if rows.unknown else []
     return words + rows.incomplete
 

@@ -1,15 +1,15 @@
-"""What the compiler says of every launch config, with no GPU: ``python -m benchmarks.static_report``.
+"""Compile every launch config without a GPU, and report what the compilers say: ``python -m benchmarks.static_report``.
 
 Every operator's configs are compiled for each architecture, and a table shows registers, spills, shared memory,
 occupancy, matrix instructions, the waits and single-value conversions of a loop with wgmma, and the width of global
 accesses. The exit code is 1 where a config breaks a rule:
 
 - it spills registers, or does not compile;
-- it asks for more shared memory than a block may have (99 KB on architectures without a table of their own);
+- it asks for more shared memory than a block may have (99 KB on architectures other than sm_80 and sm_90);
 - its elements are of 16 bits and some vector load of theirs moves 2 bytes a thread;
 - it is 16-bit attention on sm_90, multiplies matrices, and has no wgmma.
 
-Architectures without a table of their own are compiled in 16 bits alone, unless ``--full`` asks for the rest.
+Architectures other than sm_80 and sm_90 are compiled in 16 bits alone, unless ``--full`` asks for the rest.
 
 A load counts as a vector load where threads use different addresses. One address for all threads is a scalar, and
 loads of other element sizes (the fp32 row statistics of a 16-bit kernel) are listed by argument in the JSON rows.
@@ -28,8 +28,9 @@ from pathlib import Path
 from .harness.table import table
 from .static.occupancy import KB, LIMITS
 
-TUNED = (80, 90)
-"""Architectures with launch configs of their own; the others share configs that fit any of them."""
+WHOLLY_CHECKED = (80, 90)
+"""Architectures compiled in every dtype, whose blocks may have all the shared memory that one offers; on the others a
+config must fit the smallest."""
 FALLBACK_SHARED = 99 * KB
 _WORK: list = []
 
@@ -74,7 +75,7 @@ def problems(row: dict) -> list[str]:
     arch = int(row["arch"].removeprefix("sm_"))
     if row["spill_bytes"]:
         found.append(f"spills {row['spill_bytes']} bytes")
-    limit = row["shared_limit_bytes"] if arch in TUNED else min(FALLBACK_SHARED, row["shared_limit_bytes"])
+    limit = row["shared_limit_bytes"] if arch in WHOLLY_CHECKED else min(FALLBACK_SHARED, row["shared_limit_bytes"])
     if row["shared_bytes"] > limit:
         found.append(f"asks for {row['shared_bytes']} bytes of shared memory, a block may have {limit}")
     half = row["dtype"] in ("float16", "bfloat16")
@@ -89,11 +90,13 @@ def problems(row: dict) -> list[str]:
 def cases(names: list[str], archs: list[int], *, full: bool) -> list[tuple]:
     """(folder, architecture, CompileCase) of every launch config of the operators ``names``.
 
-    Without ``full`` those of the architectures that share configs are left out where they are not of 16 bits.
+    Without ``full``, architectures not in WHOLLY_CHECKED have their 16-bit configs alone.
     """
     packages = folders()
     every = [(name, arch, case) for name in names for arch in archs for case in packages[name].compile_cases(arch)]
-    return [(name, arch, case) for name, arch, case in every if full or arch in TUNED or case.dtype.itemsize == 2]
+    return [
+        (name, arch, case) for name, arch, case in every if full or arch in WHOLLY_CHECKED or case.dtype.itemsize == 2
+    ]
 
 
 def report(work: list[tuple], jobs: int) -> list[dict]:

@@ -43,9 +43,9 @@ from .parts.schedule import PASSED, SKIPPED, Ended, Schedule
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {"cuda": 540, "cpu": 300}
-"""Seconds of a quick run; what is left then waits for the same command again."""
+"""Seconds of a quick run. Parts that are left then run when the same command is given again."""
 REPORTING = 10
-"""Seconds of them that are kept for the report."""
+"""Seconds of BUDGET that are kept for the report."""
 WORKERS = 6
 """Processes of pytest on a machine with a GPU: compiling kernels takes longer than running them."""
 TAIL = 15
@@ -73,7 +73,7 @@ class Suite:
         self._merge_left()
 
     def identity(self, part: Part) -> str:
-        """Of a part at this commit, on this device, with these arguments."""
+        """Identity of a part: a hash of commit, device and arguments."""
         env = self.environment
         told = [part.name, part.command, env["device"], env["gpu"], env["torch"], env["commit"], self.source]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
@@ -107,7 +107,7 @@ class Suite:
         return 1 if unfinished else 0
 
     def _rows_of(self, part: Part) -> Path:
-        """Where a part writes its rows, each the moment it is known."""
+        """The file that a part appends its rows to, each the moment it is known."""
         return self.coming / f"{part.name}.{self.identity(part)}.jsonl"
 
     def _start(self, part: Part) -> Process:
@@ -126,7 +126,7 @@ class Suite:
         return Process([sys.executable, *shlex.split(command)], self._log(part), ROOT, env)
 
     def _merge(self, path: Path, *, whole: bool = False) -> int:
-        """Add a part's rows to the others; how many. Where they are ``whole``, those of earlier tries go."""
+        """Add a part's rows to the others, return their number; if ``whole``, they replace those of earlier tries."""
         identity, found = path.name.split(".")[-2], []
         for row in _whole_rows(path) if path.exists() else []:
             # accounts know nothing of --commit, and projections nothing of where they were made
@@ -170,7 +170,7 @@ def room(device: str) -> tuple[int, float]:
 
 
 def source(commit: str | None) -> str | None:
-    """What tells a modified tree from another: a digest of its code; None where the commit says it all."""
+    """A digest of the code of a modified tree; None if the tree is that of its commit."""
     if commit and not commit.endswith("-dirty"):
         return None
     digest = hashlib.sha256()
@@ -186,7 +186,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _whole_rows(path: Path) -> list[dict]:
-    """The rows that a part wrote; where it was killed it may have left half a row."""
+    """The complete rows that a part wrote; a part that was killed may have left half a row."""
     try:
         return _rows(path)
     except UserError:
@@ -208,8 +208,8 @@ def listing(parts: list[Part]) -> str:
         memory = f"{p.gib:g}" if p.device == "cuda" else "-"
         lines.append([p.name, p.device, " and ".join(p.runs), p.seconds, p.limit, memory, f"python {p.command}"])
     head = (
-        "In this order, side by side where there is room. {stamp} is --rows FILE --device DEVICE --turns FD and --commit "
-        "HASH where one was given, {rows} the file alone, {out} DIR"
+        "In this order, side by side where there is room. {stamp} is --rows FILE --device DEVICE --turns FD and "
+        "--commit HASH where one was given, {rows} the file alone, {out} DIR"
     )
     return head + "\n" + table(["part", "device", "run", "seconds", "at most", "GiB", "command"], lines)
 
@@ -226,7 +226,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
     parser.add_argument("--rehearse", action="store_true",
-                        help="S/8 in the place of every model: whether all parts run, before time on a GPU is spent")  # fmt: skip
+                        help="S/8 in the place of every model, to see whether all parts run")  # fmt: skip
     parser.add_argument("--commit", metavar="HASH", help="of a tree that is no git checkout")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     options = parser.parse_args(args)

@@ -1,8 +1,8 @@
-"""Time launch configs against the shipped ones, on the GPU that is there: ``python -m benchmarks.tune --seconds 120``.
+"""Time launch configs against the shipped ones, on this machine's GPU: ``python -m benchmarks.tune --seconds 120``.
 
     python -m benchmarks.tune --list                                    what would be swept, with no GPU
     python -m benchmarks.tune attention attention_jvp --rows tune.jsonl
-    TRITON_INTERPRET=1 python -m benchmarks.tune --device cpu           tiny shapes: nothing is worth reading but that it runs
+    TRITON_INTERPRET=1 python -m benchmarks.tune --device cpu           tiny shapes: shows only that it runs
 
 Candidates stand beside each operator's config, in candidates.py. A candidate is timed where its results are right: at
 most twice as far from fp64 as plain torch's of the same dtype, plus the tests' floor. Then the configs of a kernel take
@@ -39,13 +39,13 @@ from .tuning.trials import Trial, Unserved
 ROUNDS, FEWEST = {"cuda": 40, "cpu": 1}, 5
 """Turns of the configs of a kernel, and those that are taken however long they last."""
 SHARE = 0.1
-"""Of the seconds: what the turns of one kernel may take."""
+"""Largest share of --seconds that the turns of one kernel may take."""
 FLOOR = {torch.bfloat16: 8e-4, torch.float16: 1e-4, torch.float32: 1e-6}
 """The tests' (tests/kernels/tolerances.py)."""
 
 
 LOST = ("illegal", "misaligned", "launch failure", "assert triggered")
-"""Words of CUDA's errors after which a process can ask nothing of its GPU any more."""
+"""Words of those CUDA errors after which a process cannot use its GPU any more."""
 
 
 class Refused(Exception):
@@ -56,7 +56,7 @@ class Refused(Exception):
 
 
 class Bar:
-    """What a trial's results are held against."""
+    """The largest error that each of a trial's results may have."""
 
     def __init__(self, trial: Trial):
         self._exact = trial.plain(True)
@@ -107,7 +107,7 @@ def prepare(trial: Trial, subject: Subject, config: object) -> tuple[Callable, d
 
 
 def check(trial: Trial, bar: Bar, subject: Subject, config: object) -> tuple[Callable, dict]:
-    """A call that gives what it should, and its columns.
+    """Run a config once and compare its results: the call and its columns.
 
     Raises:
         Refused: with the reason.
@@ -134,13 +134,13 @@ def check(trial: Trial, bar: Bar, subject: Subject, config: object) -> tuple[Cal
 
 
 class Clock:
-    """Milliseconds of one call with a cold cache; on a CPU of a call."""
+    """Milliseconds of one call; on a GPU with a cold L2 cache."""
 
     def __init__(self, device: str):
         self.device, self._cold = device, ColdCache() if device == "cuda" else None
 
     def lead(self, call: Callable) -> float:
-        """How long the host takes to enqueue a call: milliseconds."""
+        """Milliseconds that the host takes to enqueue a call; 0 on a CPU."""
         return host_ms(call, self.device, samples=3) if self._cold else 0.0
 
     def time(self, call: Callable, lead: float, before: Callable | None) -> float:

@@ -1,1 +1,1 @@
-"""What a step has to do, counted on meta tensors without computing anything."""
+"""The work of a step, counted on meta tensors without computing anything."""

@@ -1,9 +1,4 @@
-"""The work of a step: FLOPs of each pass, bytes kept for the backward, and the time below which no GPU can be.
-
-FLOPs are counted by torch's counter on the step's own code over meta tensors, with the kernels as the operators that
-they are. F is one plain forward of the network on the batch. A product of matrices counts, a pointwise operator does
-not (meanflow_kernels.counts).
-"""
+"""Accounts of a step: FLOPs of each pass, bytes kept for the backward, and a lower bound of its time on a GPU."""
 
 import json
 import weakref
@@ -30,7 +25,7 @@ from meanflow_kernels.adamw_ema import adamw_ema_bytes
 from meanflow_kernels.routing import Route, force_route
 
 BATCHES = 1000
-"""Drawn batches of a mean."""
+"""Number of drawn batches that a mean is taken over."""
 PASSES = ("guidance", "primal", "tangent", "backward")
 RESULTS = Path(__file__).parents[1] / "results"
 META = torch.device("meta")
@@ -45,7 +40,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """Of both kinds."""
+        """FLOPs of both kinds."""
         return self.linear + self.attention
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -91,21 +86,21 @@ class MetaStep:
             return meanflow_terms(self.config.objective, self.net, *inputs, plan.to(META)).loss
 
     def flow_matching_loss(self) -> Tensor:
-        """Of the same network and batch, by the plain forward with r = t."""
+        """The flow matching loss of the same network and batch: one plain forward with r = t."""
         with force_route(Route.TRITON):
             return (self.net(self.x, self.t, self.t, self.y) - (self.e - self.x)).square().mean()
 
     def plain_forward(self) -> Flops:
-        """F."""
+        """F: FLOPs of one plain forward of the network on the batch."""
         with force_route(Route.TRITON), torch.no_grad():
             return count(lambda: self.net(self.x, self.r, self.t, self.y))
 
     def forward(self, guidance_size: int, tangent_size: int) -> Flops:
-        """Of a step without its backward."""
+        """FLOPs of a step of these sizes without its backward."""
         return count(lambda: self.loss(self.planner.example(guidance_size, tangent_size)))
 
     def passes(self, guidance_size: int, tangent_size: int, bare: dict[int, Flops]) -> dict[str, Flops]:
-        """FLOPs of each pass of a step of these sizes; bare forwards have no guidance, and a tangent of a size or of 0."""
+        """FLOPs of each pass of a step; ``bare``: of forwards without guidance, by the size of their tangent."""
         roots = []
         forward = count(lambda: roots.append(self.loss(self.planner.example(guidance_size, tangent_size))))
         backward = count(lambda: roots.pop().backward())
@@ -157,7 +152,7 @@ def saved_bytes(loss: Callable[[], Tensor], net: nn.Module) -> int:
 
 
 def mean(flops: Iterable[Flops]) -> Flops:
-    """Of some counts."""
+    """The mean of some counts."""
     flops = list(flops)
     return sum(flops, Flops()) * (1 / len(flops))
 
@@ -217,7 +212,7 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
 
 
 def _unpadded(passes: dict[str, Flops], padded: tuple[int, int], exact: tuple[int, int]) -> Flops:
-    """A step of the exact sizes: the FLOPs of a group are proportional to its rows."""
+    """FLOPs of a step of the exact sizes: those of a pass are proportional to its rows."""
     shares = {each: n / max(m, 1) for each, n, m in zip(("guidance", "tangent"), exact, padded, strict=True)}
     return sum((flops * shares.get(each, 1) for each, flops in passes.items()), Flops())
 
@@ -242,7 +237,7 @@ def _memory(step: MetaStep) -> dict:
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a GPU is at one thing at best, and where that is from."""
+    """The highest rate of a GPU at one thing, and its source."""
 
     value: float
     source: Literal["given", "measured", "datasheet"]

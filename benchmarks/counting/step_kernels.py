@@ -76,11 +76,11 @@ SECOND_STAGES: dict[str, Callable] = {
 
 
 class Activity(NamedTuple):
-    """What a profile says of one name."""
+    """The total of one name in a profile."""
 
     name: str
     what: str
-    """kernel, memset or memcpy; on a CPU operator or Python"""
+    """kernel, memset or memcpy; on a CPU operator or Python."""
     kind: str
     ms: float
     count: int
@@ -92,7 +92,7 @@ def kind_of(name: str) -> str:
 
 
 def activities(events: Iterable, device: str) -> list[Activity]:
-    """Of a profile's averaged events: kernels, memsets and copies on a GPU; operators and Python on a CPU."""
+    """Read a profile's averaged events: kernels, memsets and copies on a GPU; operators and Python on a CPU."""
     found = []
     for event in events:
         name = event.key
@@ -123,7 +123,7 @@ class Counted:
         return Counted(self.calls + other.calls, self.flops + other.flops, self.bytes + other.bytes)
 
     def of(self, times: int, steps: int) -> "Counted":
-        """What so many of ``steps`` like this add to their mean."""
+        """The contribution of ``times`` out of ``steps`` steps to their mean."""
         return Counted(*(value * times / steps for value in (self.calls, self.flops, self.bytes)))
 
 
@@ -166,7 +166,7 @@ def count_calls(run: RunConfig, plans: list[Plan]) -> dict[str, Counted]:
 
 
 def operator_of(name: str) -> str | None:
-    """Which share a kernel belongs to."""
+    """The name in OPERATORS of the operator that a kernel serves; None for other kernels."""
     return next((operator for operator, (kernels, _) in OPERATORS.items() if re.search(kernels, name)), None)
 
 

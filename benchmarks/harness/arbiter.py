@@ -24,7 +24,7 @@ class _Channel:
 
     end: socket.socket | None = None
     held: int = 0
-    """How many nested ``alone`` are open."""
+    """Number of nested ``alone`` that are open."""
 
     def ask(self, word: bytes) -> str:
         """Send a word and wait for the line that answers it.
@@ -51,14 +51,14 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def join(fd: int | None) -> None:
-    """Take turns with the other processes of the suite, from the first call on; without ``fd`` it is alone anyway."""
+    """Take turns with the other processes of the suite from now on; without ``fd`` there are no others."""
     if fd is not None and _channel.end is None:
         _channel.end = socket.socket(fileno=fd)
 
 
 @contextlib.contextmanager
 def alone(device: str) -> Iterator[None]:
-    """A section in which no other process of the suite runs, and with ``device`` "cuda" its GPU was idle at the start.
+    """A section in which no other process of the suite runs; on "cuda" it begins once the GPU is idle.
 
     Compile before it and time in it: while it is open all others wait. Sections may be nested.
     """

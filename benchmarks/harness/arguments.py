@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share: numbers that are some, and the end of bad input."""
+"""Types of arguments that the commands share, and the exit on bad input."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ class BadInput(SystemExit):
 
 
 def finite(text: str) -> float:
-    """A number of the command line that is neither infinite nor nan."""
+    """Parse a finite number."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a finite number")
@@ -25,7 +25,7 @@ def finite(text: str) -> float:
 
 
 def available(name: str) -> str:
-    """cpu, or a cuda that torch sees."""
+    """Parse a device: cpu, or cuda if torch sees a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput(
             "--device: got cuda, but torch sees no GPU, wanted one; --device cpu times it here, "
@@ -35,7 +35,7 @@ def available(name: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A positive whole number of the command line."""
+    """Parse a positive whole number."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive whole number")

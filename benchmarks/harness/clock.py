@@ -1,4 +1,7 @@
-"""Device time with a cold cache, and the two ceilings that a time is held against."""
+"""Milliseconds of one call, on the device with a cold cache or on the host; and the ceilings of the device.
+
+``operator_timer`` makes a row of an operator from them, ``workloads.step_timer`` a row of a training step.
+"""
 
 import math
 import time
@@ -20,7 +23,7 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 FLUSH = "write, read"
-"""How ColdCache evicts, in a row's words: rows of different flushes are not to be compared."""
+"""ColdCache's way to evict, as a column of a row: rows of different ways must not be compared."""
 
 
 class ColdCache:
@@ -109,7 +112,7 @@ def wall_ms(fn: Callable[[], object], samples: int = SAMPLES) -> list[float]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reached in this run at the two things that nothing here can outrun."""
+    """The rates that this device reached in this run for a copy and for a matrix product; no operator is faster."""
 
     copy_gbps: float
     """A large device-to-device copy, bytes read plus bytes written."""

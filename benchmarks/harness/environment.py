@@ -1,4 +1,4 @@
-"""Where and when a number was taken: what stands beside it in every row."""
+"""Hardware, versions, commit and date: the columns that every row has."""
 
 import datetime
 import platform
@@ -32,7 +32,7 @@ def cpu_name() -> str:
 
 
 def _nvml(read) -> tuple[dict, dict]:
-    """What ``read`` makes of NVML's handle of the current GPU, and why it is missing where there is none."""
+    """Call ``read`` with NVML and its handle of the current GPU: the result, or the reason why there is none."""
     try:
         import pynvml
     except ImportError as error:
@@ -46,7 +46,7 @@ def _nvml(read) -> tuple[dict, dict]:
 
 
 def merge(*columns: dict) -> dict:
-    """A row of these columns; what is missing in any of them stays said."""
+    """One row of several groups of columns; reasons for missing columns are merged too."""
     row = {key: value for some in columns for key, value in some.items() if key != "missing"}
     missing = {key: why for some in columns for key, why in some.get("missing", {}).items()}
     return row | ({"missing": missing} if missing else {})
@@ -82,7 +82,7 @@ def clocks(device: str) -> dict:
 
 
 def energy() -> dict:
-    """What the current GPU has used since its driver was loaded, in joules, or why that cannot be read."""
+    """Energy of the current GPU since its driver was loaded, in joules, or the reason why it cannot be read."""
 
     def read(pynvml, gpu) -> dict:
         return {"joules": pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3}

@@ -1,4 +1,4 @@
-"""One measurement: correct first, then host time and device time, then a row that says what it is worth."""
+"""A row of one operator: its results compared with fp64 first, then host time and device time, then its rate."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class OperatorTimer:
     environment: dict
     ceilings: clock.Ceilings
     path: Path | None = None
-    """Each row is appended to this file of JSON lines as soon as it is there."""
+    """File of JSON lines that each row is appended to as soon as it is known."""
     rows: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ class OperatorTimer:
         return f"{row['ms'] / ours[0]['ms']:.2f}" if ours else "-"
 
     def _tangent_costs(self) -> list[str]:
-        """What the primal with its tangent costs in units of the fastest primal alone that was measured."""
+        """Lines: the time of primal and tangent over that of the fastest primal alone that was measured."""
         lines = []
         for row in self.rows:
             primals = self._like(row, call="primal")

@@ -39,7 +39,7 @@ THROTTLE = {
 
 @dataclass
 class Rows:
-    """What the files hold: rows by kind, and those that no section can show."""
+    """The rows of files by kind, and those that no section can show."""
 
     by_kind: dict[str, list[dict]] = field(default_factory=lambda: {kind: [] for kind in REQUIRED})
     unknown: int = 0
@@ -62,19 +62,19 @@ class Rows:
 
 
 def explained(row: dict, kind: str, name: str) -> bool:
-    """Whether a row says why it lacks a column: what was not timed, a kernel beside no measured ceiling."""
+    """True if a row gives the reason why it lacks a column: it was not timed, or no ceiling was measured beside it."""
     if kind == "kernel" and name == "ceiling":
         return name in (row.get("missing") or {})
     return kind in ("step", "inference", "tune") and name in TIMED and why_untimed(row) is not None
 
 
 def why_untimed(row: dict) -> str | None:
-    """Why a step or a value of an axis has no time."""
+    """The reason why a row has no time; None if it has one."""
     return None if row.get("ms") else (row.get("missing") or {}).get("ms")
 
 
 def kind_of(row: dict) -> str:
-    """What a row is of, by its own word or by its columns; "unknown" where neither says it."""
+    """The kind of a row: its own column, else told from its other columns, else "unknown"."""
     tells = {
         "scaling": ("axis",),
         "regression": ("base", "ratio"),
@@ -119,7 +119,7 @@ def parse(text: str, place: str) -> list[tuple[int, dict]]:
 
 
 def flat(row: dict) -> dict:
-    """A row whose environment stands among its columns."""
+    """The row with its environment among its columns."""
     return {k: v for k, v in row.items() if k != "environment"} | (row.get("environment") or {})
 
 
@@ -147,7 +147,7 @@ def read(paths: Iterable[Path]) -> Rows:
 
 
 def machine(row: dict) -> tuple:
-    """What rows in one table share."""
+    """The columns that all rows of one table must share: hardware, versions and commit."""
     names = ("device", "gpu", "cpu", "threads", "driver", "torch", "triton", "commit")
     return tuple(row.get(name) for name in names)
 
@@ -165,7 +165,7 @@ def by_machine(rows: list[dict]) -> list[list[dict]]:
 
 
 def device_name(row: dict) -> str:
-    """The GPU, or CPU with that word."""
+    """The GPU's name, or "CPU" with the processor's."""
     if row.get("gpu"):
         return row["gpu"]
     if row.get("device") == "cpu":
@@ -206,7 +206,7 @@ def clock_words(rows: list[dict]) -> str:
 
 
 def newest(rows: list[dict], name: Callable[[dict], object]) -> tuple[list[dict], int]:
-    """The last measured of the rows that have the same name, in order, and how many older ones there are."""
+    """The newest row of each name, in order, and the number of older ones."""
     last: dict[object, dict] = {}
     for row in sorted(rows, key=lambda row: str(row.get("date"))):
         last[name(row)] = row
@@ -215,7 +215,7 @@ def newest(rows: list[dict], name: Callable[[dict], object]) -> tuple[list[dict]
 
 
 def missing(rows: list[dict]) -> list[str]:
-    """Why columns are missing, each reason once."""
+    """A line for each reason why a column is missing."""
     reasons = (
         f"Missing: {column} ({why})."
         for row in rows
@@ -227,7 +227,7 @@ def missing(rows: list[dict]) -> list[str]:
 
 
 def append(rows: list[dict], options: argparse.Namespace, path: Path | None = None) -> list[dict]:
-    """The rows with where and when; they are written too, to ``path`` or to the file that --rows names."""
+    """Add environment and date to rows, append them to ``path`` (default: the file of --rows), and return them."""
     # one date for all of them
     where, path = environment(options.device, options.commit), path or options.rows
     rows = [merge(row, where) for row in rows]
@@ -239,7 +239,7 @@ def append(rows: list[dict], options: argparse.Namespace, path: Path | None = No
 
 
 def rate(row: dict) -> tuple[float, str]:
-    """What a call reached at what bounds it, from its FLOPs or bytes and its time."""
+    """The rate of a call and its unit: FLOPs over time if products bound it, else bytes over time."""
     if row["bound"] == "gemm":
         return row["flops"] / row["ms"] / 1e9, "TFLOP/s"
     return row["bytes"] / row["ms"] / 1e6, "GB/s"

@@ -1,4 +1,4 @@
-"""Rows as text."""
+"""Tables as text and as Markdown."""
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:

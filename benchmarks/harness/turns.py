@@ -1,4 +1,4 @@
-"""Ways to run the same thing take turns; one that fails becomes a reason, and the others go on."""
+"""Taking turns: how many turns the time allows, and the reason why a way could not be timed."""
 
 import time
 import traceback
@@ -9,11 +9,11 @@ import torch
 
 OUT_OF_MEMORY = "out of memory"
 FEWEST = 3
-"""Turns that are taken however long they last."""
+"""Least number of turns, however long they last."""
 
 
 def turns(repeats: int, seconds: float) -> Iterator[int]:
-    """The numbers of the steps to take, while there is time: a slow machine gets fewer pairs, and not none."""
+    """Count turns up to ``repeats``, but begin none after ``seconds``; at least FEWEST are taken."""
     begin = time.monotonic()
     for turn in range(repeats):
         if turn >= FEWEST and time.monotonic() - begin > seconds:
@@ -22,15 +22,15 @@ def turns(repeats: int, seconds: float) -> Iterator[int]:
 
 
 class Reason(NamedTuple):
-    """Why a variant has no time."""
+    """The reason why a variant has no time."""
 
     words: str
     failed: bool
-    """Whether that is a mistake, and not the machine's or the workload's nature."""
+    """True for a mistake; False if this machine or this workload cannot have a time."""
 
 
 def attempt(call: Callable) -> tuple[object, Reason | None]:
-    """What ``call`` returns, or why it failed. The exception is not kept: it would keep the variant's memory."""
+    """Run ``call``: its result, or the reason why it failed. The exception is not kept: it would hold the memory."""
     try:
         found = call()
     except Exception as error:

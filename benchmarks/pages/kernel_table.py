@@ -36,7 +36,7 @@ def short(name: str, width: int) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """What the step's time was made of, in a line."""
+    """A line: the step's time by activity."""
     ms, launches = Counter(), Counter()
     for row in rows:
         ms[row["activity"]] += row["ms"]
@@ -54,7 +54,7 @@ def ceilings_of(rows: list[dict]) -> list[str]:
 
 
 def bar(length: float) -> str:
-    """A bar of so many characters, to an eighth."""
+    """A bar of block characters, ``length`` of them to an eighth."""
     eighths = max(1, round(8 * length))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 

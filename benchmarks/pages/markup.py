@@ -1,4 +1,4 @@
-"""What the report's sections are written with: numbers, tables, notes, and the line that names the hardware."""
+"""The report's numbers, tables, notes, and the line that names the hardware."""
 
 import html
 import re
@@ -82,7 +82,7 @@ def where(rows: list[dict]) -> str:
 
 
 def workload(row: dict, *without: str) -> str:
-    """Which step was made, in words."""
+    """The workload of a step in words."""
     usual = (32 // int(row["model"].rpartition("/")[2])) ** 2
     words = {
         "model": row["model"],

@@ -11,7 +11,7 @@ PUBLIC = "public kernels"
 
 
 def is_beside_others(row: dict) -> bool:
-    """Whether a kernel's row was taken among public kernels, which are measured as their authors ship them."""
+    """True if a kernel's row was taken beside public kernels, which are measured as their authors ship them."""
     return row.get("bench") == PUBLIC
 
 

@@ -1,4 +1,4 @@
-"""How two rows are held against each other: by pairs of steps of the same inputs where both kept them.
+"""Ratios of two rows: by pairs of steps of the same inputs if both rows kept them, else of medians.
 
 A ratio says where one of its rows was timed before anybody had compared its gradient: MARK stands beside it.
 """
@@ -17,19 +17,19 @@ STEP = ("model", "batch", "tokens", "precision", "omega", "kappa", "interval", "
 
 
 def same_step(row: dict, other: dict) -> bool:
-    """Whether two rows are of one step on one machine, by the same versions and commit."""
+    """True if two rows are of one step on one machine, with the same versions and commit."""
     return machine(row) == machine(other) and all(row.get(name) == other.get(name) for name in STEP)
 
 
 def uncompared(row: dict, rows: Iterable[dict]) -> bool:
-    """Whether a step was timed though its gradient was compared with no other variant's among ``rows``."""
+    """True if a step was timed although its gradient was compared with that of no other variant among ``rows``."""
     if row.get("gradient_against"):
         return False
     return not any(r.get("gradient_against") == row["variant"] and same_step(r, row) for r in rows)
 
 
 def uncompared_note(rows: list[dict], among: Iterable[dict] | None = None) -> list[str]:
-    """What MARK means: the variants of ``rows`` whose gradient was compared with none ``among`` them, or others."""
+    """The note that explains MARK: the variants of ``rows`` whose gradient was compared with none ``among`` them."""
     among = rows if among is None else list(among)
     found = dict.fromkeys(
         f"{row['variant']} (another program)" if row.get("peer") else row["variant"]
@@ -48,7 +48,7 @@ def paired(row: dict, base: dict) -> list[float]:
 
 
 def speed(row: dict, base: str, rows: list[dict]) -> tuple[float, ...] | None:
-    """How many times as fast a step is as the variant ``base`` among ``rows``, which are of the same step.
+    """Speed-up of a step over the variant ``base`` among ``rows``, which are of the same step.
 
     Median, 20 and 80 % quantile over the pairs: of both rows' steps, or as the process found them that made both. The
     ratio of the medians alone where there are no pairs, None where there is no such variant.
@@ -73,7 +73,7 @@ def slowdown(row: dict, base: str, rows: list[dict]) -> tuple[float, ...] | None
 
 
 def mark(row: dict, base: str, rows: list[dict]) -> str:
-    """What stands behind a ratio of a row and the variant ``base``."""
+    """MARK behind a ratio of a row and the variant ``base``, or nothing."""
     both = [row, *(r for r in rows if r["variant"] == base)]
     return f" {MARK}" if row["variant"] != base and any(uncompared(r, rows) for r in both) else ""
 
@@ -90,5 +90,5 @@ ITSELF = "itself"
 
 
 def agrees(ratio: dict) -> bool:
-    """Whether 1 lies within the spread of a ratio."""
+    """True if 1 lies within the spread of a ratio."""
     return ratio["20"] <= 1 <= ratio["80"]

@@ -149,7 +149,7 @@ FLUSHES = {
 
 
 def flush_note(rows: list[dict]) -> list[str]:
-    """How the L2 cache was made cold, where the rows say it."""
+    """A line on how the L2 cache was made cold, if the rows say it."""
     return [f"Flush: {FLUSHES.get(name, name)}." for name in dict.fromkeys(r["flush"] for r in rows if r.get("flush"))]
 
 
@@ -218,7 +218,7 @@ def kernels(page: Page, rows: list[dict]) -> str:
 
 
 def ceiling_words(copy: float | None, gemm: float | None) -> str:
-    """What a copy and a product were measured to reach."""
+    """The measured rates of a copy and of a product in words."""
     words = [f"a copy's {number(copy)} GB/s"] if copy else []
     return " and ".join(words + ([f"a product's {number(gemm)} TFLOP/s"] if gemm else [])) or "no measured ceiling"
 

@@ -79,18 +79,18 @@ def timed(rows: Iterable[dict]) -> list[dict]:
 
 
 def not_timed(rows: list[dict]) -> list[str]:
-    """Words for the variants without a time."""
+    """A line for each variant without a time."""
     return [f"{row['variant']} was not timed: {why}." for row in rows if (why := why_untimed(row))]
 
 
 def is_ablation(row: dict) -> bool:
-    """Whether a row's run compares our step with itself without an ingredient, or is of such a step alone."""
+    """True for the ablation's rows: their run times our step without an ingredient, alone or beside the whole."""
     first, *others = row.get("compared") or [""]
     return bool(left_out(first)) if not others else first in WHOLE and any(left_out(name) for name in others)
 
 
 def may_be_whole(row: dict) -> bool:
-    """Whether a row can be what steps without an ingredient, each of a run of its own, are compared with."""
+    """True if a row is of the whole step, which steps without an ingredient are compared with across runs."""
     return row["variant"] in WHOLE
 
 

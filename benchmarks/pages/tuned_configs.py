@@ -1,4 +1,4 @@
-"""What follows from the tuner's rows: the entries of the config tables that should change, and a report's section."""
+"""Conclusions from the tuner's rows: the entries of the config tables that should change, and the report's section."""
 
 import math
 
@@ -41,7 +41,7 @@ def line(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """Why configs were not timed, and the entries that should change."""
+    """The reasons why configs were not timed, and the entries that should change."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row["ms"]:

@@ -1,1 +1,1 @@
-"""The parts of the suite: their commands, and which of them runs when."""
+"""The parts of the suite: their commands, and the schedule that runs them."""

@@ -24,9 +24,9 @@ class Part:
     limit: int = LIMIT
     """Seconds that it may run; those in which it is stopped do not count."""
     seconds: int = 60
-    """That it is expected to run, beside others on an H200 with 16 cores, or on two cores of a CPU."""
+    """Seconds that it is expected to run: beside others on an H200 with 16 cores, or on two CPU cores."""
     gib: float = 12
-    """Of a GPU's memory that it takes at most: parts run side by side only where all of theirs fits."""
+    """Most GPU memory that it takes, in GiB: parts run side by side only if their sum fits."""
     after: tuple[str, ...] = ()
     """Parts that must have passed before it begins."""
     tests: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Part:
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
     again: bool = False
-    """Made from other parts' rows: last, and again in each run."""
+    """True if it is made from other parts' rows: it runs last, and again in each run."""
 
 
 PYTEST = "-m pytest -q -rs -p no:cacheprovider"
@@ -42,7 +42,7 @@ OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding
 RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
 """The paper's Table 4: the batch on one GPU, a part of 256."""
 TINY = "--precision fp32 --kappa 0.5 --seconds 15"
-"""On a CPU; a slow one takes fewer steps."""
+"""Options of a step on a CPU; a slow CPU takes fewer steps."""
 SAMPLED = "--input-size 8 --steps 1 --network eager --decode plain channels-last bf16 --seconds 5"
 """Images of 64x64 on a CPU, where the decoder of larger ones takes seconds."""
 
@@ -235,7 +235,7 @@ SMALL = {
     r"--model \S+/\d+( --batch \d+)?": "--model S/8 --batch 4",
     r"--axis model": "--axis model --values S/8",
 }
-"""What a rehearsal puts in the place of a part's options."""
+"""Patterns of a part's options, and their replacements in a rehearsal."""
 
 
 def rehearsed(part: Part) -> Part:

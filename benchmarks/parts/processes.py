@@ -1,4 +1,4 @@
-"""A command with all that it starts: begun, stopped, woken and ended as one; and a clock of the time that it ran."""
+"""A command and all processes that it starts: stopped, woken and ended as one, with the time that they ran."""
 
 import contextlib
 import ctypes
@@ -61,7 +61,7 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """How long it has run, without the time that it was stopped."""
+        """Seconds that it has run, without those in which it was stopped."""
         now = self._stopped_at or time.monotonic()
         return now - self.begin - self.stopped_seconds
 

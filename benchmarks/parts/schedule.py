@@ -1,4 +1,4 @@
-"""Which part of the suite runs when: side by side while they compile, and one alone while it is timed."""
+"""The schedule of the suite: parts run side by side while they compile, and one alone while it is timed."""
 
 import select
 import sys
@@ -21,9 +21,9 @@ class Ended(NamedTuple):
 
     outcome: str
     seconds: float
-    """That it ran, stopped ones not counted."""
+    """Seconds that it ran, without those in which it was stopped."""
     why: str | None = None
-    """In words, where its log does not say it."""
+    """The reason in words, if its log does not give it."""
 
 
 @dataclass
@@ -39,18 +39,18 @@ class Schedule:
     ended: Callable[[Part, Ended], None]
     """Called with each part of ``parts`` once."""
     outcomes: dict[str, str]
-    """Of parts that ended before, by name; those that end are added."""
+    """Outcomes of parts that have ended, by name; the schedule adds to them."""
     places: int
     """Parts that run side by side at most."""
     memory: float
     """GiB that they may take together."""
     deadline: float = float("inf")
-    """Of time.monotonic: what runs then is ended, and what waits then is not begun."""
+    """On the clock of time.monotonic: running parts are ended then, waiting ones are not begun."""
     running: dict[str, tuple[Part, Process]] = field(default_factory=dict)
     asking: list[str] = field(default_factory=list)
-    """Names of those that want to be timed, in the order in which they asked."""
+    """Names of the parts that want to be timed, in the order in which they asked."""
     timed: str | None = None
-    """The name of the one that is."""
+    """The name of the part that is being timed."""
 
     def run(self) -> None:
         """Run every part to its end."""
@@ -97,7 +97,7 @@ class Schedule:
                 self._finish(part, process, FAILED, f"{name} did not pass: nothing of this was timed")
 
     def _open(self, names: tuple[str, ...]) -> bool:
-        """Whether all of ``names`` that are to run have ended."""
+        """True if all of ``names`` have ended or are not to run."""
         return not any(name not in self.outcomes and name in self.names for name in names)
 
     def _fits(self, part: Part) -> bool:

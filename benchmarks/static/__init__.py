@@ -1,1 +1,1 @@
-"""What the compilers say of a kernel: PTX, SASS, registers and occupancy, without a GPU."""
+"""Reading a kernel's compilers without a GPU: PTX, SASS, registers and occupancy."""

@@ -1,4 +1,4 @@
-"""How many blocks of a kernel one multiprocessor holds, by the rules of NVIDIA's cuda_occupancy.h."""
+"""Occupancy: the blocks of a kernel that one multiprocessor holds, by the rules of NVIDIA's cuda_occupancy.h."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ SCHEDULERS = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """What one streaming multiprocessor offers."""
+    """The limits of one streaming multiprocessor."""
 
     warps: int
     """Resident warps."""

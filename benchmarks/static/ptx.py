@@ -1,4 +1,4 @@
-"""What a kernel's PTX says of its memory traffic: the width of each global access, and through which argument.
+"""Global memory accesses in a kernel's PTX: the width of each, and the argument that it goes through.
 
 A register carries two kinds of fact, followed through the arithmetic to a fixed point: the pointer arguments that
 its value was computed from, and whether it differs between the threads of a block. So each access is known by its
@@ -126,5 +126,5 @@ def global_accesses(ptx: str, arguments: list[str]) -> list[Access]:
 
 
 def count(ptx: str, op: str) -> int:
-    """How often the instruction ``op`` stands in the PTX."""
+    """Number of instructions ``op`` in the PTX."""
     return sum(name.startswith(op) for name, _ in _instructions(ptx))

@@ -40,10 +40,10 @@ def _loops(sass: str) -> list[list[tuple[str, str]]]:
 
 
 def wgmma_loop(sass: str) -> dict[str, int]:
-    """Counts of the longest loop with wgmma; nothing where there is none.
+    """Counts of the longest loop with wgmma; empty if there is none.
 
-    ``loop_conversions`` are of single values, at a quarter of the rate of packed ones; ``loop_copies_in_flight`` are the
-    groups of cp.async that the loop's wait leaves in flight.
+    ``loop_conversions`` counts conversions of single values, at a quarter of the rate of packed ones;
+    ``loop_copies_in_flight`` counts the groups of cp.async that the loop's wait leaves in flight.
     """
     loops = [loop for loop in _loops(sass) if any(op.startswith("HGMMA") for op, _ in loop)]
     if not loops:

@@ -1,1 +1,1 @@
-"""What the tuner sweeps, how it tries a launch config, and how it compiles ahead."""
+"""The tuner's subjects, its trials of a launch config, and compiling ahead of them."""

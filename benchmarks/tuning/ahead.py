@@ -16,11 +16,11 @@ from .trials import Trial
 MOST = 15
 """Workers: a container's cores may be fewer than the machine's that it sees."""
 SECONDS = 60
-"""After these a config is given up: one kernel takes 1 to 10."""
+"""Seconds after which compiling a config is given up; one kernel takes 1 to 10."""
 
 
 class _Target:
-    """Stands for the driver: a GPU of an architecture that is asked for nothing else."""
+    """A stand-in for the driver that knows nothing but the architecture."""
 
     def __init__(self, arch: int):
         from triton.backends.compiler import GPUTarget

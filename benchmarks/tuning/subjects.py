@@ -1,4 +1,4 @@
-"""What the tuner sweeps: each operator at the models' shapes, its shipped launch config and the candidates."""
+"""The subjects of the tuner: each operator at the models' shapes, its shipped launch config and the candidates."""
 
 import dataclasses
 import enum
@@ -32,7 +32,7 @@ from . import trials
 from .trials import Trial
 
 SHAPES = MODELS | {"L/2": Shape(32, 256, 16, 64), "S/2": Shape(64, 256, 6, 64)}
-"""Between them all widths of the DiT family, and both head dims at 256 tokens."""
+"""All widths of the DiT family, and both head dims at 256 tokens."""
 
 
 def size_for(device: str, shape: Shape) -> Shape:
@@ -51,16 +51,16 @@ class Subject:
     shape: Shape
     half: torch.dtype
     table: str
-    """The place that a better config would go to."""
+    """The table that a better config belongs in."""
     shipped: object
     same: dict[object, object]
-    """Of each config, the shipped one and the candidates, the first that launches the same at this shape."""
+    """Maps each config (shipped or candidate) to the first that makes the same launches at this shape."""
     build: Callable[[str], Trial]
-    """On a device: "meta" to compile alone."""
+    """Makes the trial on a device; "meta" for compiling only."""
 
     @property
     def configs(self) -> tuple:
-        """Those that launch different things, the shipped one first."""
+        """The configs with different launches, the shipped one first."""
         return tuple(config for config, first in self.same.items() if config == first)
 
     @property
@@ -68,11 +68,11 @@ class Subject:
         return f"{self.op} {self.model} {self.network_pass} {self.shape}"
 
     def compiles(self, config: object) -> bool:
-        """Whether a config is of kernels of ours, and no library."""
+        """True if the config is of our kernels, False if it names a library."""
         return config is Backend.TRITON or not isinstance(config, enum.Enum)
 
     def entry(self, config: object) -> str:
-        """A config as its table would have it."""
+        """The config as its table would spell it."""
         if isinstance(config, enum.Enum):
             return str(config)
         if isinstance(config, tuple):
@@ -81,7 +81,7 @@ class Subject:
         return f"{type(config).__name__}({', '.join(f'{f.name}={getattr(config, f.name)!r}' for f in given)})"
 
     def label(self, config: object) -> str:
-        """A config in words: where it has none of its own, by the fields that are not the shipped one's."""
+        """The config in words: its own label, else the fields in which it differs from the shipped one."""
         if isinstance(config, enum.Enum):
             return config.value
         if isinstance(config, tuple):
@@ -94,7 +94,7 @@ class Subject:
 
 
 def _signature(launches: Iterable[Launch]) -> tuple:
-    """What tells launches on the same tensors apart."""
+    """A key that is equal for equal launches on the same tensors."""
     return tuple(
         (x.kernel, x.grid, x.num_warps, x.num_stages, *x.constexprs.items())
         + tuple(value for value in x.args.values() if not isinstance(value, torch.Tensor))

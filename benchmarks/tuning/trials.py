@@ -1,4 +1,4 @@
-"""Each operator on tensors of its own: the launches of a config, and what their results should be."""
+"""Trials of the operators: tensors, the launches of a config on them, and the results that are wanted."""
 
 import enum
 import functools
@@ -26,23 +26,23 @@ EPS = 1e-6
 
 
 class Unserved(Exception):
-    """A library is not there, or does not take such a call."""
+    """A library is not installed, or does not serve such a call."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A subject on tensors of its own."""
+    """A subject with its tensors."""
 
     launches: Callable[[object], Iterable[Launch]]
-    """Those of a config."""
+    """The launches of a config."""
     outputs: tuple[Tensor, ...]
-    """What they write."""
+    """The tensors that the launches write."""
     plain: Callable[[bool], list[Tensor]]
-    """The same by plain torch: in fp64 from the same rounded inputs, or as an ordinary user's would be."""
+    """The results by plain torch: True for fp64 from the same rounded inputs, False for the inputs' own dtype."""
     library: Callable[[enum.Enum], tuple[Tensor, ...]] | None = None
-    """The same by a library that stands where a config may."""
+    """The results by a library, which may stand in the place of a config."""
     before: Launch | None = None
-    """What runs before the clock starts, and leaves in the cache what it wrote."""
+    """A launch made before the clock starts; its output stays in the cache."""
 
 
 def _results(fn: functools.partial, primals: tuple, tangents: tuple, exact: bool) -> list[Tensor]:
@@ -189,7 +189,7 @@ def _packed(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, ...]:
 def attention(
     shape: Shape, half: torch.dtype, device: str, *, shipped: AttentionConfig, dual: bool = False, beside: bool = False
 ) -> Trial:
-    """The forward; ``shipped`` is Triton's config, and ``beside`` others with a tangent o is a part of theirs."""
+    """The forward. ``shipped`` is Triton's config; ``beside``: it writes into an o that other samples share."""
     primals = _packed(shape, half, device)
     tangents = _packed(shape, half, device) if dual else ()
     o, o_dot = primals[0].new_empty(primals[0].shape), primals[0].new_empty(primals[0].shape) if dual else None

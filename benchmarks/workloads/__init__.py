@@ -1,1 +1,1 @@
-"""What is timed: the step by variant, the operators by variant, the decoders, and how they take turns."""
+"""The timed workloads: the step by variant, the operators by variant, the decoders; and the timer of the step."""

@@ -23,14 +23,14 @@ class Decode:
 
     precision: str = "fp32"
     slicing: bool = False
-    """An image at a time: less memory."""
+    """Decode an image at a time: less memory."""
     tiling: bool = False
-    """A tile at a time: less memory, and seams."""
+    """Decode a tile at a time: less memory, but seams."""
     channels_last: bool = False
     compiled: bool = False
 
     def does_nothing(self, vae: nn.Module, latents: Tensor) -> str | None:
-        """Why this way is the plain one for these latents."""
+        """The reason why this way is the plain one for these latents; None if it is another."""
         if self.slicing and len(latents) == 1:
             return "slices are images, and there is one"
         tile = vae.tile_latent_min_size
@@ -39,7 +39,7 @@ class Decode:
         return None
 
     def apply(self, vae: nn.Module) -> nn.Module:
-        """A decoder of its own that runs this way."""
+        """A copy of the decoder that runs this way."""
         # diffusers' own .to() warns of modules to keep in fp32, of which this class has none
         vae = nn.Module.to(copy.deepcopy(vae), DTYPES[self.precision])
         if self.slicing:

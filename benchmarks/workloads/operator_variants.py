@@ -45,7 +45,7 @@ def _primal(case: Case) -> Callable:
 
 
 def backward_of(fn: Callable, case: Case) -> Callable:
-    """What returns the gradients of ``fn`` and the cotangents they belong to; its forward has run."""
+    """Run the forward of ``fn``, and return a function that returns its gradients and their cotangents."""
     inputs = [x.detach().requires_grad_() for x in case.primals]
     with torch.enable_grad():
         out = fn(*inputs, *case.parameters, **case.options)
@@ -83,7 +83,7 @@ VARIANTS = {
     "ours, backward": ("backward", lambda case: backward_of(case.op, case)),
     "torch, backward": ("backward", lambda case: backward_of(case.plain, case)),
 }
-"""What is timed, by name: the call and what builds it.
+"""The timed variants by name: the kind of call, and a function that builds it.
 
 ``dual`` is the primal and the tangent, ``quarter`` the same with tangents of the batch's last quarter only, as most
 training steps have them, ``primal`` the primal alone, ``backward`` its gradients.

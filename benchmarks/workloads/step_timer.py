@@ -40,22 +40,24 @@ class Reference(NamedTuple):
 
 
 class Started(NamedTuple):
-    """A variant after its first step, whose gradient was the reference's."""
+    """A variant after its first step; its gradient agreed with the reference."""
 
     variant: Variant
     columns: dict
-    """What its row says of the start."""
+    """Columns of its row on the first step."""
     reference: Reference
 
 
 def measure(
     work: Workload, names: list[str], repeats: int, seconds: float = math.inf, against: str | None = None
 ) -> Iterator[dict]:
-    """The rows of the variants, each as soon as it is known: those that cannot be timed first where they take turns.
+    """Yield one row per variant as soon as it is known.
+
+    On a CPU, where variants alternate, those that cannot be timed come first.
 
     Args:
-        repeats: steps of each at most. seconds: on a CPU no further turn is begun after these, but
-            three are taken. against: the variant whose gradient they are compared with, None for the first of them.
+        repeats: most steps of each. seconds: on a CPU no turn is begun after this time, but three are
+            taken. against: the variant whose gradient they are compared with, None for the first of them.
 
     Raises:
         SystemExit: where a gradient is another than the first's, or that of ``against`` is not to be had.
@@ -133,7 +135,7 @@ def in_turn(work: Workload, names: list[str], repeats: int, reference: Reference
 
 
 def apart(work: Workload, name: str, reference: Reference | None, batches: list) -> tuple[list[float], dict, Reference]:
-    """A variant's milliseconds, its columns, and the reference of the next."""
+    """Time one variant alone: milliseconds of each step, columns of its row, and the reference for the next."""
     # from the start: what a captured step holds was allocated while it was captured
     torch.cuda.reset_peak_memory_stats()
     variant, columns, reference = start(work, name, reference)
@@ -147,7 +149,7 @@ def apart(work: Workload, name: str, reference: Reference | None, batches: list)
 
 
 def untimed(name: str, why: Reason) -> dict:
-    """The row of a variant without a time, and why."""
+    """Print and return the row of a variant without a time, with its reason."""
     print(f"{name}: not timed: {why.words}", flush=True)
     return {"kind": "step", "variant": name, "ms": None, "failed": why.failed, "missing": {"ms": why.words}}
 
@@ -196,7 +198,7 @@ def joules(before: dict, after: dict, images: int) -> dict:
 
 
 def against(samples: dict[str, list[float]], name: str) -> dict:
-    """How many times as fast a variant is as the first, and as the compiled naive step: quantiles over the pairs."""
+    """Speed-up of a variant over the first and over the compiled naive step: quantiles over the pairs."""
     bases = {base for base in (next(iter(samples)), "naive-compiled") if base in samples and base != name}
     pairs = {base: [a / b for a, b in zip(samples[base], samples[name], strict=True)] for base in bases}
     return {
@@ -226,6 +228,6 @@ def row(name: str, samples: list[float], work: Workload) -> dict:
 
 @functools.cache
 def needed_flops(run: RunConfig) -> float:
-    """What the recipe needs, whoever computes it: the planned step without its padding, mean of 100 drawn batches."""
+    """FLOPs that the recipe needs, whoever computes it: the planned step without padding, mean of 100 drawn batches."""
     accounts = account(run, batches=100)
     return accounts["step_in_forwards_unpadded"] * accounts["forward_flops"]

@@ -46,7 +46,7 @@ class Variant:
         self.step()
 
     def gradient(self) -> Tensor:
-        """The last step's, of all parameters, as one fp32 vector on the CPU."""
+        """The gradient of the last step: all parameters as one fp32 vector on the CPU."""
         return torch.cat([p.grad.detach().float().flatten().cpu() for p in self.net.parameters()])
 
     def _place(self, build: Callable[[], nn.Module], work: Workload) -> nn.Module:
@@ -59,7 +59,7 @@ class Variant:
 
 
 class Naive(Variant):
-    """As public trainers make it; torch's own fused optimizer. Latents and noise are given to it."""
+    """The step as public trainers write it, with torch's fused optimizer. It is given latents and noise."""
 
     def __init__(self, work: Workload, *, compiled: bool = False):
         objective = work.run.objective
@@ -183,16 +183,16 @@ LEFT_OUT = {
     "torch-optimizer": "the native optimizer: torch's fused AdamW and a foreach average",
     "eager": "torch.compile",
 }
-"""What a variant does without, by the end of its name."""
+"""The ingredient that a variant leaves out, by the end of its name."""
 
 
 def left_out(name: str) -> str | None:
-    """What "ours-..." leaves out of "ours", or "ours-eager-..." of "ours-eager"; None where it is no such variant."""
+    """The ingredient that "ours-..." or "ours-eager-..." leaves out; None for other variants."""
     return LEFT_OUT.get(name.removeprefix("ours-").removeprefix("eager-")) if name.startswith("ours-") else None
 
 
 def same_as(name: str, work: Workload) -> str | None:
-    """Why timing a variant would time the whole step twice; None where it is a step of its own."""
+    """The reason why a variant would be the same step as another; None if it is a step of its own."""
     objective = work.run.objective
     base = "ours-eager" if name.startswith("ours-eager") else "ours"
     if name.endswith("no-kernels") and work.device == "cpu":

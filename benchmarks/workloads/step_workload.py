@@ -22,7 +22,7 @@ from ..harness import arbiter
 from ..harness.arguments import available, finite, positive
 
 WEIGHT_STD = 0.02
-"""Of the weights that start at zero, so that every gradient depends on everything."""
+"""Standard deviation given to weights that start at zero, so that every gradient depends on everything."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Workload:
 
 @functools.lru_cache(maxsize=1)
 def initial_weights(model: ModelConfig, device: str) -> dict[str, Tensor]:
-    """Those of every variant, on the CPU; drawn once and on the device, for a CPU takes long over the largest model's."""
+    """Initial weights of all variants, on the CPU; drawn once on the device, for a CPU is slow at the largest model."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         net = build_net(model)
@@ -75,7 +75,7 @@ def initial_weights(model: ModelConfig, device: str) -> dict[str, Tensor]:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is trained, where, and where the rows go."""
+    """Add the arguments that say what is trained, where, and which file gets the rows."""
     parser.add_argument("--preset", default=None, help="a recipe's model and objective, instead of those below")
     parser.add_argument("--model", default="XL/2", help="size and patch, for instance B/4 (default XL/2)")
     parser.add_argument("--batch", type=int, default=32, help="samples a step (default 32)")
@@ -99,7 +99,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_workload(options: argparse.Namespace) -> Workload:
-    """What the arguments ask for.
+    """Make the workload of parsed arguments.
 
     Raises:
         UserError: for a value out of range.
@@ -137,7 +137,7 @@ def identity(work: Workload, preset: str | None = None) -> dict:
 
 
 def title(row: dict) -> str:
-    """What was trained, and where."""
+    """A line that says what was trained, and where."""
     where = row["gpu"] or f"CPU ({row['cpu']}, {row['threads']} threads)"
     guided = f"omega {row['omega']:g}, kappa {row['kappa']:g}, t in {list(row['interval'])}"
     shape = f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['precision']}"
