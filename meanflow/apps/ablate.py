@@ -60,7 +60,7 @@ AXES = _axes()
 
 
 def run_config(overrides: dict, seed: int, steps: int) -> RunConfig:
-    """Digits with a row's overrides."""
+    """The configuration of digits with a row's overrides."""
     config = preset("digits")
     train = {"steps": steps, "seed": seed, "save_every": steps, "sample_every": steps}
     sections = {"model": {}, "objective": {}, "train": train}
@@ -113,7 +113,7 @@ def _spread(scores: list[dict], key: str) -> tuple[float, float]:
 
 
 def table(result: dict) -> list[str]:
-    """An axis as a Markdown table: mean ± standard deviation over the seeds."""
+    """Format an axis as a Markdown table: mean ± standard deviation over the seeds."""
     lines = [
         f"Digits, {result['title']}: {result['steps']} steps, {len(result['seeds'])} seeds, one-step samples; "
         f"the floor of the Fréchet distance is {result['floor']:.2f}.",
@@ -131,7 +131,7 @@ def table(result: dict) -> list[str]:
 
 
 def draw(path: Path, result: dict) -> None:
-    """Ours and the paper's, bar beside bar, each on its own scale."""
+    """Draw our scores and the paper's as bars side by side, each on its own scale."""
     from matplotlib.figure import Figure
 
     rows = list(result["rows"])

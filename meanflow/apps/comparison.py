@@ -28,7 +28,7 @@ TITLES = {
 
 
 def folder_of(out: Path, config: RunConfig) -> Path:
-    """The folder of a configuration: out, or a folder beside it where out holds another one."""
+    """The folder of a configuration: out, or one beside it if out holds another configuration."""
     text = json.dumps(to_dict(config), indent=2) + "\n"
     recorded = out / "config.json"
     if recorded.exists() and recorded.read_text() != text:
@@ -87,7 +87,7 @@ def compare(configs: dict[str, RunConfig], out: Path) -> int:
 
 
 def report_lines(report: dict) -> list[str]:
-    """The report as Markdown."""
+    """Format the report as Markdown."""
     r = report
     rows = [
         ("", "MeanFlow", "flow matching", "real digits"),
@@ -149,7 +149,7 @@ def _grid_of(net, seed: int, device: torch.device) -> Tensor:
 
 
 def draw_samples(path: Path, images: dict[str, Tensor]) -> None:
-    """Grids of uint8 digits side by side, a column a class."""
+    """Draw grids of uint8 digits side by side, one column per class."""
     from matplotlib.figure import Figure
 
     from ..data.images import grid

@@ -22,7 +22,7 @@ class Options:
     out: Path | None = None
     """Where to write: a folder for a pipeline, else a file."""
     format: Literal["auto", "run", "pipeline", "official", "sit", "dit", "zhuyu"] = "auto"
-    """What the source is. .pt files of SiT, DiT and zhuyu-cs/MeanFlow look alike: name theirs."""
+    """Format of the source. .pt files of SiT, DiT and zhuyu-cs/MeanFlow look alike: name theirs."""
     weights: Literal["ema", "model"] = "ema"
     """The moving average, which samples better, or the weights in training."""
     vae: str = ""

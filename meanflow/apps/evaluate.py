@@ -29,11 +29,11 @@ class Options:
     checkpoint: Positional[Path]
     """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
     steps: tuple[int, ...] = (1,)
-    """Evaluations of the network an image, evenly spaced in time; several are measured one after the other."""
+    """Evaluations of the network per image, evenly spaced in time; several numbers are measured in turn."""
     times: tuple[float, ...] = ()
     """A schedule of one's own instead, falling from 1 to 0."""
     count: int = 50_000
-    """Samples of each kind."""
+    """Number of samples for each schedule and choice of labels."""
     protocols: tuple[str, ...] = ("official",)
     """official balanced round floor pytorch-fid clean-fid own-data, several joined by +: measured side by side."""
     inception: Path | None = None
@@ -91,7 +91,7 @@ def main(args: list[str]) -> None:
 def judge_digits(
     options: Options, net: torch.nn.Module, schedules: tuple[tuple[float, ...], ...], about: dict, device: torch.device
 ) -> None:
-    """Print what the digits' own judge says; JSON is an object, or a list of them for several schedules."""
+    """Print the scores of digits; JSON is an object, or a list of them for several schedules."""
     judge = DigitsEvaluation(options.seed)
     floor = {"frechet_floor": judge.floor(), "classifier_accuracy_real": judge.accuracy_real}
     results = [

@@ -43,18 +43,18 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for."""
+    """A request for images."""
 
     labels: tuple[int, ...]
-    """Classes, a row of images each; none are images of no class."""
+    """Classes, one row of images each; empty: images of no class."""
     times: tuple[float, ...]
     each: int
-    """Images a class."""
+    """Images per class."""
     seed: int
 
 
 class Picture(NamedTuple):
-    """A grid of images as a PNG, and the milliseconds they took."""
+    """A grid of images as a PNG, and its times in milliseconds."""
 
     png: bytes
     network_ms: float
@@ -62,7 +62,7 @@ class Picture(NamedTuple):
 
 
 class Studio:
-    """Draws what is asked for, one request at a time.
+    """Serves requests for images, one at a time.
 
     Args:
         pipeline: a :class:`meanflow.interop.pipeline.MeanFlowPipeline` on its device.
@@ -79,7 +79,7 @@ class Studio:
         self._lock = threading.Lock()
 
     def describe(self) -> dict:
-        """What the page needs to know."""
+        """Facts for the page."""
         recipe, net = self.pipeline.config.recipe or {}, self.pipeline.transformer
         step = [f"step {recipe['step']}"] if recipe.get("step") else []
         words = [f"DiT-{self.model.name}", *step, f"{self.model.num_classes} classes"]
@@ -87,7 +87,7 @@ class Studio:
         return {"words": ", ".join(words), "classes": self.classes, "decodes": self.pipeline.vae is not None}
 
     def read(self, query: str) -> Request:
-        """A request from a query string.
+        """Parse a request from a query string.
 
         Raises:
             UserError: naming the option that does not fit.
@@ -117,7 +117,7 @@ class Studio:
         return int(word)
 
     def draw(self, request: Request) -> Picture:
-        """The grid: a row a class, or nearly a square of one class. Image i of a seed depends on its class alone."""
+        """Draw a grid: a row per class, or nearly a square of one class. Image i of a seed depends on its class alone."""
         labels = request.labels or (self.model.num_classes,)
         y = torch.tensor(labels).repeat_interleave(request.each)
         images, network, decode = [], 0.0, 0.0
@@ -133,7 +133,7 @@ class Studio:
         return Picture(file.getvalue(), network, decode)
 
     def _draw_batch(self, samples: Tensor, labels: Tensor, request: Request) -> tuple[Tensor, float, float]:
-        """uint8 images and the milliseconds of network and decoder."""
+        """Draw uint8 images; returns the milliseconds of network and decoder, too."""
         device, model = self.pipeline.transformer.device, self.model
         shape = (model.in_channels, model.input_size, model.input_size)
         noise = Draws(request.seed, 0, samples.to(device)).normal(Purpose.NOISE, shape)
@@ -153,7 +153,7 @@ class Studio:
 
 
 def _now(device: torch.device) -> float:
-    """Milliseconds, once the device has done what it was asked for."""
+    """Time in milliseconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * time.perf_counter()
@@ -167,7 +167,7 @@ def _number(name: str, word: str, kind: type):
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype, names: str = "", vae: str = "") -> Studio:
-    """A studio of a run, a checkpoint, exported weights, a saved pipeline or a checkpoint of the official code.
+    """Load a studio from a run, a checkpoint, exported weights, a saved pipeline or an official checkpoint.
 
     Args:
         names: of the classes, as :func:`meanflow.interop.convert.read_names` takes them; a pipeline has its own.
@@ -215,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         except torch.OutOfMemoryError:
             self._line(HTTPStatus.INTERNAL_SERVER_ERROR, "memory: the images do not fit; start with --dtype bf16")
         except (BrokenPipeError, ConnectionResetError):
-            # the browser went on
+            # the browser has closed the connection
             self.close_connection = True
         except Exception as error:
             traceback.print_exc()
@@ -251,11 +251,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Nothing: the page says what went wrong."""
+        """Log nothing: the page shows errors."""
 
 
 def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is bound and waits to be started; port 0 takes a free one.
+    """Make a server that is bound but not started; port 0 takes a free one.
 
     Raises:
         UserError: where the address cannot be had.
@@ -271,7 +271,7 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
 def serve(studio: Studio, host: str, port: int, say: Callable[[str], None] = print) -> None:
     """Serve the page until the process is interrupted."""
     with make_server(studio, host, port) as server:
-        # the first call of a network is slower than the others
+        # warm up: the first call of a network is slower
         studio.draw(Request((), (1.0, 0.0), 1, 0))
         say(f"{studio.describe()['words']}\nhttp://{host}:{server.server_port}/   (Ctrl-C ends)")
         server.serve_forever()
@@ -286,13 +286,13 @@ class Options:
     vae: str = ""
     """Decoder of the latents, a local folder or its name (default: the one that the run's configuration names)."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the weights."""
+    """Dtype of the weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     host: str = "127.0.0.1"
     """Address to listen at; this one is this machine alone. There is no password."""
     port: int = 7860
-    """0 takes a free one."""
+    """Port to listen at; 0 takes a free one."""
 
 
 def main(args: list[str]) -> None:

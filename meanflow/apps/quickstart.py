@@ -23,7 +23,7 @@ class Options:
 
 
 def following(out: Path) -> list[str]:
-    """Commands that go on from what is there now."""
+    """Commands to try next."""
     run = shlex.quote(str(out / "meanflow"))
     return [
         f"python scripts/sample.py {run} --steps 2 --labels 3 5 --count 20",

@@ -27,9 +27,9 @@ class Options:
     checkpoint: Positional[Path]
     """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
     count: int = 80
-    """How many images."""
+    """Number of images."""
     steps: int = 1
-    """Evaluations of the network an image, evenly spaced in time."""
+    """Evaluations of the network per image, evenly spaced in time."""
     times: tuple[float, ...] = ()
     """A schedule of one's own instead, falling from 1 to 0."""
     labels: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ class Options:
 
 
 def name_of(options: Options, step: int) -> str:
-    """The files' name: what is drawn, and of what."""
+    """Name of the files: what is drawn, and from which weights."""
     words = [f"step{step}", f"nfe{options.steps}", f"seed{options.seed}"]
     if options.times:
         words[1] = "times" + "-".join(f"{t:g}" for t in options.times)

@@ -1,4 +1,4 @@
-"""How good samples are: features, scores, protocols."""
+"""Scores of samples: features, distances, protocols."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""How good digits are: Fréchet distance, conditional accuracy, within-class variance, by a small classifier."""
+"""Scores of digits: Fréchet distance, conditional accuracy, within-class variance, by a small classifier."""
 
 from dataclasses import asdict, dataclass
 
@@ -13,7 +13,7 @@ from ..method.sampling import sample
 from .frechet import Moments, frechet_distance
 
 CLASSIFIER_EPOCHS, CLASSIFIER_BATCH = 20, 64
-# without noise and dropout the features know the training images by heart, and judge anything else by that
+# without noise and dropout the classifier memorises the training images, and its features generalise badly
 CLASSIFIER_NOISE, CLASSIFIER_DROPOUT = 0.2, 0.5
 HELD_OUT = 5  # every fifth image
 FLOOR_DRAWS = 20
@@ -48,22 +48,22 @@ class DigitClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of samples scores."""
+    """Scores of a set of samples."""
 
     accuracy: float
-    """Share of the samples that the classifier puts into the class they were asked for."""
+    """Share of samples that the classifier puts into the class they were drawn for."""
     frechet: float
     """Fréchet distance to all real images, in the classifier's features."""
     variance_ratio: float
     """Within-class variance of the pixels over that of the real images."""
 
     def as_dict(self) -> dict[str, float]:
-        """By name."""
+        """The scores by name."""
         return asdict(self)
 
 
 class DigitsEvaluation:
-    """Judges 8x8 digits by a classifier trained here on the real ones; the same for the same seed."""
+    """Scores 8x8 digits by a classifier trained here on the real ones; the same for the same seed."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -98,20 +98,20 @@ class DigitsEvaluation:
         return frechet_distance(Moments.of(features).gaussian(), self.real_gaussian)
 
     def floor(self) -> float:
-        """The distance that as many real images score, drawn with replacement; the mean of several drawings."""
+        """Distance of as many real images drawn with replacement; mean of several drawings."""
         n = len(self.digits)
         draws = (Draws(self.seed, i, torch.arange(n)).integers(Purpose.BOOTSTRAP, n) for i in range(FLOOR_DRAWS))
         distances = [self._distance(self.real_features[drawn]) for drawn in draws]
         return sum(distances) / len(distances)
 
     def class_means(self) -> float:
-        """The distance that the classes' mean images score: what one step of flow matching tends to."""
+        """Distance of the classes' mean images, which one step of flow matching tends to."""
         means = torch.stack([self.digits.images[self.digits.labels == c].mean(0) for c in range(10)])
         return self._distance(self._features(means[self.digits.labels]))
 
     @torch.no_grad()
     def score(self, images: Tensor, labels: Tensor) -> Scores:
-        """images (N, 1, 8, 8) in [-1, 1], asked for as labels (N,)."""
+        """Score images (N, 1, 8, 8) in [-1, 1], drawn for labels (N,)."""
         images, labels = images.cpu().float().clamp(-1, 1), labels.cpu()
         return Scores(
             accuracy=float((self.classifier(images).argmax(1) == labels).double().mean()),
@@ -120,7 +120,7 @@ class DigitsEvaluation:
         )
 
     def score_net(self, net: nn.Module, device: torch.device, times=(1.0, 0.0)) -> Scores:
-        """As many samples as there are real images, of the same classes."""
+        """Score a network by as many samples as there are real images, of the same classes."""
         draws = Draws(self.seed, 1, torch.arange(len(self.digits), device=device))
         labels = self.digits.labels.to(device)
         return self.score(sample(net, draws.normal(Purpose.NOISE, self.digits.shape), labels, times), labels)

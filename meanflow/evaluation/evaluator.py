@@ -1,7 +1,7 @@
 """Evaluation of generators: samples, their features kept on disk batch by batch, scores by named protocols.
 
-An evaluation that is interrupted goes on where it stopped: a batch of samples is a function of (weights, seed,
-indices), and its features are written whole or not at all. Any number of processes computes the same files; one scores.
+An interrupted evaluation resumes where it stopped: a batch of samples is a function of (weights, seed, indices), and
+its features are written whole or not at all. Any number of processes computes the same files; one scores.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from .protocols import OFFICIAL, Protocol, labels_of, quantize
 from .scores import BLOCKS, NEIGHBOURS, SPLIT, frechet_score, inception_score, precision_recall
 
 FRECHET = {"fid": "pool3", "sfid": "spatial", "fdd": "dinov2"}
-"""Fréchet distances by the features they are of."""
+"""Fréchet distances, each with its features."""
 NOTES = (
     "Frechet distances fall as the number of images grows: compare numbers of equal counts alone.",
     f"stderr: Frechet distances, delete-one-block jackknife over {BLOCKS} blocks of samples; precision and recall, "
@@ -48,18 +48,18 @@ class Sampler:
 
     net: nn.Module
     decode: Callable[[Tensor], Tensor]
-    """From latents to images in [-1, 1], see meanflow.data.decoder.make_decoder."""
+    """Maps latents to images in [-1, 1], see meanflow.data.decoder.make_decoder."""
     shape: tuple[int, int, int]
-    """Of a latent."""
+    """Shape of a latent."""
     num_classes: int
     seed: int
     device: torch.device
 
     def images(self, indices: Tensor, labels: str, times: Sequence[float]) -> Tensor:
-        """Samples (B, C, H, W) of indices (B,), about in [-1, 1]; labels: the protocol's choice.
+        """Draw samples (B, C, H, W) of indices (B,), about in [-1, 1]; labels: the protocol's choice.
 
         Raises:
-            UserError: where they are not finite.
+            UserError: if they are not finite.
         """
         draws = Draws(self.seed, 0, indices.to(self.device))
         noise, classes = draws.normal(Purpose.NOISE, self.shape), labels_of(labels, draws, self.num_classes)
@@ -80,7 +80,7 @@ class Evaluator:
 
     Args:
         extractor: feature networks on this process's device.
-        reference: what to compare with, see :func:`meanflow.evaluation.fid_reference.load_reference`.
+        reference: the real data, see :func:`meanflow.evaluation.fid_reference.load_reference`.
         decode, shape, num_classes, seed: see :class:`Sampler`.
         protocol: labels, rounding and resize; its reference is the one given.
         batch: samples at a time in each process.
@@ -96,11 +96,11 @@ class Evaluator:
         self.world, self.batch = world, batch
 
     def score(self, net: nn.Module, count: int, times: Sequence[float] = (1.0, 0.0)) -> dict[str, float]:
-        """Fréchet distances of count samples, by name. A collective call; the same numbers in every process."""
+        """Compute Fréchet distances of count samples, by name; the same in every process. A collective call."""
         sampler = Sampler(net, self.decode, self.shape, self.num_classes, self.seed, self.world.device)
         moments: dict[str, Moments] = {}
         batches = torch.arange(count).split(self.batch)
-        # as many passes in each process, where a pass of a sharded network is a collective call too
+        # as many passes in each process: a pass of a sharded network is a collective call too
         for first in range(0, len(batches), self.world.size):
             mine = first + self.world.rank
             images = sampler.images(batches[min(mine, len(batches) - 1)], self.protocol.labels, times)
@@ -124,16 +124,16 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure."""
+    """What an evaluation measures."""
 
     count: int
-    """Samples of each kind."""
+    """Number of samples for each schedule and choice of labels."""
     schedules: tuple[tuple[float, ...], ...]
     """Times of the sampler, falling from 1 to 0."""
     protocols: dict[str, Protocol]
-    """By their names."""
+    """Protocols by name."""
     batch: int = 64
-    """Samples generated at a time; part of what makes the numbers' last bits."""
+    """Samples generated at a time, which affects the scores' last bits."""
 
     def __post_init__(self):
         least = 2 * BLOCKS
@@ -141,21 +141,21 @@ class Plan:
         require(self.batch >= 1, "batch", self.batch, "a positive whole number", "change it")
 
     def batches(self) -> list[tuple[int, int]]:
-        """First index and end of each."""
+        """First and end index of each batch."""
         return [(i, min(i + self.batch, self.count)) for i in range(0, self.count, self.batch)]
 
     def work(self) -> list[tuple[tuple[float, ...], str, tuple[int, int]]]:
-        """Schedule, labels and indices of all samples to draw."""
+        """List schedule, labels and index range of all batches to draw."""
         kinds = dict.fromkeys(p.labels for p in self.protocols.values())
         return [(times, labels, span) for times in self.schedules for labels in kinds for span in self.batches()]
 
     def views(self, labels: str) -> list[tuple[str, str]]:
-        """The ways (rounding, resize) in which samples of these labels are looked at."""
+        """The (rounding, resize) pairs that the protocols with these labels use."""
         return list(dict.fromkeys((p.rounding, p.resize) for p in self.protocols.values() if p.labels == labels))
 
 
 def schedule_name(times: Sequence[float]) -> str:
-    """For files: the evaluations of the network, and which times where they are not even."""
+    """Name a schedule in file names: the number of steps, and their times if they are not even."""
     steps = len(times) - 1
     if tuple(times) == even_times(steps):
         return f"nfe{steps}"
@@ -163,10 +163,10 @@ def schedule_name(times: Sequence[float]) -> str:
 
 
 class FeatureStore:
-    """Features on disk: a file for each batch of samples and way to look at it, whole or absent.
+    """Features on disk: a file for each batch of samples and (rounding, resize), whole or absent.
 
     Raises:
-        UserError: where the folder holds an evaluation of something else.
+        UserError: if the folder holds an evaluation of something else.
     """
 
     def __init__(self, folder: Path, identity: dict, world: World):
@@ -181,7 +181,7 @@ class FeatureStore:
             write_atomically(path, json.dumps(identity, indent=2) + "\n")
 
     def path(self, times: Sequence[float], labels: str, view: tuple[str, str], span: tuple[int, int]) -> Path:
-        """Of a batch."""
+        """The file of a batch."""
         schedule = "-".join(str(float(t)) for t in times)
         return (
             self.folder / "features" / schedule / labels / "-".join(view) / f"{span[0]:08d}-{span[1]:08d}.safetensors"
@@ -201,7 +201,7 @@ class FeatureStore:
             ) from None
 
     def read(self, paths: list[Path]) -> dict[str, Tensor]:
-        """All features of these batches by name, (count, D) fp32 on the CPU."""
+        """Read all features of these batches by name, (count, D) fp32 on the CPU."""
         parts = []
         for path in paths:
             try:
@@ -257,7 +257,7 @@ def evaluate(
 
 
 def _draw(sampler: Sampler, extractor: Extractor, plan: Plan, store: FeatureStore, world: World) -> None:
-    """The features that are missing; the processes take batches in turn. The first batch of a kind is shown too."""
+    """Compute missing features, processes taking batches in turn, and picture the first batch of each kind."""
     mine = plan.work()[world.rank :: world.size]
     bar = tqdm(mine, desc="samples", unit="batch", disable=not world.is_main, dynamic_ncols=True, mininterval=1.0)
     for times, labels, span in bar:
@@ -280,7 +280,7 @@ def _score(
     store: FeatureStore, extractor: Extractor, plan: Plan, name: str, times: Sequence[float],
     references: dict[tuple[str, str], Reference],
 ) -> dict:  # fmt: skip
-    """A protocol's numbers at one schedule, with everything they depend on beside them."""
+    """Compute a protocol's scores at one schedule, beside everything that they depend on."""
     protocol = plan.protocols[name]
     reference = references[protocol.reference, protocol.resize]
     view = protocol.rounding, protocol.resize
@@ -306,7 +306,7 @@ def _score(
 
 
 def table(report: dict) -> str:
-    """The report as lines for a terminal: a protocol and what it means beside every number."""
+    """Format the report as lines for a terminal, with each number's protocol and its meaning."""
     names = ("fid", "sfid", "fdd", "inception_score", "precision", "recall")
     present = [name for name in names if any(name in row for row in report["results"])]
     lines = []

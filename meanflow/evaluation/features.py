@@ -20,7 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, names included."""
+    """Compute the SHA-256 of a module's weights, names included."""
     total = hashlib.sha256()
     for name, x in sorted(module.state_dict().items()):
         total.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -29,7 +29,7 @@ def digest(module: nn.Module) -> str:
 
 
 def load_dinov2(path: Path, device: torch.device | str) -> nn.Module:
-    """DINOv2 from a local folder of the Hugging Face layout (config.json, model.safetensors). Downloads nothing.
+    """Load DINOv2 from a local folder of the Hugging Face layout (config.json, model.safetensors); downloads nothing.
 
     Raises:
         UserError: where the folder or the package that reads it is missing, or the weights cannot be read.
@@ -44,7 +44,7 @@ def load_dinov2(path: Path, device: torch.device | str) -> nn.Module:
             "pip install transformers, or leave --dinov2 out"
         ) from None
     try:
-        # of pickles, code beside the weights and anything remote it reads nothing
+        # reads no pickles, no code beside the weights, nothing remote
         net, about = AutoModel.from_pretrained(
             str(path), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
@@ -74,7 +74,7 @@ class Extractor:
         self.dinov2 = None if dinov2 is None else load_dinov2(dinov2, device)
 
     def identity(self) -> dict[str, str | bool | None]:
-        """Which weights these are."""
+        """Identity of the weights."""
         return {
             "inception_sha256": self.inception_digest,
             "inception_is_standard": self.inception_digest.startswith(STANDARD_DIGEST),
@@ -83,13 +83,13 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, resize: str) -> dict[str, Tensor]:
-        """uint8 (B, 1 or 3, H, W) -> fp32 features by name: pool3 (B, 2048), spatial (B, 2023), dinov2 (B, width)."""
+        """Compute fp32 features of uint8 (B, 1 or 3, H, W): pool3 (B, 2048), spatial (B, 2023), dinov2 (B, width)."""
         images = images.to(self.device)
         with exact():
             pool3, spatial = self.inception(inception_input(images, resize))
             features = {"pool3": pool3, "spatial": spatial}
             if self.dinov2 is not None:
-                # as Stein et al., arXiv 2306.04675, whatever the protocol resizes for the Inception by
+                # as Stein et al., arXiv 2306.04675, whatever resize the protocol uses for the Inception
                 x = clean_resize(images.float().expand(-1, 3, -1, -1), DINOV2_SIZE) / 255
                 mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
                 features["dinov2"] = self.dinov2(pixel_values=(x - mean) / std).last_hidden_state[:, 0]
@@ -103,7 +103,7 @@ class Extractor:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Within it networks compute in full fp32, without TF32, and the same bits each time."""
+    """Make networks compute in full fp32, without TF32, and the same bits each time, within a with block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -131,7 +131,7 @@ class ImageStatistics:
         self.moments: dict[str, Moments] = {}
 
     def add(self, images: Tensor) -> dict[str, Tensor]:
-        """Count images uint8 (B, 1 or 3, H, W) in; returns their features."""
+        """Add images uint8 (B, 1 or 3, H, W); returns their features."""
         features = self.extractor(images, self.resize)
         for name, x in features.items():
             part = Moments.of(x)
@@ -139,10 +139,10 @@ class ImageStatistics:
         return features
 
     def gathered(self, world: World) -> dict[str, Moments]:
-        """Of the images of all processes, the same in each: merged by rank. A collective call.
+        """Merge the statistics of all processes by rank; the same in each. A collective call.
 
         Raises:
-            UserError: where no process saw an image.
+            UserError: if no process saw an image.
         """
         parts = [part for part in world.gather({n: m.to("cpu") for n, m in self.moments.items()}) if part]
         require(bool(parts), "images", 0, "at least two images", "name another folder")

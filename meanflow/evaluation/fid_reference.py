@@ -1,4 +1,4 @@
-"""What samples are compared with: a file of statistics, or images, whose features are then computed and kept."""
+"""Reference data for scores: a file of statistics, or images, whose features are then computed and kept."""
 
 import sys
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ HINTS = {
     "data": "pass a statistics file, an .npz of images or a folder of images by --data-reference PATH",
 }
 LARGEST = 2**23
-"""Pixels of an image of a folder: samples are smaller, and a batch of images has to fit into the memory."""
+"""Most pixels of an image in a folder: samples are smaller, and a batch must fit into memory."""
 NEIGHBOURHOOD = 10_000
 """Real images that precision and recall look at, as many as ADM's file holds; of more, evenly spaced ones."""
 
@@ -36,11 +36,11 @@ class Reference:
 
     source: str
     statistics: dict[str, Gaussian]
-    """By the features' names; those that are absent cannot be scored."""
+    """Statistics by the features' names; absent ones cannot be scored."""
     features: Tensor | None
     """pool3 (M, 2048) of real images for precision and recall, where the source holds images."""
     entries: dict | None
-    """What of a folder is used and left out, see meanflow.data.entries.account."""
+    """Account of a folder's used and left-out entries, see meanflow.data.entries.account."""
 
 
 class ArrayImages:
@@ -64,7 +64,7 @@ class ArrayImages:
         return len(self.array)
 
     def read(self, indices: list[int]) -> Tensor:
-        """uint8 (B, C, H, W)."""
+        """Read images as uint8 (B, C, H, W)."""
         return torch.from_numpy(self.array[indices]).permute(0, 3, 1, 2)
 
 
@@ -86,7 +86,7 @@ class FolderImages:
         return len(self.names)
 
     def read(self, indices: list[int]) -> Tensor:
-        """uint8 (B, 3, H, W)."""
+        """Read images as uint8 (B, 3, H, W)."""
         return torch.stack([self._read(self.names[i]) for i in indices])
 
     def _read(self, name: str) -> Tensor:
@@ -163,7 +163,7 @@ def _measured(
     images: ArrayImages | FolderImages, extractor: Extractor, resize: str, kept: Path, identity: dict, batch: int,
     world: World,
 ) -> tuple[dict[str, Gaussian], Tensor]:  # fmt: skip
-    """Statistics of all images and features of some, computed once: the processes take batches in turn."""
+    """Compute statistics of all images and features of some, once; the processes take batches in turn."""
     npz, tensors = kept.with_suffix(".npz"), kept.with_suffix(".safetensors")
     if not world.broadcast(_is_kept(npz, tensors, identity)):
         running = ImageStatistics(extractor, resize)
@@ -185,7 +185,7 @@ def _measured(
 
 
 def _is_kept(npz: Path, tensors: Path, identity: dict) -> bool:
-    """Whether the files of the same images and networks are there."""
+    """Whether the files hold results of the same images and networks."""
     try:
         with safe_open(tensors, "pt") as file:
             return npz.exists() and file.metadata() == identity

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError, require
 
 KEYS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2")}
-"""Names in a statistics file: those of ADM's evaluation for the Inception's features, our own for DINOv2's."""
+"""Keys in a statistics file: those of ADM's evaluation for the Inception's features, our own for DINOv2's."""
 # the official MeanFlow code writes its own statistics under other names
 _READABLE = (*KEYS.items(), ("pool3", ("ref_mu", "ref_sigma")))
 
@@ -37,7 +37,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and comoment of some features, from which those of more follow.
+    """Count, mean and comoment of features; those of several sets can be merged.
 
     Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
@@ -50,7 +50,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features (N, D) of any floating dtype, N may be 0; on their device."""
+        """Compute the moments of features (N, D) of any floating dtype, N may be 0, on their device."""
         features = features.double()
         if len(features) == 0:
             width = features.shape[1]
@@ -60,7 +60,7 @@ class Moments:
         return cls(len(features), mean, deviations.T @ deviations)
 
     def merged(self, other: "Moments") -> "Moments":
-        """Of both sets together."""
+        """The moments of both sets together."""
         if not self.count or not other.count:
             return self if self.count else other
         count, step = self.count + other.count, other.mean - self.mean
@@ -77,12 +77,12 @@ class Moments:
         return Gaussian(self.mean, self.comoment / (self.count - 1))
 
     def to(self, device: torch.device | str) -> "Moments":
-        """The same on another device."""
+        """Copy to another device."""
         return Moments(self.count, self.mean.to(device), self.comoment.to(device))
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """Of all parts together, merged in their order: the same parts give the same bits."""
+    """Merge moments in the given order: the same parts give the same bits."""
     return reduce(Moments.merged, parts)
 
 
@@ -129,7 +129,7 @@ def write_statistics(path: Path, statistics: dict[str, Gaussian], **facts: objec
 
 
 def read_statistics(path: Path, device: torch.device | str = "cpu") -> dict[str, Gaussian]:
-    """The distributions that an .npz holds, by the features' names; empty where it holds none.
+    """Read the distributions in an .npz, by the features' names; empty if it holds none.
 
     Raises:
         UserError: for a file that is missing, damaged, pickled, or whose shapes do not fit each other.

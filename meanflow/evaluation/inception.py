@@ -25,7 +25,7 @@ STANDARD_DIGEST = "6726825d"
 
 
 class Conv(NamedTuple):
-    """A convolution of a branch: its name in the weight file, channels, kernel and stride."""
+    """A convolution in a branch: its name in the weight file, channels, kernel and stride."""
 
     name: str
     out: int
@@ -41,17 +41,17 @@ class Branch(NamedTuple):
 
 
 def mean_pool(x: Tensor) -> Tensor:
-    """3x3 means over what is inside the image."""
+    """Average pool of 3x3 that leaves the padding out of the mean."""
     return functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """3x3 maxima, size kept."""
+    """Maximum pool of 3x3, stride 1; keeps the size."""
     return functional.max_pool2d(x, 3, stride=1, padding=1)
 
 
 def halve(x: Tensor) -> Tensor:
-    """3x3 maxima at every second place."""
+    """Maximum pool of 3x3, stride 2."""
     return functional.max_pool2d(x, 3, stride=2)
 
 
@@ -193,12 +193,12 @@ class Inception(nn.Module):
         return x.mean((2, 3)), spatial
 
     def probabilities(self, pool3: Tensor) -> Tensor:
-        """Of the 1008 outputs (N, 1008), from pool3 (N, 2048): without the bias, as ADM and torch-fidelity do."""
+        """Compute class probabilities (N, 1008) of pool3 (N, 2048), without the bias, as ADM and torch-fidelity do."""
         return (pool3 @ self.fc.weight.T).softmax(1)
 
 
 def load_inception(path: Path | None, device: torch.device | str) -> tuple[Inception, str]:
-    """The network with the weights of a local file, .pth or .safetensors, and that file's SHA-256. Downloads nothing.
+    """Load the network from a local file, .pth or .safetensors; returns it and the file's SHA-256. Downloads nothing.
 
     Raises:
         UserError: for a file that is not named, missing, damaged, of other weights, or that holds code.

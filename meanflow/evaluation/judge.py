@@ -1,4 +1,4 @@
-"""How good the average's one-step samples are while it trains: digits by their classifier, latents by FID."""
+"""Scores of the average's one-step samples during training: digits by their classifier, latents by FID."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth, from github.com/mseitzer/pytorc
 
 
 def make_judge(config: RunConfig, dataset: Dataset, world: World, kept: Path) -> Judge:
-    """A function from a network to its scores by name; all processes call it together, and all get them.
+    """Make a function from a network to its scores by name, which all processes call together.
 
     Args:
         kept: folder for features of the reference, for the next time.

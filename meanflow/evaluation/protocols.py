@@ -16,22 +16,22 @@ from .inception import SIZE
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a number is measured. The defaults are the official MeanFlow code's."""
+    """The choices behind a score. The defaults are the official MeanFlow code's."""
 
     reference: Literal["adm", "data"] = "adm"
-    """What samples are compared with: ADM's statistics of ImageNet, or data of one's own."""
+    """Reference data: ADM's statistics of ImageNet, or data of one's own."""
     labels: Literal["uniform", "balanced"] = "uniform"
     """The classes asked for: drawn uniformly for each sample (official), or each equally often, in turn (successors,
     which lowers the FID by about 0.1 to 0.2)."""
     rounding: Literal["truncate", "round", "floor"] = "truncate"
-    """From x in [-1, 1] to uint8: 127.5 x + 128 truncated (official); 127.5 (x + 1) to the nearest, which is the same
-    but for ties; 127.5 (x + 1) truncated, half a level darker, as ADM's sampling script does."""
+    """Conversion of x in [-1, 1] to uint8: 127.5 x + 128 truncated (official); 127.5 (x + 1) to the nearest, which is
+    the same except for ties; 127.5 (x + 1) truncated, half a level darker, as ADM's sampling script does."""
     resize: Literal["tensorflow", "pytorch", "clean"] = "tensorflow"
-    """To the network's 299 x 299: bilinear as TensorFlow 1 (official, ADM, torch-fidelity); bilinear between pixel
-    centres (pytorch-fid, which also scales by x / 127.5 - 1); antialiased bicubic, as Pillow's (clean-fid)."""
+    """Resize to the network's 299 x 299: bilinear as TensorFlow 1 (official, ADM, torch-fidelity); bilinear between
+    pixel centres (pytorch-fid, which also scales by x / 127.5 - 1); antialiased bicubic, as Pillow's (clean-fid)."""
 
     def describe(self) -> dict[str, str]:
-        """Its choices by name."""
+        """The choices by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -45,11 +45,11 @@ CHANGES = {
     "clean-fid": {"resize": "clean"},
     "own-data": {"reference": "data"},
 }
-"""What each name changes of the official protocol; names joined by + change several things."""
+"""Changes of each name to the official protocol; names joined by + change several things."""
 
 
 def named(name: str) -> Protocol:
-    """The protocol of a name such as "official", or of several as in "balanced+own-data".
+    """Look up the protocol of a name such as "official", or of several as in "balanced+own-data".
 
     Raises:
         UserError: for a name that does not exist, or names that contradict each other.
@@ -64,14 +64,14 @@ def named(name: str) -> Protocol:
 
 
 def labels_of(kind: str, draws: Draws, num_classes: int) -> Tensor:
-    """The classes (B,) int64 that samples are asked for; a function of the seed and the sample's index."""
+    """The classes (B,) int64 of the samples to draw, a function of the seed and the sample's index."""
     if kind == "balanced":
         return draws.samples % num_classes
     return draws.integers(Purpose.SAMPLE_LABEL, num_classes)
 
 
 def quantize(images: Tensor, rounding: str) -> Tensor:
-    """images (B, C, H, W) in [-1, 1], others clipped, to uint8."""
+    """Convert images (B, C, H, W) in [-1, 1] to uint8; others are clipped."""
     if rounding == "truncate":
         return to_uint8(images)
     levels = (127.5 * (images + 1)).clamp(0, 255)
@@ -113,7 +113,7 @@ RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def inception_input(images: Tensor, resize: str) -> Tensor:
-    """uint8 (B, 1 or 3, H, W) as the network takes them: (B, 3, 299, 299) fp32, grey repeated.
+    """Convert uint8 (B, 1 or 3, H, W) to the network's input (B, 3, 299, 299) fp32, grey repeated.
 
     Raises:
         UserError: for another dtype or number of channels.

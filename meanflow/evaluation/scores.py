@@ -1,4 +1,4 @@
-"""Scores of features, each with the standard error that the number of samples leaves."""
+"""Scores of features, each with its standard error due to the finite number of samples."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -10,25 +10,25 @@ from ..errors import require
 from .frechet import Gaussian, Moments, frechet_distance, merge
 
 BLOCKS = 10
-"""Parts of the samples, by index, whose differences give the standard errors."""
+"""Number of blocks of samples, by index, whose differences give the standard errors."""
 STUDENT = 2.262
-"""Half of a 95 % interval in standard errors, for ten blocks (nine degrees of freedom)."""
+"""Half width of a 95 % interval in standard errors, for ten blocks (nine degrees of freedom)."""
 SPLIT = 5000
-"""Samples over which an Inception Score is taken; the mean over the splits is reported (ADM)."""
+"""Samples per split of the Inception Score; the mean over the splits is reported (ADM)."""
 NEIGHBOURS = 3
-"""Of precision and recall (ADM)."""
+"""Neighbour whose distance is the radius of precision and recall (ADM)."""
 ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, and how far another set of as many samples would differ."""
+    """A score, and its standard error over sets of as many samples."""
 
     value: float
     stderr: float | None = None
 
     def as_dict(self) -> dict:
-        """For JSON: value, standard error, 95 % interval."""
+        """Value, standard error and 95 % interval, for JSON."""
         if self.stderr is None:
             return {"value": self.value, "stderr": None, "interval": None}
         half = STUDENT * self.stderr
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def blocks(x: Tensor) -> list[Tensor]:
-    """BLOCKS parts of (N, ...), in order, of sizes that differ by one at most.
+    """Cut (N, ...) into BLOCKS parts, in order, of sizes that differ by one at most.
 
     Raises:
         UserError: for fewer samples than two a block.
@@ -47,12 +47,12 @@ def blocks(x: Tensor) -> list[Tensor]:
 
 
 def frechet_score(features: Tensor, reference: Gaussian) -> Estimate:
-    """Fréchet distance of features (N, D) to a reference; its standard error by the delete-one-block jackknife.
+    """Fréchet distance of features (N, D) to a reference, with its standard error by the delete-one-block jackknife.
 
-    The distance falls as N grows (the covariance of fewer samples is worse), which distances of small subsets would
-    show instead of the spread. Without one block in ten N is nearly the same: the variance is that of the distances
-    of the remaining nine tenths, times the jackknife's (BLOCKS - 1) (Künsch, Annals of Statistics 17, 1989). The
-    reference's own error is not in it.
+    The distance falls as N grows (fewer samples estimate the covariance worse), so that distances of small subsets
+    would show this bias instead of the spread. Leaving out one block in ten hardly changes N. Variance = (BLOCKS - 1) x
+    the variance of the ten leave-one-out distances (Künsch, Annals of Statistics 17, 1989). The reference's own error
+    is not included.
     """
     parts = [Moments.of(part) for part in blocks(features.to(reference.mean.device))]
     value = frechet_distance(merge(parts).gaussian(), reference)

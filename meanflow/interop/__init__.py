@@ -1,1 +1,1 @@
-"""Weights of anyone, and diffusers: read, converted, written."""
+"""Weights of other projects, and diffusers: read, converted, written."""

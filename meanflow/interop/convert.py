@@ -1,4 +1,4 @@
-"""From any of the known formats to a pipeline, to weights to start from, and back to the formats of others.
+"""Convert weights of any known format to a pipeline, to a file to start from, and to formats of other projects.
 
 run       a run folder, a checkpoint or exported weights of this project
 pipeline  a folder of MeanFlowPipeline
@@ -31,7 +31,7 @@ SCALES = {"zhuyu": 0.18125}
 """Factors on the latents that are not Stable Diffusion's 0.18215."""
 NET = "net/"
 PLACES = ("checkpoint", "reference_source")
-"""What reports say of the machine's files, which a model card does not."""
+"""Fields of a report that name files of the machine; a model card leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,27 @@ class Weights:
     """State dict of :class:`meanflow.model.dit.DiT`."""
     model: ModelConfig
     config: dict
-    """Of the run by sections, or model and data alone where nothing else is known."""
+    """The run's configuration by sections, or model and data alone if nothing else is known."""
     step: int
     origin: str
-    """Where from, in words."""
+    """Where the weights are from, in words."""
     which: str
     """"ema" or "model"."""
     note: str = ""
-    """What a person should know about the conversion."""
+    """A note on the conversion, for the user."""
 
 
 def load(
     path: Path, format: str, weights: str = "ema", *, num_heads: int | None = None, input_size: int | None = None
 ) -> Weights:
-    """Weights of any format, in fp32 or more.
+    """Load weights of any format, in fp32 or more.
 
     Args:
-        format: one of the above; "auto" finds it. weights: "ema" or "model", where the source has both.
-        num_heads, input_size: where the source does not tell.
+        format: one of the above; "auto" detects it. weights: "ema" or "model", if the source has both.
+        num_heads, input_size: of the network, if the source does not tell.
 
     Raises:
-        UserError: where it cannot be read or is something else, or not a whole network.
+        UserError: if it cannot be read or is something else, or not a whole network.
     """
     found = _load(path, find_format(path) if format == "auto" else format, weights, num_heads, input_size)
     check_whole(found.tensors, found.model)
@@ -109,7 +109,7 @@ def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, w
 
 
 def load_pipeline(path: Path, **options):
-    """A saved MeanFlowPipeline; options are from_pretrained's.
+    """Load a saved MeanFlowPipeline; options are from_pretrained's.
 
     Raises:
         UserError: for a folder that holds none, or a damaged one.
@@ -137,18 +137,18 @@ def _from_pipeline(path: Path) -> Weights:
 
 
 def run_config(weights: Weights) -> dict:
-    """A whole run's configuration: the weights' own, or the paper's recipe for what is not known."""
+    """A whole run's configuration: the weights' own, with the paper's recipe for what is not known."""
     known = weights.config
     return known if "train" in known else to_dict(preset("imagenet-b4")) | known | {"model": asdict(weights.model)}
 
 
 def save_start(weights: Weights, out: Path) -> None:
-    """One safetensors file: to start a run from, to sample from and to evaluate."""
+    """Write one safetensors file, to start a run from, to sample from and to evaluate."""
     save_weights(out, weights.tensors, run_config(weights), weights.step)
 
 
 def save_official(weights: Weights, out: Path) -> None:
-    """A checkpoint (msgpack) of the official code, whose params and ema_params are these weights.
+    """Write a checkpoint (msgpack) of the official code, whose params and ema_params are these weights.
 
     Raises:
         UserError: for networks that the official code does not have.
@@ -158,7 +158,7 @@ def save_official(weights: Weights, out: Path) -> None:
 
 
 def save_zhuyu(weights: Weights, out: Path) -> None:
-    """A .pt file of zhuyu-cs's code, whose model and ema are these weights.
+    """Write a .pt file of zhuyu-cs's code, whose model and ema are these weights.
 
     Raises:
         UserError: for networks that it does not have, or where it cannot be written.
@@ -174,7 +174,7 @@ def save_zhuyu(weights: Weights, out: Path) -> None:
 def make_pipeline(
     weights: Weights, vae: str = "", names: Mapping[int, str] | None = None, scores: list[dict] | None = None
 ):
-    """A :class:`meanflow.interop.pipeline.MeanFlowPipeline` of the weights, on the CPU.
+    """Make a :class:`meanflow.interop.pipeline.MeanFlowPipeline` of the weights, on the CPU.
 
     Args:
         vae: folder of the autoencoder, whose scale becomes that of the latents; without one the pipeline gives latents.
@@ -203,7 +203,7 @@ def make_pipeline(
     known = weights.config.get("classes")
     if names is None and known:
         names = {int(i): name for i, name in known.items()}
-    # where the data lay is nobody else's business, and the pipeline has the names itself
+    # without the data's path, which is private, and the classes, which the pipeline has itself
     config = {key: value for key, value in weights.config.items() if key != "classes"} | {"data": data | {"path": ""}}
     recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.which, "config": config}
     return MeanFlowPipeline(
@@ -213,7 +213,7 @@ def make_pipeline(
 
 
 def save_pipeline(pipeline, out: Path) -> None:
-    """A pipeline's folder, whole or absent.
+    """Write a pipeline's folder, whole or not at all.
 
     Raises:
         UserError: where it cannot be written.
@@ -228,7 +228,7 @@ def save_pipeline(pipeline, out: Path) -> None:
 
 
 def read_names(source: str, classes: int) -> dict[int, str]:
-    """Names of the classes: "imagenet", a JSON object {number: name}, or a text file with a name a line.
+    """Read the names of all classes: "imagenet", a JSON object {number: name}, or a text file with one name per line.
 
     Raises:
         UserError: where they cannot be read, or name other classes.
@@ -240,7 +240,7 @@ def read_names(source: str, classes: int) -> dict[int, str]:
 
 
 def read_scores(path: Path) -> list[dict]:
-    """The rows of scripts/evaluate.py's report.json, or of its --json, for the model card: plain values.
+    """Read the rows of scripts/evaluate.py's report.json, or of its --json output, for the model card.
 
     Raises:
         UserError: where it cannot be read.

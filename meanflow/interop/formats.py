@@ -1,4 +1,4 @@
-"""What holds weights: found by what it holds, runs read, and their classes' names."""
+"""Formats of weights: detected by content; runs read, with the names of their classes."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from ..storage import checkpoint as ckpt
 from ..storage.foreign import is_safetensors
 
 CLASSES = "classes.json"
-"""Of a run folder: the names of its data's classes by number, where the data has them."""
+"""File of a run folder with the names of its classes by number, if the data has them."""
 ORBAX = {"manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA"}
 
 
 def find_format(path: Path) -> str:
-    """The format of a file or folder, by what it holds; "" for a file of tensors, whose families share their names.
+    """Detect the format of a file or folder by its content; "" for a file of tensors, whose families look alike.
 
     Raises:
         UserError: where there is nothing.
@@ -36,7 +36,7 @@ def find_format(path: Path) -> str:
         return "run" if _is_ours(path) else ""
     if head == b"PK\x03\x04" or head[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".ckpt"):
         return ""
-    # msgpack's map of a few entries is what flax begins with
+    # flax files begin with msgpack's code for a small map
     return "official" if path.name.startswith("checkpoint_") or b"\x81" <= head[:1] <= b"\x8f" else "run"
 
 
@@ -49,7 +49,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def load_run(path: Path, weights: str) -> tuple[dict[str, Tensor], dict, Path, int]:
-    """Tensors, configuration, place and step of a checkpoint, of a run folder's last one, or of an exported file."""
+    """Read tensors, configuration, path and step of a checkpoint, a run folder's last one, or an exported file."""
     if path.is_file() or path.suffix == ".safetensors":
         tensors, config, step = ckpt.load_weights(path)
         return tensors, config, path, step
@@ -68,7 +68,7 @@ def load_run(path: Path, weights: str) -> tuple[dict[str, Tensor], dict, Path, i
 
 
 def known_names(path: Path) -> dict[str, str]:
-    """Names of the classes by number that weights have with them: a checkpoint's run, a file, a pipeline; else none."""
+    """Names of the classes by number that lie beside weights: in a checkpoint's run, a file, a pipeline; else none."""
     kind = find_format(path)
     if kind == "pipeline":
         return json.loads((path / "model_index.json").read_text()).get("id2label") or {}
@@ -82,7 +82,7 @@ def known_names(path: Path) -> dict[str, str]:
 
 
 def read_names(source: str) -> dict[str, str]:
-    """Names of classes by number: "imagenet", a JSON object {number: name}, or a text file with a name a line.
+    """Read names of classes by number: "imagenet", a JSON object {number: name}, or a text file with one name per line.
 
     Raises:
         UserError: where they cannot be read.
@@ -99,10 +99,10 @@ def read_names(source: str) -> dict[str, str]:
 
 
 def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
-    """Raise unless the tensors are those of the network, none missing, unknown or of another shape.
+    """Check that the tensors are those of the network.
 
     Raises:
-        UserError: naming one that is not, and the two names nearest to an unknown one.
+        UserError: for a missing or unknown one, or one of another shape; with the names nearest to an unknown one.
     """
     with torch.device("meta"):
         wanted = {name: x.shape for name, x in build_net(model).state_dict().items()}
@@ -110,7 +110,7 @@ def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
     strange = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     if not strange:
         return
-    name = min(strange, key=lambda name: (name in wanted, name))  # an unknown one says more than a missing one
+    name = min(strange, key=lambda name: (name in wanted, name))  # an unknown name tells more than a missing one
     near = "" if name in wanted else f", nearest to it {nearest(name, wanted)}"
     raise UserError(
         f"checkpoint: got {len(strange)} tensors missing, too many or of another shape, such as {[name]}{near}, "
@@ -119,5 +119,5 @@ def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
 
 
 def home(path: Path) -> Path:
-    """The folder for what is made of weights: their run's, or the one that they lie in."""
+    """The folder for files made from weights: that of their run, or their own."""
     return path.parent.parent if path.parent.name == ckpt.FOLDER else path.parent

@@ -1,4 +1,4 @@
-"""Weights of the official JAX implementation in this project's DiT, and back."""
+"""Convert weights of the official JAX implementation to this project's DiT, and back."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def from_official(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Official parameters as a state dict of :class:`meanflow.model.dit.DiT`.
+    """Convert official parameters to a state dict of :class:`meanflow.model.dit.DiT`.
 
     Args:
         params: {flax path: array}, for instance ``blocks/layers_0/attn/qkv/_flax_linear/kernel``. What stands
@@ -34,7 +34,7 @@ def from_official(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def to_official(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The inverse of :func:`from_official`: a state dict as {flax path without ``net/``: array}, bit for bit."""
+    """Invert :func:`from_official`: a state dict to {flax path without ``net/``: array}, bit for bit."""
     return {_path(name): _array(name, x) for name, x in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""From class labels to images in diffusers' way, in one step or a few."""
+"""A diffusers pipeline from class labels to images, in one step or a few."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class MeanFlowPipeline(DiffusionPipeline):
-    """Images of classes by MeanFlow.
+    """Draws images of classes by MeanFlow.
 
     Args:
         transformer: the network. scheduler: the steps. vae: the autoencoder of its latents, whose configuration tells
@@ -48,7 +48,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        # JSON has no whole numbers as keys
+        # JSON's keys are strings
         id2label = None if id2label is None else {str(i): name for i, name in id2label.items()}
         self.register_to_config(id2label=id2label, pixels=pixels, recipe=recipe, scores=scores)
         self.image_processor = VaeImageProcessor()
@@ -56,16 +56,16 @@ class MeanFlowPipeline(DiffusionPipeline):
         for i, names in (id2label or {}).items():
             for name in names.split(","):
                 classes.setdefault(name.strip(), set()).add(int(i))
-        # a crane is a bird and a machine: such names stand for neither
+        # a name of two classes (crane: bird and machine) stands for neither
         self.labels = {name: ids.pop() for name, ids in sorted(classes.items()) if len(ids) == 1}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """diffusers' saving, with a model card (README.md) unless the folder has one."""
+        """Save as diffusers does, with a model card (README.md) unless the folder has one."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_card(save_directory, self.config, self.transformer)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """The classes of names.
+        """Look up classes by name.
 
         Raises:
             ValueError: for a name that ``labels`` does not have.
@@ -139,11 +139,11 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the last call."""
+        """Number of steps of the last call."""
         return self._num_timesteps
 
     def _labels(self, class_labels, repeats: int) -> Tensor:
-        """One class an image, int64; the null class stands for none."""
+        """Return one class per image, int64; the null class stands for none."""
         require(repeats >= 1, "num_images_per_label", repeats, "a positive whole number", "change it")
         classes = self.transformer.config.num_classes
         if class_labels is None:
@@ -156,7 +156,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         return torch.tensor(ids).repeat_interleave(repeats)
 
     def _noise(self, count: int, generator, latents: Tensor | None) -> Tensor:
-        """Noise in fp32 whatever the model's dtype, so that a seed means the same image in all of them."""
+        """Draw noise in fp32 whatever the model's dtype, so that a seed means the same image in each."""
         config, device = self.transformer.config, self._execution_device
         shape = (count, config.in_channels, config.input_size, config.input_size)
         if isinstance(generator, list):
@@ -194,13 +194,13 @@ class MeanFlowPipeline(DiffusionPipeline):
 
 
 def _flat(labels) -> list:
-    """Labels one after the other, out of lists, tensors and arrays."""
+    """Flatten labels in lists, tensors and arrays."""
     labels = labels.tolist() if hasattr(labels, "tolist") else labels
     if isinstance(labels, Sequence) and not isinstance(labels, str):
         return [each for label in labels for each in _flat(label)]
     return [labels]
 
 
-# diffusers loads components from modules that are imported: pipelines saved before the rooms name these
+# diffusers looks components up in imported modules: pipelines saved by older versions name these
 for _name in ("meanflow.scheduler", "meanflow.transformer"):
     import_module(_name)

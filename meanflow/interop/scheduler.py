@@ -16,7 +16,7 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few steps from noise at t = 1 to data at t = 0, by average velocities.
 
     Args:
-        times: the schedule where a call names none, such as [1, 0.5, 0]; None is one step, [1, 0].
+        times: the default schedule, such as [1, 0.5, 0]; None: one step, [1, 0].
 
     Timesteps are times in [0, 1] themselves. A step depends on its time alone, so steps may be taken in any order.
     """
@@ -59,7 +59,7 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(self._times[:-1], dtype=torch.float32, device=device)
 
     def previous_timestep(self, timestep: float | Tensor) -> float:
-        """The time that a step from ``timestep`` leads to.
+        """The time at which the step from ``timestep`` ends.
 
         Raises:
             ValueError: where the schedule has no step from there.
@@ -67,7 +67,7 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
         return self._times[self._index(timestep) + 1]
 
     def _index(self, timestep: float | Tensor) -> int:
-        """Which step starts at a time, as far as fp32 or a model's dtype tells."""
+        """Index of the step that starts at a time, up to the rounding of fp32 or a model's dtype."""
         t = float(timestep)
         index = min(range(len(self)), key=lambda i: abs(self._times[i] - t))
         near = abs(self._times[index] - t) <= 0.01 * self._times[index]
@@ -75,13 +75,13 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
         return index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample as it is; other schedulers scale it."""
+        """Return the sample unchanged; other schedulers scale it."""
         return sample
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """z_r = z_t - (t - r) u, in fp32 or the sample's own dtype if that is wider.
+        """Compute z_r = z_t - (t - r) u, in fp32 or the sample's own dtype if that is wider.
 
         Args:
             model_output: u (B, channels, height, width), the average velocity from t back to r. timestep: t, one of
@@ -97,6 +97,6 @@ class MeanFlowScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=z) if return_dict else (z,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t = (1 - t) x + t e: x and e (B, ...) and any times t (B,) in [0, 1], for training."""
+        """Compute z_t = (1 - t) x + t e from x and e (B, ...) and any times t (B,) in [0, 1], for training."""
         t = timesteps.to(original_samples).reshape(-1, *[1] * (original_samples.ndim - 1))
         return (1 - t) * original_samples + t * noise

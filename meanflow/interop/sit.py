@@ -1,4 +1,4 @@
-"""Checkpoints of networks built like SiT (.pt): as a start for fine-tuning, or MeanFlows already.
+"""Convert checkpoints of networks built like SiT (.pt), as a start for fine-tuning or as MeanFlow models.
 
 Three families share SiT's parameter names and differ in what time means and what is predicted:
 
@@ -23,14 +23,14 @@ from ..storage.foreign import nearest
 FAMILIES = ("sit", "dit", "zhuyu")
 DIT_STEPS, DIT_BETAS = 1000, (1e-4, 0.02)
 FIT_CUTOFF = 1e-3
-"""Directions of the time features weaker than this, of the strongest, are left out of DiT's fit: they would need large
+"""Cut-off of DiT's fit, relative to the strongest direction of the time features: weaker ones would need large
 weights."""
 
 
 def infer_model(
     state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
 ) -> ModelConfig:
-    """The shape of a network from its state dict.
+    """Infer the shape of a network from its state dict.
 
     Args:
         state: of a DiT here, or in SiT's names. num_heads: where depth and width are no official size's.
@@ -60,7 +60,7 @@ def infer_model(
 
 
 def from_sit(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
-    """SiT's velocity field as a MeanFlow that is it for every r: u(z, r, t) = v(z, t), exactly.
+    """Convert SiT's velocity field to a MeanFlow that equals it for every r: u(z, r, t) = v(z, t), exactly.
 
     SiT's time s is 1 - t and its velocity points to the data. cos and sin of (1 - t) f are sums of those of t f, so the
     first layer of the time embedding takes the turn, in fp64; the last layer takes the sign. What is new, the embedding
@@ -80,7 +80,7 @@ def from_sit(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple
 
 
 def from_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[dict[str, Tensor], ModelConfig, float]:
-    """DiT's weights as a start, which is no flow-matching model and cannot be made one.
+    """Convert DiT's weights to a start; DiT is no flow-matching model and cannot be made one.
 
     It predicts the noise e, where e - x is wanted, for inputs scaled to unit variance. All weights are taken but the
     halves of the outputs that are variances, and the time embedding's first layer: DiT's 1000 steps are cosines and
@@ -96,7 +96,7 @@ def from_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple
 
 
 def from_zhuyu(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
-    """A MeanFlow of zhuyu-cs's code, whose "r_embedder" embeds t - r; its older ones embed both times by one MLP.
+    """Convert a MeanFlow of zhuyu-cs's code, whose "r_embedder" embeds t - r; older ones embed both times by one MLP.
 
     Raises:
         UserError: for another network.
@@ -108,7 +108,7 @@ def from_zhuyu(state: Mapping[str, Tensor], num_heads: int | None = None) -> tup
 
 
 def to_zhuyu(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of :func:`from_zhuyu`, for networks that embed t and h = t - r.
+    """Invert :func:`from_zhuyu`, for networks that embed t and h = t - r.
 
     Raises:
         UserError: for networks that embed other times.
@@ -122,7 +122,7 @@ def to_zhuyu(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def _common(state: Mapping[str, Tensor], num_heads: int | None) -> tuple[dict[str, Tensor], ModelConfig]:
-    """What all families share, checked: names, positions, and the first half of doubled outputs."""
+    """Convert and check what all families share: names, positions, the first half of doubled outputs."""
     config = infer_model(state, num_heads=num_heads)
     tensors = {name: x.clone() for name, x in state.items() if name != "pos_embed"}
     strange = [name for name in tensors if ".q_norm." in name or ".k_norm." in name or "projectors" in name]
@@ -149,14 +149,14 @@ def _common(state: Mapping[str, Tensor], num_heads: int | None) -> tuple[dict[st
 
 
 def _rounding(x: Tensor) -> float:
-    """The rounding error of numbers up to 1 in the coarsest precision that holds a tensor as it is."""
+    """Rounding error of numbers up to 1 in the coarsest precision that represents a tensor exactly."""
     halves = (torch.bfloat16, torch.float16)
     dtype = next((half for half in halves if torch.equal(x.to(half).to(x.dtype), x)), torch.float32)
     return torch.finfo(dtype).eps / 4  # half a unit in the last place of numbers from 0.5 to 1
 
 
 def _silent_embedding(name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A fresh time embedding that gives zero until it is trained; fixed, so that a conversion repeats."""
+    """Make a time embedding that is zero until it is trained, with fixed weights so that a conversion repeats."""
     first, last = like["t_embedder.mlp.0.weight"], like["t_embedder.mlp.2.weight"]
     generator = torch.Generator().manual_seed(0)
     return {
@@ -168,7 +168,7 @@ def _silent_embedding(name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _turn_time(tensors: dict[str, Tensor]) -> None:
-    """The first layer of the time embedding, for 1 - t in place of t."""
+    """Convert the first layer of a time embedding to 1 - t in place of t."""
     name = "t_embedder.mlp.0.weight"
     weight = tensors[name]
     cosines, sines = weight.double().chunk(2, 1)
@@ -180,7 +180,7 @@ def _turn_time(tensors: dict[str, Tensor]) -> None:
 
 
 def _fit_time(tensors: dict[str, Tensor]) -> float:
-    """The first layer of DiT's time embedding for t in [0, 1], by least squares; returns the relative error."""
+    """Fit the first layer of DiT's time embedding for t in [0, 1] by least squares; returns the relative error, too."""
     signal = np.cumprod(1 - np.linspace(*DIT_BETAS, DIT_STEPS))
     noise, kept = np.sqrt(1 - signal), np.sqrt(signal)
     t = torch.from_numpy(noise / (noise + kept))  # t / (1 - t) is the step's ratio of noise to signal

@@ -13,7 +13,7 @@ from ..errors import require
 from ..model.dit import DiT
 
 ALIGNED = 64
-"""Bytes that torch aligns its tensors to on a CPU."""
+"""Alignment of torch's CPU tensors in bytes."""
 
 
 class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
@@ -52,7 +52,7 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """diffusers' loading; the table of positions, which no file holds, is computed in the weights' dtype.
+        """Load as diffusers does; the position table, which no file holds, is computed in the weights' dtype.
 
         Raises:
             UserError: for a file that lacks weights, or has unknown ones.
@@ -73,16 +73,16 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether backward computes each block again instead of keeping what it saves."""
+        """Whether backward recomputes each block instead of keeping its activations."""
         return any(block.checkpointed for block in self.blocks)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute each block again in backward, by DiT's own way, which knows about tangents."""
+        """Recompute each block in backward, by DiT's own checkpointing, which handles tangents."""
         for block in self.blocks:
             block.checkpointed = True
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep what each block saves."""
+        """Keep each block's activations."""
         for block in self.blocks:
             block.checkpointed = False
 
@@ -110,7 +110,7 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
 
 
 def _with_what_is_offloaded(model: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
-    """Put into a state dict what accelerate's hooks hold of it while its layers are not in use."""
+    """Add to a state dict the weights that accelerate's hooks hold while their layers are not in use."""
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):

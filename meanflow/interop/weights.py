@@ -1,9 +1,9 @@
-"""The one loader of weights to sample from, to evaluate, to export and to start from.
+"""The loader of weights to sample from, to evaluate, to export and to start from.
 
 run       a run folder, a checkpoint, or weights exported from one, whatever the file is called
 pipeline  a folder of MeanFlowPipeline
 official  a checkpoint of the official JAX code (flax)
-""        a file of tensors whose family only its owner knows: see :mod:`meanflow.interop.convert`
+""        a file of tensors, whose format its owner must name: see :mod:`meanflow.interop.convert`
 """
 
 import json
@@ -27,7 +27,7 @@ def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor]
         Tensors, a run's configuration as a dict, where they were found (in a run folder, its last checkpoint), step.
 
     Raises:
-        UserError: where there is nothing, or something damaged or foreign, or a file of one of several families.
+        UserError: if there is nothing, or something damaged or foreign, or a file whose format must be named.
     """
     kind = find_format(path) if path.exists() else "run"
     require(
@@ -38,14 +38,14 @@ def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor]
         tensors, config, path, step = load_run(path, weights)
         check_whole(tensors, from_dict(config).model)
         return tensors, config, path, step
-    from . import convert  # which needs the packages of others
+    from . import convert  # needs optional packages
 
     found = convert.load(path, kind, weights)
     return found.tensors, convert.run_config(found), path, found.step
 
 
 def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:
-    """The network with the averaged weights of :func:`load_checkpoint`, its configuration, where from and step.
+    """Load the network with averaged weights; returns it, its configuration, where it was found, and its step.
 
     Raises:
         UserError: as :func:`load_checkpoint`.
@@ -60,7 +60,7 @@ def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, in
 
 
 def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:
-    """The data whose latents a pipeline's own autoencoder decodes."""
+    """The data configuration for a pipeline's own autoencoder."""
     values, vae = json.loads((pipeline / "model_index.json").read_text()), pipeline / "vae"
     known = json.loads((vae / "config.json").read_text())
     shifted = [name for name in ("shift_factor", "latents_mean", "latents_std") if known.get(name) is not None]

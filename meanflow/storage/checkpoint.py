@@ -282,7 +282,7 @@ class Checkpointer:
         return files
 
     def _name(self, partial: Path, path: Path, header: Header, files: dict[str, dict]) -> str | None:
-        """Rename a whole checkpoint; returns the error, if any."""
+        """Rename a whole checkpoint, and remove old ones; returns the error, if any."""
         try:
             values = {"format": FORMAT} | asdict(header) | {"files": files}
             (partial / HEADER).write_text(json.dumps(values, indent=1) + "\n")
