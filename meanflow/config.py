@@ -44,22 +44,13 @@ class ModelConfig:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"):
             value = getattr(self, name)
             require(value >= 1, f"model.{name}", value, "a positive whole number", "change it")
-        require(
-            int(self.hidden_size * self.mlp_ratio) >= 1, "model.mlp_ratio", self.mlp_ratio,
-            f"a positive number that gives {self.hidden_size} channels an MLP of one or more", "DiT's is 4",
-        )  # fmt: skip
-        require(
-            self.hidden_size % self.num_heads == 0,
-            "model.num_heads", self.num_heads, f"a divisor of the width {self.hidden_size}", "change one of them",
-        )  # fmt: skip
-        require(
-            self.hidden_size % 4 == 0,
-            "model.hidden_size", self.hidden_size, "a multiple of 4", "the sin-cos position table needs it",
-        )  # fmt: skip
-        require(
-            self.input_size % self.patch_size == 0,
-            "model.patch_size", self.patch_size, f"a divisor of the input size {self.input_size}", "change one of them",
-        )  # fmt: skip
+        width, heads, size, patch = self.hidden_size, self.num_heads, self.input_size, self.patch_size
+        hint = "change one of them"
+        wanted = f"a positive number that gives {width} channels an MLP of one or more"
+        require(int(width * self.mlp_ratio) >= 1, "model.mlp_ratio", self.mlp_ratio, wanted, "DiT's is 4")
+        require(width % heads == 0, "model.num_heads", heads, f"a divisor of the width {width}", hint)
+        require(width % 4 == 0, "model.hidden_size", width, "a multiple of 4", "the sin-cos position table needs it")
+        require(size % patch == 0, "model.patch_size", patch, f"a divisor of the input size {size}", hint)
 
     @property
     def name(self) -> str:
@@ -129,18 +120,13 @@ class ObjectiveConfig:
         for name in ("share_equal", "label_drop", "guidance_start", "guidance_end"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"objective.{name}", value, "a number in [0, 1]", "change it")
-        require(
-            self.guidance_start <= self.guidance_end,
-            "objective.guidance_start", self.guidance_start,
-            f"at most objective.guidance_end = {self.guidance_end}", "order the interval",
-        )  # fmt: skip
+        start, wanted = self.guidance_start, f"at most objective.guidance_end = {self.guidance_end}"
+        require(start <= self.guidance_end, "objective.guidance_start", start, wanted, "order the interval")
         require(self.time_std > 0, "objective.time_std", self.time_std, "a positive number", "change it")
         require(self.norm_c > 0, "objective.norm_c", self.norm_c, "a positive number", "change it")
         require(self.norm_p >= 0, "objective.norm_p", self.norm_p, "zero or more", "0 is the plain squared error")
-        require(
-            0 <= self.kappa < 1,
-            "objective.kappa", self.kappa, "a number in [0, 1)", "0 leaves the conditional prediction out",
-        )  # fmt: skip
+        hint = "0 leaves the conditional prediction out"
+        require(0 <= self.kappa < 1, "objective.kappa", self.kappa, "a number in [0, 1)", hint)
         require(self.omega >= 0, "objective.omega", self.omega, "zero or more", "1 with kappa 0 is no guidance")
 
     @property
@@ -322,13 +308,11 @@ class RunConfig:
         groups = self.train.groups or 1
         if self.objective.equal_placement == "first" and self.train.batch % groups == 0:
             batch, share = self.train.batch // groups, self.objective.share_equal
-            require(
-                _divides(batch, share),
-                "train.batch", self.train.batch,
-                f"one that a share of r = t of {share:g} divides to within 5 %" + f" in {groups} groups" * (groups > 1),
-                f"take {groups * next(b for b in itertools.count(batch) if _divides(b, share))} samples, "
-                "or objective.equal_placement bernoulli",
-            )  # fmt: skip
+            within = f" in {groups} groups" if groups > 1 else ""
+            wanted = f"one that a share of r = t of {share:g} divides to within 5 %{within}"
+            nearest = groups * next(b for b in itertools.count(batch) if _divides(b, share))
+            hint = f"take {nearest} samples, or objective.equal_placement bernoulli"
+            require(_divides(batch, share), "train.batch", self.train.batch, wanted, hint)
 
 
 def _divides(batch: int, share: float) -> bool:

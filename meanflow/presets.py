@@ -149,8 +149,6 @@ PRESETS: dict[str, Preset] = {
 
 def preset(name: str) -> RunConfig:
     """The whole configuration of a preset."""
-    require(
-        name in PRESETS, "preset", name, f"a preset, of which {nearest(name, PRESETS)} are nearest",
-        "scripts/train.py alone lists them all",
-    )  # fmt: skip
+    wanted = f"a preset, of which {nearest(name, PRESETS)} are nearest"
+    require(name in PRESETS, "preset", name, wanted, "scripts/train.py alone lists them all")
     return PRESETS[name].config()

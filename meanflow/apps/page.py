@@ -117,7 +117,7 @@ class Studio:
         return int(word)
 
     def draw(self, request: Request) -> Picture:
-        """Draw a grid: a row per class, or nearly a square of one class. Image i of a seed depends on its class alone."""
+        """Draw a grid: a row per class, or nearly a square of one. Image i of a seed depends on its class alone."""
         labels = request.labels or (self.model.num_classes,)
         y = torch.tensor(labels).repeat_interleave(request.each)
         images, network, decode = [], 0.0, 0.0
@@ -187,10 +187,8 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, names: str = "", 
         found = convert.read_names(names, weights.model.num_classes) if names else None
         pipeline = convert.make_pipeline(weights, vae, found)
     channels = pipeline.transformer.config.in_channels
-    require(
-        pipeline.vae is not None or channels in (1, 3), "vae", None, f"a decoder of the {channels} channels of latents",
-        "name it by --vae, or save the pipeline with one",
-    )  # fmt: skip
+    wanted, hint = f"a decoder of the {channels} channels of latents", "name it by --vae, or save the pipeline with one"
+    require(pipeline.vae is not None or channels in (1, 3), "vae", None, wanted, hint)
     # diffusers warns of every cast
     return Studio(pipeline.to(device) if dtype == torch.float32 else pipeline.to(device, dtype))
 

@@ -71,8 +71,8 @@ def check(args: list[str]) -> int:
         print(f"{folder}: {problem}")
     total = len(read_manifest(folder)["shards"])
     if problems:
-        print(f"{folder}: {len(problems)} of {total} shards are bad; to make them again, repeat the command that "
-              "prepared it with --repair")  # fmt: skip
+        hint = "to make them again, repeat the command that prepared it with --repair"
+        print(f"{folder}: {len(problems)} of {total} shards are bad; {hint}")
         return 2
     print(f"{folder}: all {total} shards are good")
     return 0

@@ -78,10 +78,8 @@ def main(args: list[str]) -> None:
     out = options.out or home(path) / "generated" / name_of(options, step)
     targets = [out.with_name(out.name + ending) for ending in (".png", ".npz")]
     for target in targets:
-        require(
-            options.overwrite or not target.exists(), "out", str(target), "a file that does not exist yet",
-            "name another by --out, or take --overwrite",
-        )  # fmt: skip
+        free, hint = options.overwrite or not target.exists(), "name another by --out, or take --overwrite"
+        require(free, "out", str(target), "a file that does not exist yet", hint)
     names = read_names(options.names) if options.names else known_names(path)
 
     pool = torch.tensor(options.labels or range(classes))

@@ -47,11 +47,10 @@ def main(args: list[str]) -> int:
         default=Options(preset(name), Path("runs") / name),
     )
     config, warmup = options.config, options.config.optim.warmup_steps
-    # a trial of few steps of a preset may end within its warm-up; one that was asked for is meant to end
-    require(
-        warmup <= config.train.steps or warmup == preset(name).optim.warmup_steps,
-        "optim.warmup_steps", warmup, f"at most the {config.train.steps} train.steps", "lower it, or train longer",
-    )  # fmt: skip
+    # a short trial may end within its preset's warm-up, but not within one that the user has set
+    ends = warmup <= config.train.steps or warmup == preset(name).optim.warmup_steps
+    wanted = f"at most the {config.train.steps} train.steps"
+    require(ends, "optim.warmup_steps", warmup, wanted, "lower it, or train longer")
     if options.dry_run:
         print(json.dumps(to_dict(config), indent=2))
         return 0

@@ -272,10 +272,8 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(
             f"cache: got {folder}/manifest.json, which does not match its checksum, wanted an intact one; {REPEAT}"
         )
-    require(
-        version == (FORMAT, VERSION),
-        f"{folder}/manifest.json", version, f"{(FORMAT, VERSION)}", "was it written by this version?"
-    )  # fmt: skip
+    wanted, hint = (FORMAT, VERSION), "was it written by this version?"
+    require(version == wanted, f"{folder}/manifest.json", version, f"{wanted}", hint)
     return manifest
 
 

@@ -117,13 +117,10 @@ def open_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
     """
     dataset = Digits() if data.name == "digits" else Latents(data.path, model.num_classes, data.pixels)
     wanted = (model.in_channels, model.input_size, model.input_size)
-    require(
-        dataset.shape == wanted, "data", dataset.shape, f"samples of the model's shape {wanted}", "change the model"
-    )
-    require(
-        dataset.num_classes == model.num_classes,
-        "model.num_classes", model.num_classes, f"the data's {dataset.num_classes}", "change it",
-    )  # fmt: skip
+    shape, classes = dataset.shape, dataset.num_classes
+    require(shape == wanted, "data", shape, f"samples of the model's shape {wanted}", "change the model")
+    got = model.num_classes
+    require(classes == got, "model.num_classes", got, f"the data's {classes}", "change it")
     return dataset
 
 

@@ -126,12 +126,12 @@ def walk(root: Path, below: str, entries: Entries, endings: str | tuple[str, ...
             place = (root / folder).stat()
             found = [(entry, entry.is_dir()) for entry in sorted(os.scandir(root / folder), key=lambda e: e.name)]
         except OSError as error:
-            raise UserError(f"source: got {shown(root / folder)}, which cannot be read ({reason(error)}), wanted a "
-                            "folder; correct its rights or its link") from None  # fmt: skip
+            got = f"{shown(root / folder)}, which cannot be read ({reason(error)})"
+            raise UserError(f"source: got {got}, wanted a folder; correct its rights or its link") from None
         above = (*above, (place.st_dev, place.st_ino))
         if above[-1] in above[:-1]:
-            entries.refuse(f"source: got {shown(folder)}, a link to a folder above it, wanted folders without circles; "
-                           "remove the link")  # fmt: skip
+            got = f"{shown(folder)}, a link to a folder above it"
+            entries.refuse(f"source: got {got}, wanted folders without circles; remove the link")
             continue
         for entry, is_folder in found:
             name = f"{folder}/{entry.name}" if folder else entry.name

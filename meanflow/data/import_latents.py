@@ -158,8 +158,8 @@ class Official:
         require(path.is_dir(), "source", shown(path), "a folder of .pt files", "name another")
         for name in sorted(walk(path, "", self.entries, ".pt")):
             if "/" in name:
-                self.entries.refuse(f"source: got {shown(name)} in a folder of its own, wanted all .pt files in one; "
-                                    "name that folder")  # fmt: skip
+                wanted = "wanted all .pt files in one; name that folder"
+                self.entries.refuse(f"source: got {shown(name)} in a folder of its own, {wanted}")
             else:
                 self.names.append(name)
         self.entries.close(len(self.names))
@@ -205,11 +205,11 @@ class Archive:
         files.discard(LABELS)
         where = shown(self.path)
         for name in sorted(files - self.labels.keys()):
-            self.entries.refuse(f"source: got {shown(name)} of {where} without a label in {LABELS}, wanted a label for "
-                                "each file; add it, or remove the file")  # fmt: skip
+            got = f"{shown(name)} of {where} without a label in {LABELS}"
+            self.entries.refuse(f"source: got {got}, wanted a label for each file; add it, or remove the file")
         for name in sorted(self.labels.keys() - files):
-            self.entries.refuse(f"source: got {shown(name)} in {LABELS} of {where}, which is not there, wanted a file "
-                                "for each label; restore it, or remove its label")  # fmt: skip
+            got = f"{shown(name)} in {LABELS} of {where}, which is not there"
+            self.entries.refuse(f"source: got {got}, wanted a file for each label; restore it, or remove its label")
         if listed > len(self.labels):
             got = f"source: got {listed} labels of {len(self.labels)} files in {LABELS} of {where}"
             self.entries.refuse(f"{got}, wanted one for each; remove the others", listed - len(self.labels))
@@ -239,8 +239,8 @@ class Arrays:
         fits = self.mean.ndim == 4 and shapes[0] == shapes[1] and shapes[2][:1] == shapes[0][:1]
         require(fits, shown(path), shapes, "mean and std (N, C, S, S) and labels (N,)", "prepare the folder again")
         types = self.mean.dtype.kind + self.std.dtype.kind
-        require(types == "ff", shown(path), f"mean {self.mean.dtype}, std {self.std.dtype}", "floating-point numbers",
-                "prepare the folder again")  # fmt: skip
+        got = f"mean {self.mean.dtype}, std {self.std.dtype}"
+        require(types == "ff", shown(path), got, "floating-point numbers", "prepare the folder again")
         self.names, self.entries = [f"row {i}" for i in range(len(self.labels))], Entries()
         self.entries.close(_check_labels(self.entries, self.names, self.labels))
 

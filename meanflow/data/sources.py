@@ -127,8 +127,8 @@ class HuggingFace:
         found = [name for name, feature in data.features.items() if isinstance(feature, kind)]
         found = [wanted] if wanted in found else found
         hint = f"cast a column to that type, or rename the one to learn from to {wanted!r}"
-        require(len(found) == 1, f"source {source}", found or list(data.features),
-                f"one column of type {kind.__name__}", hint)  # fmt: skip
+        got, type_wanted = found or list(data.features), f"one column of type {kind.__name__}"
+        require(len(found) == 1, f"source {source}", got, type_wanted, hint)
         return found[0]
 
     def _labels(self, values: Iterable, column: str) -> list[int]:
@@ -136,8 +136,8 @@ class HuggingFace:
         for name, value in zip(self.names, values, strict=True):
             try:
                 labels.append(read_label(value, f"{column} of {name}").value)
-                require(labels[-1] < len(self.classes), f"source: {column} of {name}", value,
-                        f"one of {len(self.classes)} classes", "correct the label")  # fmt: skip
+                known, wanted = labels[-1] < len(self.classes), f"one of {len(self.classes)} classes"
+                require(known, f"source: {column} of {name}", value, wanted, "correct the label")
             except UserError as error:
                 self.entries.refuse(str(error))
         self.entries.close(len(labels))
@@ -267,8 +267,9 @@ def open_source(name: str, split: str = DEFAULT_SPLIT) -> Source:
     else:
         raise UserError(f"source: got {shown(name)}, which is not there, wanted {KINDS}; correct the path")
     if not source.names:
-        left = "".join(f"; {those['count']} entries are left out, {why}: {shown(those['names'][0])}"
-                       for why, those in source.entries.left_out().items())  # fmt: skip
+        reasons = source.entries.left_out().items()
+        left = [f"; {those['count']} entries are left out, {why}: {shown(those['names'][0])}" for why, those in reasons]
+        left = "".join(left)
         raise UserError(f"source: got {shown(path)}, which holds no images{left}, wanted {KINDS}; name another folder")
     return source
 

@@ -64,8 +64,8 @@ class Sampler:
         draws = Draws(self.seed, 0, indices.to(self.device))
         noise, classes = draws.normal(Purpose.NOISE, self.shape), labels_of(labels, draws, self.num_classes)
         images = self.decode(sample(self.net, noise, classes, times))
-        require(bool(images.isfinite().all()), "samples", "values that are not finite", "finite images",
-                "is this the checkpoint of a run that diverged, or is the precision too low?")  # fmt: skip
+        finite, hint = bool(images.isfinite().all()), "did the run diverge, or is the precision too low?"
+        require(finite, "samples", "values that are not finite", "finite images", hint)
         return images
 
 
@@ -313,8 +313,8 @@ def table(report: dict) -> str:
     for row in report["results"]:
         numbers = [f"{name} {_number(row[name])}" for name in present if name in row]
         choices = ", ".join(str(row[axis]) for axis in ("reference", "labels", "rounding", "resize"))
-        lines.append(f"{row['protocol']} ({choices}), {row['evaluations']} step(s), {row['count']} images: "
-                     + "; ".join(numbers))  # fmt: skip
+        measured = f"{row['protocol']} ({choices}), {row['evaluations']} step(s), {row['count']} images"
+        lines.append(f"{measured}: {'; '.join(numbers)}")
     if not report["inception_is_standard"]:
         found = report["inception_sha256"][:8]
         lines.append(

@@ -52,8 +52,8 @@ def load_dinov2(path: Path, device: torch.device | str) -> nn.Module:
         reason = str(error).splitlines()[0]
         raise UserError(f"dinov2: got {path}, which cannot be loaded ({reason}), wanted safetensors; {hint}") from None
     whole = net.config.model_type == "dinov2" and not about["missing_keys"]
-    require(whole, "dinov2", f"{path}, {net.config.model_type} without {sorted(about['missing_keys'])[:3]}",
-            "all weights of a dinov2", hint)  # fmt: skip
+    got = f"{path}, {net.config.model_type} without {sorted(about['missing_keys'])[:3]}"
+    require(whole, "dinov2", got, "all weights of a dinov2", hint)
     return net.to(device).eval().requires_grad_(False)
 
 

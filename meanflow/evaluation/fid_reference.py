@@ -78,8 +78,8 @@ class FolderImages:
         self.path, self.entries = path, Entries()
         self.names = sorted(walk(path, "", self.entries), key=lambda name: name.split("/"))
         self.entries.close(len(self.names))
-        require(bool(self.names), "reference", str(path), "a folder with images " + " ".join(IMAGE_ENDINGS),
-                HINTS["data"])  # fmt: skip
+        wanted = "a folder with images " + " ".join(IMAGE_ENDINGS)
+        require(bool(self.names), "reference", str(path), wanted, HINTS["data"])
         self.shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class FolderImages:
         require(pixels <= LARGEST, f"reference {shown(name)}", f"{pixels} pixels", f"at most {LARGEST}", hint)
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         self.shape = self.shape or tuple(x.shape)
-        require(tuple(x.shape) == self.shape, f"reference {shown(self.path / name)}", tuple(x.shape),
-                f"{self.shape} as of the others", hint)  # fmt: skip
+        got, file = tuple(x.shape), f"reference {shown(self.path / name)}"
+        require(got == self.shape, file, got, f"{self.shape} as of the others", hint)
         return x
 
 
@@ -121,8 +121,8 @@ def load_reference(
     Raises:
         UserError: for a missing, damaged or empty source.
     """
-    require(path is not None and path.exists(), f"reference {kind}", str(path) if path else "no file",
-            ADM_FILE if kind == "adm" else "data of your own", HINTS[kind])  # fmt: skip
+    got, wanted = str(path) if path else "no file", ADM_FILE if kind == "adm" else "data of your own"
+    require(path is not None and path.exists(), f"reference {kind}", got, wanted, HINTS[kind])
     features, entries = None, None
     if path.is_dir():
         statistics, images = {}, FolderImages(path)
@@ -133,13 +133,13 @@ def load_reference(
     else:
         statistics = read_statistics(path, extractor.device)
         held = _check(path, extractor, resize)
-        require(held or "pool3" in statistics, f"reference {kind}", str(path), "mu and sigma, or images arr_0",
-                HINTS[kind])  # fmt: skip
+        known, wanted = held or "pool3" in statistics, "mu and sigma, or images arr_0"
+        require(known, f"reference {kind}", str(path), wanted, HINTS[kind])
         images = ArrayImages(path) if held else None
     if images is not None:
         stat = path.stat()
-        identity = {"source": str(path.resolve()), "size": str(stat.st_size), "time": str(stat.st_mtime_ns),
-                    "count": str(len(images)), **{k: str(v) for k, v in extractor.identity().items()}}  # fmt: skip
+        identity = {"source": path.resolve(), "size": stat.st_size, "time": stat.st_mtime_ns, "count": len(images)}
+        identity = {k: str(v) for k, v in (identity | extractor.identity()).items()}
         measured, features = _measured(images, extractor, resize, kept / f"{kind}-{resize}", identity, batch, world)
         statistics = measured | statistics
     return Reference(str(path), statistics, features, entries)

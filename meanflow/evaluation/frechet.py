@@ -95,10 +95,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Raises:
         UserError: for features of different widths.
     """
-    require(
-        a.mean.shape == b.mean.shape, "statistics", tuple(b.mean.shape), f"the shape {tuple(a.mean.shape)}",
-        "both must be of the same features",
-    )  # fmt: skip
+    got, wanted = tuple(b.mean.shape), tuple(a.mean.shape)
+    require(got == wanted, "statistics", got, f"the shape {wanted}", "both must be of the same features")
     cross = torch.linalg.svdvals(a.factor.T @ b.factor).sum()
     gap = (a.mean - b.mean).square().sum()
     return float(gap + a.covariance.trace() + b.covariance.trace() - 2 * cross)
@@ -150,8 +148,9 @@ def read_statistics(path: Path, device: torch.device | str = "cpu") -> dict[str,
         mean, covariance = gaussian.mean, gaussian.covariance
         fits = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
         finite = bool(mean.isfinite().all() and covariance.isfinite().all())
-        require(
-            fits and finite, f"reference {path}", f"{name} {tuple(mean.shape)}, {tuple(covariance.shape)}",
-            "a finite mean (D,) and covariance (D, D)", "fetch it again or name another",
-        )  # fmt: skip
+        got, wanted = (
+            f"{name} {tuple(mean.shape)}, {tuple(covariance.shape)}",
+            "a finite mean (D,) and covariance (D, D)",
+        )
+        require(fits and finite, f"reference {path}", got, wanted, "fetch it again or name another")
     return found

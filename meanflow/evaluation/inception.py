@@ -122,8 +122,8 @@ def _to_17() -> tuple[Branch, ...]:
 def _long(c: int) -> tuple[Branch, ...]:
     """Mixed_6b to 6e: at 17x17, kernels of 7."""
     across, down = (1, 7), (7, 1)
-    twice = (Conv("branch7x7dbl_1", c), Conv("branch7x7dbl_2", c, down), Conv("branch7x7dbl_3", c, across),
-             Conv("branch7x7dbl_4", c, down), Conv("branch7x7dbl_5", 192, across))  # fmt: skip
+    twice = (Conv("branch7x7dbl_1", c), Conv("branch7x7dbl_2", c, down), Conv("branch7x7dbl_3", c, across))
+    twice += (Conv("branch7x7dbl_4", c, down), Conv("branch7x7dbl_5", 192, across))
     return (
         Branch((Conv("branch1x1", 192),)),
         Branch((Conv("branch7x7_1", c), Conv("branch7x7_2", c, across), Conv("branch7x7_3", 192, down))),
@@ -134,8 +134,8 @@ def _long(c: int) -> tuple[Branch, ...]:
 
 def _to_8() -> tuple[Branch, ...]:
     """Mixed_7a: from 17x17 to 8x8."""
-    long = (Conv("branch7x7x3_1", 192), Conv("branch7x7x3_2", 192, (1, 7)), Conv("branch7x7x3_3", 192, (7, 1)),
-            Conv("branch7x7x3_4", 192, 3, 2))  # fmt: skip
+    long = (Conv("branch7x7x3_1", 192), Conv("branch7x7x3_2", 192, (1, 7)))
+    long += (Conv("branch7x7x3_3", 192, (7, 1)), Conv("branch7x7x3_4", 192, 3, 2))
     return (
         Branch((Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 2))),
         Branch(long),

@@ -36,10 +36,8 @@ def make_judge(config: RunConfig, dataset: Dataset, world: World, kept: Path) ->
     from .protocols import OFFICIAL
 
     options = config.evaluation
-    require(
-        options.inception != "", "evaluation.inception", options.inception, WEIGHTS,
-        "name the file by --evaluation.inception, or set evaluation.every 0",
-    )  # fmt: skip
+    file, hint = options.inception, "name the file by --evaluation.inception, or set evaluation.every 0"
+    require(file != "", "evaluation.inception", file, WEIGHTS, hint)
     extractor = Extractor(Path(options.inception), world.device)
     path = Path(options.reference) if options.reference else None
     reference = load_reference("adm", path, extractor, OFFICIAL.resize, kept, config.train.batch // world.size, world)

@@ -118,9 +118,8 @@ def inception_input(images: Tensor, resize: str) -> Tensor:
     Raises:
         UserError: for another dtype or number of channels.
     """
-    require(
-        images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3),
-        "images", (images.dtype, tuple(images.shape)), "uint8 of shape (B, 1 or 3, H, W)", "quantize them first",
-    )  # fmt: skip
+    fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+    got = (images.dtype, tuple(images.shape))
+    require(fits, "images", got, "uint8 of shape (B, 1 or 3, H, W)", "quantize them first")
     x = RESIZES[resize](images.float(), SIZE).expand(-1, 3, -1, -1)
     return x / 127.5 - 1 if resize == "pytorch" else (x - 128) / 128

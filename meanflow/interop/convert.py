@@ -206,10 +206,8 @@ def make_pipeline(
     # without the data's path, which is private, and the classes, which the pipeline has itself
     config = {key: value for key, value in weights.config.items() if key != "classes"} | {"data": data | {"path": ""}}
     recipe = {"origin": weights.origin, "step": weights.step, "weights": weights.which, "config": config}
-    return MeanFlowPipeline(
-        net.eval().requires_grad_(False), MeanFlowScheduler(), autoencoder, names, data.get("pixels", "symmetric"),
-        recipe, scores,
-    )  # fmt: skip
+    net, pixels = net.eval().requires_grad_(False), data.get("pixels", "symmetric")
+    return MeanFlowPipeline(net, MeanFlowScheduler(), autoencoder, names, pixels, recipe, scores)
 
 
 def save_pipeline(pipeline, out: Path) -> None:

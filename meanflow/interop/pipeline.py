@@ -112,10 +112,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        require(
-            not unknown, "callback_on_step_end_tensor_inputs", sorted(unknown),
-            f"names among {self._callback_tensor_inputs}", "leave the others out",
-        )  # fmt: skip
+        name, wanted = "callback_on_step_end_tensor_inputs", f"names among {self._callback_tensor_inputs}"
+        require(not unknown, name, sorted(unknown), wanted, "leave the others out")
         labels = self._labels(class_labels, num_images_per_label).to(self._execution_device)
         latents = self._noise(len(labels), generator, latents)
 
@@ -176,9 +174,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             config = self.vae.config
             z = latents / config.scaling_factor
             if getattr(config, "latents_std", None) is not None:
-                mean, std = (torch.tensor(x, device=z.device).reshape(1, -1, 1, 1) for x in (
-                    config.latents_mean, config.latents_std
-                ))  # fmt: skip
+                known = (config.latents_mean, config.latents_std)
+                mean, std = (torch.tensor(x, device=z.device).reshape(1, -1, 1, 1) for x in known)
                 z = z * std + mean
             if getattr(config, "shift_factor", None) is not None:
                 z = z + config.shift_factor

@@ -60,10 +60,8 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
         asked = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing, unknown = (sorted(info.get(f"{kind}_keys", ())) for kind in ("missing", "unexpected"))
-        require(
-            not (missing or unknown), "transformer", f"no {missing[:2]}, and unknown {unknown[:2]}", "a whole network",
-            "save it from the plain model",
-        )  # fmt: skip
+        got = f"no {missing[:2]}, and unknown {unknown[:2]}"
+        require(not (missing or unknown), "transformer", got, "a whole network", "save it from the plain model")
         model.renew_position_table(model.x_embedder.proj.weight.dtype)
         for p in model.parameters():
             # a mapped file's tensors lie anywhere, and a CPU's products of those round differently

@@ -30,10 +30,9 @@ def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor]
         UserError: if there is nothing, or something damaged or foreign, or a file whose format must be named.
     """
     kind = find_format(path) if path.exists() else "run"
-    require(
-        kind != "", "checkpoint", str(path), "a run folder, a checkpoint, exported weights or a pipeline",
-        "convert such a file by scripts/convert.py --to weights --format sit, dit or zhuyu",
-    )  # fmt: skip
+    wanted = "a run folder, a checkpoint, exported weights or a pipeline"
+    hint = "convert such a file by scripts/convert.py --to weights --format sit, dit or zhuyu"
+    require(kind != "", "checkpoint", str(path), wanted, hint)
     if kind == "run":
         tensors, config, path, step = load_run(path, weights)
         check_whole(tensors, from_dict(config).model)
@@ -65,7 +64,5 @@ def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:
     known = json.loads((vae / "config.json").read_text())
     shifted = [name for name in ("shift_factor", "latents_mean", "latents_std") if known.get(name) is not None]
     require(not shifted, "checkpoint", f"an autoencoder with {shifted}", "a scaling_factor alone", "call the pipeline")
-    return replace(
-        data, name="latents", path="", vae=str(vae), scale=known.get("scaling_factor", data.scale),
-        pixels=values.get("pixels") or data.pixels,
-    )  # fmt: skip
+    scale, pixels = known.get("scaling_factor", data.scale), values.get("pixels") or data.pixels
+    return replace(data, name="latents", path="", vae=str(vae), scale=scale, pixels=pixels)

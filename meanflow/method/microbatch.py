@@ -27,13 +27,9 @@ class BatchSplit:
     """
 
     def __init__(self, batch: int, groups: int, micro_batches: int):
-        require(
-            batch % micro_batches == 0 and batch >= 2 * micro_batches,
-            "train.batch",
-            batch,
-            f"a multiple of {micro_batches} (processes x train.accumulate), at least twice that",
-            f"take {max(2, -(-batch // micro_batches)) * micro_batches}",
-        )
+        wanted = f"a multiple of {micro_batches} (processes x train.accumulate), at least twice that"
+        hint = f"take {max(2, -(-batch // micro_batches)) * micro_batches}"
+        require(batch % micro_batches == 0 and batch >= 2 * micro_batches, "train.batch", batch, wanted, hint)
         require(batch % groups == 0, "train.groups", groups, f"a divisor of the batch {batch}", "0 takes one a process")
         self.batch, self.groups, self.micro_batches = batch, groups, micro_batches
         self.group_size, self.micro_batch_size = batch // groups, batch // micro_batches

@@ -121,8 +121,11 @@ class Planner:
         else:
             known = (start for start in self._prefixes if not unequal[:start].any())
             start = max(known, default=None)
-            require(start is not None, "r", "r < t", f"r = t in the first {min(self._prefixes)} samples",
-                    "set objective.equal_placement to bernoulli")  # fmt: skip
+            wanted, hint = (
+                f"r = t in the first {min(self._prefixes)} samples",
+                "set objective.equal_placement to bernoulli",
+            )
+            require(start is not None, "r", "r < t", wanted, hint)
         return self._guidance(guided_mask(self.config, t, drop), drop, start, order)
 
     def _guidance(self, guided: Tensor, drop: Tensor, start: int, order: Tensor | None) -> Plan:

@@ -23,10 +23,8 @@ def check_times(times: Sequence[float]) -> tuple[float, ...]:
     """
     times = tuple(float(t) for t in times)
     falls = len(times) >= 2 and all(a > b for a, b in zip(times, times[1:], strict=False))
-    require(
-        falls and times[0] <= 1 and times[-1] >= 0,
-        "times", times, "at least two falling times in [0, 1]", "for instance 1 0.5 0",
-    )  # fmt: skip
+    within = falls and times[0] <= 1 and times[-1] >= 0
+    require(within, "times", times, "at least two falling times in [0, 1]", "for instance 1 0.5 0")
     return times
 
 

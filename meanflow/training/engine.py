@@ -79,10 +79,8 @@ def check(config: RunConfig, world: World) -> None:
         require(world.device.type == "cuda", "train.cuda_graph", True, "a GPU to capture on", f"{hint}, or a GPU")
         require(world.size == 1, "train.cuda_graph", True, f"one process instead of {world.size}", hint)
         require(train.accumulate == 1, "train.cuda_graph", True, "train.accumulate 1", hint)
-        require(
-            config.optim.implementation == "native", "optim.implementation", config.optim.implementation,
-            "native, whose step can be left out within a CUDA graph", hint,
-        )  # fmt: skip
+        got, wanted = config.optim.implementation, "native, whose step can be skipped within a CUDA graph"
+        require(got == "native", "optim.implementation", got, wanted, hint)
     if world.size > 1 and train.parallel != "ddp" and config.optim.implementation == "apex":
         raise UserError("optim.implementation: got apex, wanted native or torch for shards; take native")
 

@@ -65,10 +65,8 @@ class RunLog:
                 ) from None
             if values is not None and not (isinstance(values, dict) and {"model", "train"} <= values.keys()):
                 foreign = self.config_path.name
-            require(
-                foreign is None, "out", str(self.out), f"an empty folder or a run's: this one holds {foreign}",
-                "name another by --out",
-            )  # fmt: skip
+            wanted = f"an empty folder or a run's: this one holds {foreign}"
+            require(foreign is None, "out", str(self.out), wanted, "name another by --out")
 
         self.world.agree(look, main_only=True)
         return self.world.broadcast(values)
@@ -80,11 +78,9 @@ class RunLog:
                 if f"{section}.{name}" in continuable:
                     continue
                 before = held.get(section, {}).get(name)
-                require(
-                    before == value,
-                    f"{section}.{name}", value, f"{before!r}, as in the run that {self.out} holds",
-                    "name another folder by --out to start a new run",
-                )  # fmt: skip
+                wanted = f"{before!r}, as in the run that {self.out} holds"
+                hint = "name another folder by --out to start a new run"
+                require(before == value, f"{section}.{name}", value, wanted, hint)
 
     def start(self, config: dict, step: int, classes: list[str] | None = None) -> None:
         """Record the configuration and the classes' names, and drop lines after the step from which the run goes on."""

@@ -140,10 +140,8 @@ class Trainer:
             TrainingStopped: after too many skipped steps in a row.
         """
         train = self.config.train
-        bar = tqdm(
-            total=train.steps * train.batch, initial=self.step * train.batch, unit="img", unit_scale=True,
-            desc=self.out.name, mininterval=1.0, dynamic_ncols=True, disable=not self.world.is_main,
-        )  # fmt: skip
+        look = dict(unit="img", unit_scale=True, mininterval=1.0, dynamic_ncols=True, disable=not self.world.is_main)
+        bar = tqdm(desc=self.out.name, total=train.steps * train.batch, initial=self.step * train.batch, **look)
         first, start = self.step, time.perf_counter()
         with bar, Prefetcher(self.inputs, self.position, pin=self.device.type == "cuda") as data:
             while self.step < train.steps and not self.world.poll_stop(stop()):
