@@ -1,14 +1,15 @@
 """Make what is shown of the committed rows anew: ``python -m benchmarks.published``.
 
-Every folder of benchmarks/results with rows gets its report.html and, where it has the steps of HEADLINE, step.png; the
-tables of README.md that stand between the marks of a block are written again. Nothing is measured. ``--check`` writes
-nothing: exit code 1 where README.md says something else than the rows.
+Every folder of benchmarks/results with rows gets its report.html and, where it has the steps of HEADLINE, step.png. The
+tables between the marks of a block are written again: the headline figures in README.md, what the recipes ask in
+meanflow/README.md. Nothing is measured. ``--check`` writes nothing: exit code 1 where a file differs from the rows.
 """
 
 import argparse
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from . import recipes, report
@@ -20,8 +21,9 @@ from .pages.ratios import MARK, STEP, speed, uncompared, uncompared_note
 from .pages.step_sections import ordered, other_programs, timed
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = 120
+"""Of a line of prose; a table's lines are as long as they are."""
 
 GUIDED = {"omega": 1.0, "kappa": 0.5, "interval": [0.0, 1.0], "share": 0.25}
 HEADLINE = {
@@ -73,8 +75,13 @@ def headline(steps: list[dict]) -> str:
         words.append(speeds(wanted["model"], found, steps))
     table = markdown_table(["training step", "ms", "images/s", "peak, GiB", "MFU"], lines)
     said = [derivative(steps), *uncompared_note(shown, steps), *other_programs(shown)]
-    below = "\n".join(f"- {line}" for line in [*words, *said] if line)
-    return f"{machines(shown)}:\n\n{table}\n\n{below}"
+    below = "\n".join(wrapped(f"- {line}", "  ") for line in [*words, *said] if line)
+    return f"{wrapped(machines(shown) + ':')}\n\n{table}\n\n{below}"
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph in lines of at most COLUMNS; those after the first are indented. No word is cut."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def machines(rows: list[dict]) -> str:
@@ -137,8 +144,8 @@ def folders() -> list[Path]:
     return sorted({path.parent for path in RESULTS.glob("*/*.jsonl")})
 
 
-def blocks() -> dict[str, str]:
-    """The generated blocks of README.md by name."""
+def blocks() -> dict[str, dict[str, str]]:
+    """The blocks written from the rows, by file and name."""
     steps = {folder: read([folder]).by_kind["step"] for folder in folders()}
     tables = [
         f"{headline(found)}\n\n![Training steps]({folder.relative_to(ROOT)}/step.png)"
@@ -147,7 +154,10 @@ def blocks() -> dict[str, str]:
     ]
     projected = recipes.measured([row for found in steps.values() for row in found])
     demands = [recipes.demands(name, gpus=8, mfu=0.4) for name in recipes.RECIPES]
-    return {"headline": "\n\n".join(tables), "recipes": recipes.markdown(demands, projected)}
+    return {
+        "README.md": {"headline": "\n\n".join(tables)},
+        "meanflow/README.md": {"recipes": recipes.markdown(demands, projected)},
+    }
 
 
 def filled(text: str, found: dict[str, str]) -> str:
@@ -159,7 +169,7 @@ def filled(text: str, found: dict[str, str]) -> str:
     for name, words in found.items():
         begin, end = f"<!-- {name}: python -m benchmarks.published -->", f"<!-- end of {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md: got no block {name!r}, wanted the lines {begin} and {end}; put them there")
+            raise ValueError(f"README: got no block {name!r}, wanted the lines {begin} and {end}; put them there")
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n\n{words}\n\n{end}{rest.partition(end)[2]}"
     return text
@@ -183,14 +193,18 @@ def make(folder: Path) -> None:
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.published", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where README.md differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
     options = parser.parse_args(args)
-    text = README.read_text()
-    wanted = filled(text, blocks())
+    found = {ROOT / name: words for name, words in blocks().items()}
+    texts = {path: path.read_text() for path in found}
+    wanted = {path: filled(text, found[path]) for path, text in texts.items()}
     if options.check:
-        print("README.md says what the rows say" if wanted == text else "README.md differs from the rows")
-        return int(wanted != text)
-    README.write_text(wanted)
+        differing = [str(path.relative_to(ROOT)) for path in found if texts[path] != wanted[path]]
+        for path in differing:
+            print(f"{path} differs from the rows")
+        return int(bool(differing))
+    for path, text in wanted.items():
+        path.write_text(text)
     for folder in folders():
         make(folder)
         print(folder)

@@ -1,4 +1,4 @@
-"""What README.md says of GPUs is what the committed rows say, recomputed here by hand."""
+"""What the READMEs say of GPUs is what the committed rows say, recomputed here by hand."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from benchmarks import published
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+README, METHOD = (ROOT / "README.md").read_text(), (ROOT / "meanflow" / "README.md").read_text()
 STEPS = [
     row
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.jsonl"))
@@ -19,8 +19,8 @@ STEPS = [
 GUIDED = {"omega": 1.0, "kappa": 0.5, "interval": [0.0, 1.0], "share": 0.25, "precision": "bf16"}
 
 
-def block(name: str) -> str:
-    return README.split(f"<!-- {name}: ")[1].split(f"<!-- end of {name} -->")[0]
+def block(name: str, text: str = README) -> str:
+    return text.split(f"<!-- {name}: ")[1].split(f"<!-- end of {name} -->")[0]
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -38,7 +38,8 @@ def newest(card: str, variant: str, **columns) -> dict:
 
 def cards() -> list[tuple[str, list[list[str]], str]]:
     """Each card with a table at the top, the table, and what stands around it."""
-    parts = re.split(r"^(?=NVIDIA )", block("headline"), flags=re.MULTILINE)[1:]
+    text = re.sub(r"\n  (?=\S)", " ", block("headline"))  # the lines of an item as one
+    parts = re.split(r"^(?=NVIDIA )", text, flags=re.MULTILINE)[1:]
     return [(re.match(r"(NVIDIA [^,]+),", part)[1], tables(part)[0], part) for part in parts]
 
 
@@ -99,6 +100,19 @@ def test_the_speeds_below_it():
                 assert (mark is None) == bool(sure), (model, base)
 
 
+def test_the_first_sentence():
+    """The fastest step of XL/2, and how it compares with compiled torch.func.jvp."""
+    said = " ".join(README.partition("![")[0].split())
+    ms, card, times = re.search(
+        r"takes (\d+) ms on one (\w+), ([\d.]+) times as fast as `torch.func.jvp`", said
+    ).groups()
+    ours, compiled = (
+        newest(card, variant, model="XL/2", batch=32, **GUIDED) for variant in ("ours-captured", "naive-compiled")
+    )
+    assert ms == f"{ours['ms']:.0f}" and times == f"{ratio(ours, compiled):.1f}"
+    assert ours["gradient_against"]
+
+
 def test_the_derivative_below_it():
     for card, _, text in cards():
         if found := re.search(r"adds ([\d.]+)%(?: †)? to a step \(([\d.]+) ms against ([\d.]+)\)", text):
@@ -112,7 +126,7 @@ def test_the_derivative_below_it():
 
 
 def test_hours_from_measured_steps():
-    (header, *lines), *_ = tables(block("recipes"))
+    (header, *lines), *_ = tables(block("recipes", METHOD))
     place = header.index("hours, from a measured step")
     found = {line[0].strip("`"): line[place] for line in lines}
     measured = {row["preset"] for row in STEPS if row["preset"]}
@@ -139,11 +153,14 @@ def test_rows_of_a_later_commit_take_their_place():
     assert f"{speed:.2f} times as fast as naive," in text and re.search("0ceb693 and .*abc1234", text)
 
 
-def test_nothing_else_at_the_top_is_a_figure_of_a_gpu():
-    """Beyond the block the file has no ms, GiB or MFU of a GPU: those that it names are of a CPU, or no measurement."""
-    rest = README.replace(block("headline"), "").replace(block("recipes"), "")
-    for line in rest.splitlines():
-        assert not re.search(r"\d+(\.\d+)? ?(TFLOP/s|GiB)|\bMFU of \d", line), line
+def test_nothing_else_is_a_figure_of_a_gpu():
+    """Beyond the blocks the READMEs have no TFLOP/s, GiB or MFU of a GPU; benchmarks/results has, beside its rows."""
+    texts = {path: path.read_text() for path in ROOT.glob("*/README.md")}
+    texts[ROOT / "README.md"] = README.replace(block("headline"), "")
+    texts[ROOT / "meanflow" / "README.md"] = METHOD.replace(block("recipes", METHOD), "")
+    for path, text in texts.items():
+        for line in text.splitlines():
+            assert not re.search(r"\d+(\.\d+)? ?(TFLOP/s|GiB)|\bMFU of \d", line), (path, line)
 
 
 def test_blocks_are_filled_and_asked_for(monkeypatch):
