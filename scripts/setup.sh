@@ -21,7 +21,7 @@ find_python() {
 
 # anything that decides what gets installed
 fingerprint() {
-    (cd "$root" && cat setup.py pyproject.toml scripts/setup.sh $(find csrc -type f | LC_ALL=C sort) && pwd && .venv/bin/python -V) | cksum
+    (cd "$root" && cat setup.py pyproject.toml scripts/setup.sh $(find csrc -type f ! -name '*.md' | LC_ALL=C sort) && pwd && .venv/bin/python -V) | cksum
 }
 
 # a terminal shows pip's own bars, a log one line a part
