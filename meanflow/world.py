@@ -79,7 +79,8 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.host_group = self.checkpoint_group = None
+        self.host_group: Any = None
+        self.checkpoint_group: Any = None
         self._pending: tuple[Tensor, dist.Work] | None = None
         self._own = self.size > 1 and not dist.is_initialized()
         if self.size > 1:

@@ -32,11 +32,15 @@ The registered op calls ``ctx.set_materialize_grads(False)`` in its setup_contex
 cotangent is None.
 """
 
+from typing import Any, TypeVarTuple
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .transforms import tracked
+
+Inputs = TypeVarTuple("Inputs")
 
 REFUSAL = (
     "a gradient was asked for through a tangent: the *_jvp operators differentiate their primal result only. "
@@ -144,21 +148,22 @@ def last(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return _Last.apply(*grads) if torch.is_grad_enabled() else grads
 
 
-def once(*inputs: Tensor) -> tuple[Tensor, ...]:
+def once(*inputs: *Inputs) -> tuple[*Inputs]:
     """The inputs of a reference that is differentiable once, as its kernel is. A compiled one is so by itself."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(tracked(x) for x in inputs)):
         return inputs
     return _Once.apply(*inputs)
 
 
-def unpack(*inputs: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+def unpack(*inputs: *Inputs) -> tuple[tuple[*Inputs], tuple[Tensor | None, ...]]:
     """Primals and tangents of inputs that may be forward-mode duals; tangents are None where structurally zero.
 
     Outside forward-mode AD the inputs come back as they are, with no tangents. Tangents come in their primal's dtype:
     torch makes that of a zero-dim dual times a number fp64.
     """
     pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
-    return tuple(p[0] for p in pairs), tuple(None if x_dot is None else x_dot.to(x.dtype) for x, x_dot in pairs)
+    primals: Any = tuple(x for x, _ in pairs)
+    return primals, tuple(None if x_dot is None else x_dot.to(x.dtype) for x, x_dot in pairs)
 
 
 def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
@@ -166,9 +171,10 @@ def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
     return x if x_dot is None else forward_ad.make_dual(x, x_dot)
 
 
-def settled(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+def settled(*inputs: *Inputs) -> tuple[*Inputs]:
     """Inputs of a torch function, duals with tangents in their primal's dtype (see :func:`unpack`)."""
-    return tuple(_settle(x) for x in inputs)
+    duals: Any = tuple(_settle(x) for x in inputs)
+    return duals
 
 
 def _settle(x: Tensor | None) -> Tensor | None:
@@ -183,11 +189,12 @@ def absent(tangents: tuple[Tensor | None, ...]) -> bool:
     return all(x is None for x in tangents)
 
 
-def tangent_rows(primals: tuple, tangents: tuple, start: int | None) -> tuple:
+def tangent_rows(primals: tuple[*Inputs], tangents: tuple, start: int | None) -> tuple[*Inputs]:
     """The detached slice of each primal that the tangents belong to: samples ``start`` to ``start + n``.
 
     ``start=None`` says that the tangents cover the whole batch. Check first: ``checks.check_tangents``.
     """
     n = next(x.shape[0] for x in tangents if x is not None)
     start = 0 if start is None else start
-    return tuple(x.detach()[start : start + n] for x in primals)
+    rows: Any = tuple(x.detach()[start : start + n] for x in primals)
+    return rows

@@ -13,6 +13,7 @@ Nothing here imports Triton before a launch is run or compiled.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ _TRITON_TYPE = {
 class Launch:
     """A kernel, its grid and its arguments."""
 
-    kernel: object
+    kernel: Any
     """the @triton.jit function"""
     grid: tuple[int, ...]
     args: dict[str, Tensor | int | float | None]

@@ -58,7 +58,7 @@ def main(args: list[str]) -> int:
 
     from ..training.trainer import train  # seconds to import
 
-    return record(train)(config, options.out)
+    return record(train)(config, options.out) or 0
 
 
 run = partial(cli.run, main)

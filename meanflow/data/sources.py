@@ -51,7 +51,7 @@ class Source(Protocol):
         ...
 
 
-class ClassFolders:
+class ClassFolders(Source):
     """A folder for each class; labels count the sorted folders' names, as torchvision's ImageFolder does.
 
     A class without images keeps its label, and is named: a download that failed does not move those of the others.
@@ -82,7 +82,7 @@ class ClassFolders:
         return read_file(self.path / self.names[index])
 
 
-class HuggingFace:
+class HuggingFace(Source):
     """An image set of the package `datasets`, saved on disk or of the hub: its column of images and one of labels.
 
     Of several such columns those that are called "image" and "label" are taken.

@@ -45,7 +45,7 @@ class TarFiles:
     """
 
     kind = "tar files"
-    classes = None
+    classes: list[str] | None = None
 
     def __init__(self, files: list[Path], entries: Entries):
         self.entries, self.names, self._places, labels = entries, [], [], []

@@ -20,18 +20,21 @@ def load_vae(name: str, device: torch.device, option: str) -> nn.Module:
     """
     from diffusers import AutoencoderKL  # nine seconds to import
 
+    def refusal(reason: str) -> UserError:
+        return UserError(
+            f"{option}: got {name!r}, which cannot be loaded ({reason}), wanted a diffusers AutoencoderKL; "
+            f"name a local folder by --{option} FOLDER"
+        )
+
     offline = not Path(name).exists() and not hub_answers()
     try:
         options = dict(output_loading_info=True, low_cpu_mem_usage=False, local_files_only=offline)
         vae, loaded = AutoencoderKL.from_pretrained(name, **options)
-        reason = f"it lacks the weights {loaded['missing_keys'][:1]}" if loaded["missing_keys"] else None
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] + ("; the hub does not answer" if offline else "")
-    if reason is not None:
-        raise UserError(
-            f"{option}: got {name!r}, which cannot be loaded ({reason}), wanted a diffusers AutoencoderKL; "
-            f"name a local folder by --{option} FOLDER"
-        )
+        reason = str(error).splitlines()[0]
+        raise refusal(f"{reason}; the hub does not answer" if offline else reason) from None
+    if loaded["missing_keys"]:
+        raise refusal(f"it lacks the weights {loaded['missing_keys'][:1]}")
     return vae.to(device).eval().requires_grad_(False)
 
 

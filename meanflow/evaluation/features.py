@@ -152,6 +152,6 @@ class ImageStatistics:
         """Write mu and sigma of all processes' images as an .npz, see :func:`write_statistics`. A collective call."""
         moments = self.gathered(world)
         if world.is_main:
-            facts = {"count": moments["pool3"].count, "resize": self.resize}
-            facts["inception_sha256"] = self.extractor.identity()["inception_sha256"]
+            digest = self.extractor.identity()["inception_sha256"]
+            facts = {"count": moments["pool3"].count, "resize": self.resize, "inception_sha256": digest}
             write_statistics(path, {name: m.gaussian() for name, m in moments.items()}, **facts)

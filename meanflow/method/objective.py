@@ -37,7 +37,7 @@ def func_jvp(net, primals, tangents, y, start=0):
         return out
 
     tangents = tuple(whole(x, x_dot) for x, x_dot in zip(primals, tangents, strict=True))
-    u, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), primals, tangents)
+    u, du_dt, *_ = torch.func.jvp(lambda z, r, t: net(z, r, t, y), primals, tangents)
     return u, du_dt[start:]
 
 

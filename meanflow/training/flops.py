@@ -1,6 +1,7 @@
 """Floating-point operations of a training step's matrix products, for the MFU of the log."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +37,7 @@ def sample_flops(config: ModelConfig) -> SampleFlops:
         z = torch.empty(SAMPLES, config.in_channels, config.input_size, config.input_size)
         t, y = torch.empty(SAMPLES), torch.empty(SAMPLES, dtype=torch.long)
 
-    def count(fn) -> float:
+    def count(fn: Callable[[], object]) -> tuple[float, Any]:
         with FlopCounterMode(display=False) as counter:
             result = fn()
         return counter.get_total_flops() / SAMPLES, result

@@ -1,6 +1,7 @@
 """The optimizer, whose step also moves the average of the weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ def make_optimizer(
     """
     params = list(net.parameters())
     averages = [] if ema is None else list(ema.parameters())
-    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    options: dict[str, Any] = dict(lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     if captured:
         options["lr"] = torch.tensor(config.lr, device=params[0].device)
     if config.implementation == "native":

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class RunLog:
         self.config_path = out / "config.json"
         # on the device, for the sum over the processes
         self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64, device=world.device))
-        self._tensorboard = self._wandb = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
 
     # --- the folder ---

@@ -149,7 +149,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     for width in (384, 768, 1024, 1152):
         x = torch.empty(32, 256, width, device="meta")
         y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
-        sums = [vector.new_empty(vector.shape) for _ in range(2)]
+        sums = vector.new_empty(vector.shape), vector.new_empty(vector.shape)
         launches = {
             "adaln": forward_launch(x, vector, vector, y, None, None, None, None, 0, 1e-6),
             "adaln_jvp": forward_launch(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),

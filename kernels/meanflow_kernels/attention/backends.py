@@ -118,7 +118,7 @@ def attention_forward(
         forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config).run()
         return o, lse
     forward = {Backend.FLASH_ATTN: _flash_attn_forward, Backend.XFORMERS: _xformers_forward}.get(backend)
-    inputs = tuple(_readable(x) for x in (q, k, v))
+    inputs = _readable(q), _readable(k), _readable(v)
     o, lse = forward(*inputs, scale) if forward else _sdpa_forward(backend, *inputs, scale)
     if out is None:
         return o.contiguous(), lse.contiguous()
@@ -140,15 +140,15 @@ def attention_backward(
     """
     backend = _choose(BACKWARD, q, k)
     if backend is Backend.TRITON:
-        out = tuple(x.new_empty(x.shape) for x in (q, k, v)) if out is None else out
+        out = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)) if out is None else out
         _triton_backward(do, q, k, v, o, lse, scale, out)
         return out
     backward = {Backend.FLASH_ATTN: _flash_attn_backward, Backend.XFORMERS: _xformers_backward}.get(backend)
     inputs = (aligned(do.contiguous()), *(_readable(x) for x in (q, k, v)), o, lse, scale)
-    gradients = backward(*inputs) if backward else _sdpa_backward(backend, *inputs)
+    dq, dk, dv = backward(*inputs) if backward else _sdpa_backward(backend, *inputs)
     if out is None:
-        return tuple(x.contiguous() for x in gradients)
-    return tuple(to.copy_(x) for to, x in zip(out, gradients, strict=True))
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return out[0].copy_(dq), out[1].copy_(dk), out[2].copy_(dv)
 
 
 def _sdpa_forward(backend, q, k, v, scale):

@@ -85,7 +85,8 @@ def _launch_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: i
     forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
     for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
         if rows.start < rows.stop:
-            attention_forward(*(x[rows] for x in primals), scale, BESIDE, (o[rows], lse[rows]))
+            q_, k_, v_ = (x[rows] for x in primals)
+            attention_forward(q_, k_, v_, scale, BESIDE, (o[rows], lse[rows]))
     return o, o_dot, lse
 
 
@@ -103,7 +104,8 @@ def _save_primals(ctx, primals, o, lse, scale):
 
 def _setup_context(ctx, inputs, output):
     *primals, scale = inputs
-    _save_primals(ctx, primals, *output, scale)
+    o, lse = output
+    _save_primals(ctx, primals, o, lse, scale)
 
 
 def _setup_context_jvp(ctx, inputs, output):
@@ -186,7 +188,8 @@ def _(do, q, k, v, o, lse, scale):
 @torch.library.custom_op("meanflow_kernels::attention_qkv", mutates_args=())
 def _attention_qkv_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check_interpreted("qkv", qkv)
-    return attention_forward(*qkv.unbind(2), scale, FORWARD)
+    q, k, v = qkv.unbind(2)
+    return attention_forward(q, k, v, scale, FORWARD)
 
 
 @_attention_qkv_op.register_fake
@@ -208,8 +211,8 @@ def _(qkv, qkv_dot, scale, tangent_start):
 
 @torch.library.custom_op("meanflow_kernels::attention_qkv_bwd", mutates_args=())
 def _attention_qkv_bwd_op(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
-    dqkv = qkv.new_empty(qkv.shape)
-    attention_backward(do, *qkv.unbind(2), o, lse, scale, dqkv.unbind(2))
+    (q, k, v), dqkv = qkv.unbind(2), qkv.new_empty(qkv.shape)
+    attention_backward(do, q, k, v, o, lse, scale, dqkv.unbind(2))
     return dqkv
 
 
