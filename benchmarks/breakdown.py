@@ -16,6 +16,7 @@ would be compiled anew.
 import argparse
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ class Phases:
         at.append(stamp(device))
         self.optimizer.step()
         at.append(stamp(device))
-        return dict(zip(("draw", "loss", "backward", "optimizer"), (b - a for a, b in zip(at, at[1:])), strict=True))
+        return dict(zip(("draw", "loss", "backward", "optimizer"), (b - a for a, b in pairwise(at)), strict=True))
 
 
 def by_phase(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]:

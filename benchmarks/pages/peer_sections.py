@@ -32,8 +32,11 @@ def public_kernels(page: Page, rows: list[dict]) -> str:
             figure = plots.bars(f"Primal and tangent: {title}", hardware(found), "TFLOP/s", rates, words, known)
             figures.append(page.figure(f"public kernels {title} {device_name(found[0])}", figure))
         lines = [
-            "All in one process, each checked against fp64, device time with a cold L2 cache. FLOPs are what the head "
-            "dim asked for needs, whatever a kernel pads it to; padding and changes of layout come before the clock.",
+            (
+                "All in one process, each checked against fp64, device time with a cold L2 cache. FLOPs are what the "
+                "head dim asked for needs, whatever a kernel pads it to; padding and changes of layout come before the "
+                "clock."
+            ),
         ]
         sources = {row["variant"].split()[0]: row for row in group if row.get("peer")}
         revisions = {name: row.get("peer_commit") or "revision not recorded" for name, row in sources.items()}

@@ -96,7 +96,7 @@ def interleaved(
     """All variants side by side, a step each in turn; ratios are of the pairs of a turn."""
     started, samples = {}, {}
     for name in names:
-        found, why = attempt(lambda name=name: start(work, name, reference))
+        found, why = attempt(lambda name=name, reference=reference: start(work, name, reference))
         if why:
             yield untimed(name, why)
         else:
@@ -107,7 +107,7 @@ def interleaved(
             inputs = work.inputs(step)
             # every other turn backwards, so that nobody always follows the same neighbour
             for name in list(started) if step % 2 else reversed(list(started)):
-                ms, why = attempt(lambda name=name: timed(started[name].variant, inputs, work.device))
+                ms, why = attempt(lambda name=name, inputs=inputs: timed(started[name].variant, inputs, work.device))
                 if why:
                     # another plan's size: the rest keep their pairs
                     del started[name], samples[name]
@@ -125,7 +125,7 @@ def in_turn(work: Workload, names: list[str], repeats: int, reference: Reference
     samples = {}
     batches = [work.inputs(step) for step in range(repeats)]
     for name in tqdm(names, desc="timing", unit="variant"):
-        found, why = attempt(lambda name=name: apart(work, name, reference, batches))
+        found, why = attempt(lambda name=name, reference=reference: apart(work, name, reference, batches))
         clear()
         if why:
             yield untimed(name, why)

@@ -4,7 +4,7 @@ import torch
 
 
 def declare_fallbacks() -> None:
-    """Register Inductor's fallback for every operator, as it does itself when it first meets one: for torch before 2.13.
+    """Register Inductor's fallback for every operator, as it does itself at the first use: for torch before 2.13.
 
     There it writes the operator's arguments down for a log, whoever reads that: with all that they were made from, each
     as often as it is used. Where no pointwise kernel lies between operators and products, as in the backward of a DiT,

@@ -115,8 +115,10 @@ def _spread(scores: list[dict], key: str) -> tuple[float, float]:
 def table(result: dict) -> list[str]:
     """Format an axis as a Markdown table: mean ± standard deviation over the seeds."""
     lines = [
-        f"Digits, {result['title']}: {result['steps']} steps, {len(result['seeds'])} seeds, one-step samples; "
-        f"the floor of the Fréchet distance is {result['floor']:.2f}.",
+        (
+            f"Digits, {result['title']}: {result['steps']} steps, {len(result['seeds'])} seeds, one-step samples; "
+            f"the floor of the Fréchet distance is {result['floor']:.2f}."
+        ),
         "",
         "| | Fréchet distance | accuracy | within-class variance | paper's FID (ImageNet, B/4) |",
         "| --- | --- | --- | --- | --- |",

@@ -112,18 +112,17 @@ def report_lines(report: dict) -> list[str]:
         ),
         ("trained at, images/s", f"{r['images_per_second']:.0f}", f"{r['images_per_second_flow_matching']:.0f}", ""),
     ]
+    seconds = f"{r['train_seconds']:.0f} s for both"
     return [
         "# One-step generation of handwritten digits",
         "",
-        f"Two networks, {r['steps']} training steps each ({r['train_seconds']:.0f} s for both), "
-        "one evaluation an image.",
+        f"Two networks, {r['steps']} training steps each ({seconds}), one evaluation an image.",
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
         "Fréchet distance: in the features of a small classifier; the floor is that of as many real digits drawn with",
-        f"replacement, the classes' mean images score {r['frechet_class_means']:.1f}. Flow matching in one step gives "
-        "class means: always the",
-        "right class, never any variety.",
+        f"replacement, the classes' mean images score {r['frechet_class_means']:.1f}. Flow matching in one step gives",
+        "class means: always the right class, never any variety.",
     ]
 
 

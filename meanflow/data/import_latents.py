@@ -11,8 +11,9 @@ edm2       the same files (NVlabs/edm2, training/encoders.py and dataset_tool.py
 arrays     a folder of mean.npy, std.npy (N, C, S, S) and labels.npy (N,).
 
 All are unscaled. One check serves all layouts: log-variances, drawn or scaled latents without a std, what is no finite
-floating-point number, and labels that are no whole numbers from 0 on are refused, as are labels without a file and files
-without a label. bf16, whole floats and one-hot vectors as labels are converted, and the manifest's "converted" says so.
+floating-point number, and labels that are no whole numbers from 0 on are refused, as are labels without a file and
+files without a label. bf16, whole floats and one-hot vectors as labels are converted, and the manifest's "converted"
+says so.
 """
 
 import io

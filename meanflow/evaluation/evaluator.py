@@ -33,11 +33,15 @@ FRECHET = {"fid": "pool3", "sfid": "spatial", "fdd": "dinov2"}
 """Fréchet distances, each with its features."""
 NOTES = (
     "Frechet distances fall as the number of images grows: compare numbers of equal counts alone.",
-    f"stderr: Frechet distances, delete-one-block jackknife over {BLOCKS} blocks of samples; precision and recall, "
-    f"means of {BLOCKS} blocks; inception_score, splits of {SPLIT} samples in order (ADM; none for one split). "
-    "interval: 95 %, of the samples' draw, without the reference's own error.",
-    "inception_score: logits without bias over 1008 outputs. precision and recall: "
-    f"k = {NEIGHBOURS}, pool3, fp32 distances.",
+    (
+        f"stderr: Frechet distances, delete-one-block jackknife over {BLOCKS} blocks of samples; precision and recall, "
+        f"means of {BLOCKS} blocks; inception_score, splits of {SPLIT} samples in order (ADM; none for one split). "
+        "interval: 95 %, of the samples' draw, without the reference's own error."
+    ),
+    (
+        "inception_score: logits without bias over 1008 outputs. precision and recall: "
+        f"k = {NEIGHBOURS}, pool3, fp32 distances."
+    ),
 )
 GRID = 64
 

@@ -71,7 +71,7 @@ class ArrayImages:
 class FolderImages:
     """The images of a folder and those below it, by name; all of one size, cropped as the samples are.
 
-    What an entry is and how an image is decoded is as in the training data, see meanflow/data/entries.py and decoding.py.
+    What an entry is and how an image is decoded is as in the training data, see meanflow/data: entries and decoding.
     """
 
     def __init__(self, path: Path):

@@ -128,7 +128,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             (u,) = self.transformer(z, t_b, r_b, labels, return_dict=False)
             (latents,) = self.scheduler.step(u, t, latents, return_dict=False)
             if callback_on_step_end is not None:
-                tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
 
         images = latents if output_type == "latent" else self._decode(latents, output_type)

@@ -353,7 +353,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict, int]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise _damaged(path, f"which cannot be read ({error})") from None
     if metadata.get("format") != WEIGHTS_FORMAT:

@@ -145,7 +145,7 @@ def _read_torch(path: Path) -> object:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise _refused(path, f"which cannot be read ({_first(error)})") from None
 

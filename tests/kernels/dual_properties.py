@@ -107,10 +107,11 @@ def assert_as_exact(case: Case, primals, tangents, *, extra=(), start: int | Non
 def assert_one_column(case: Case, make: Callable) -> None:
     """A LayerNorm of one column x: x_hat = 0 whatever x is, so that exactly nothing flows back through it.
 
-    What is left of dx = rstd (g - mean(g)), with rstd = eps^-1/2 = 1000 and g = dy (1 + scale), is rounding: of g, where
-    a fused multiply-add takes the unrounded product less its rounded mean; of the larger term, where autograd adds the
-    residual's gradient to rstd g before it subtracts. So dx is right to 2^-24 (1000 |g| + |dx|), times two for rstd's
-    own rounding and the sum's. The error bar of other widths, 1e-6 of dx, would ask that nothing be rounded at all.
+    What is left of dx = rstd (g - mean(g)), with rstd = eps^-1/2 = 1000 and g = dy (1 + scale), is rounding: of g,
+    where a fused multiply-add takes the unrounded product less its rounded mean; of the larger term, where autograd
+    adds the residual's gradient to rstd g before it subtracts. So dx is right to 2^-24 (1000 |g| + |dx|), times two for
+    rstd's own rounding and the sum's. The error bar of other widths, 1e-6 of dx, would ask that nothing be rounded at
+    all.
     """
     for _ in range(8):
         primals, tangents = make()

@@ -264,7 +264,7 @@ def test_nested_transforms_raise_on_both_routes_and_are_right_by_the_reference(e
 
 
 def test_vmap_of_jvp_is_right(each_route, device):
-    primals, tangents = make_inputs("iid", *SHAPE, device)
+    primals, _ = make_inputs("iid", *SHAPE, device)
     jacobian = torch.func.jacfwd(lambda s: attention(primals[0] * s, *primals[1:]).sum())(torch.ones((), device=device))
     expected = torch.func.jacfwd(lambda s: plain_attention(primals[0] * s, *primals[1:]).sum())(
         torch.ones((), device=device)

@@ -110,7 +110,7 @@ def test_one_product_without_a_copy_where_rows_are_stacked(device, with_bias):
     with Products() as counted:
         y, y_dot = linear_jvp((x,), (x_dot,), weight, bias)
         # the results are stacked again
-        z, z_dot = linear_jvp((y,), (y_dot,), second)
+        _, z_dot = linear_jvp((y,), (y_dot,), second)
     assert (counted.products, counted.copies) == (2, 0)
     assert torch.allclose(y, torch.nn.functional.linear(x, weight, bias), atol=1e-5)
     assert torch.allclose(z_dot, x_dot @ weight.t() @ weight, atol=1e-4)

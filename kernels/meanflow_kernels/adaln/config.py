@@ -39,8 +39,8 @@ class RowConfig:
 # H200: 1.07 (1.00 to 1.12) times as fast as 384 columns a warp and eight rows a program
 FORWARD = RowConfig(columns_per_warp=768, warps_per_sm=32, fewest_rows=1, most_rows=2)
 
-# two sums and a vector in registers, so few warps; the next two rows are on their way while one is worked on. H200: 1.09
-# (1.02 to 1.18) times as fast as 384 columns a warp, 20 warps and no prefetch
+# two sums and a vector in registers, so few warps; the next two rows are on their way while one is worked on. H200:
+# 1.09 (1.02 to 1.18) times as fast as 384 columns a warp, 20 warps and no prefetch
 BACKWARD = RowConfig(columns_per_warp=768, warps_per_sm=12, fewest_rows=8, most_rows=64, stages=3)
 
 # 512 contiguous bytes a row of partial sums, of which each sample has 8 to 32

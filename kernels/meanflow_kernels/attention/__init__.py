@@ -6,6 +6,11 @@ from .launches import compile_cases
 from .op import attention, attention_jvp, attention_qkv, attention_qkv_jvp
 
 __all__ = [
-    *("Backend", "compile_cases", "force_backend"),
-    *("attention", "attention_jvp", "attention_qkv", "attention_qkv_jvp"),
+    "Backend",
+    "attention",
+    "attention_jvp",
+    "attention_qkv",
+    "attention_qkv_jvp",
+    "compile_cases",
+    "force_backend",
 ]

@@ -33,9 +33,10 @@ shorter of M and N.
 
 _LIBRARIES = (Backend.FLASH, Backend.FLASH_ATTN, Backend.XFORMERS)
 
-# H200, bf16, ms of one layer of a step: Triton 0.107, cuDNN 0.122, flash 0.148 at hd 64 and N 256 (L/2, batch 32); 0.091,
-# 0.180 and 0.308 at N 64 (B/4, batch 256); 0.160, 0.158 and 0.226 at hd 72 (XL/2, batch 32), where Triton's is
-# repeatable, and writes where its reader wants it. At hd 72 and N 1024 cuDNN 2.82, Triton 3.20, flash 4.61 (64 x 16 heads)
+# H200, bf16, ms of one layer of a step: Triton 0.107, cuDNN 0.122, flash 0.148 at hd 64 and N 256 (L/2, batch 32);
+# 0.091, 0.180 and 0.308 at N 64 (B/4, batch 256); 0.160, 0.158 and 0.226 at hd 72 (XL/2, batch 32), where
+# Triton's is repeatable, and writes where its reader wants it. At hd 72 and N 1024 cuDNN 2.82, Triton 3.20, flash 4.61
+# (64 x 16 heads)
 BACKWARD: Backends = {
     90: ((56, 0, _LIBRARIES), (72, 512, (Backend.CUDNN, *_LIBRARIES)), (72, 0, ()), (128, 0, _LIBRARIES)),
     ANY: ((128, 0, _LIBRARIES),),

@@ -34,11 +34,12 @@ def with_spectrum(values: torch.Tensor, basis: torch.Tensor, mean: torch.Tensor)
     return Gaussian(mean, (basis * values) @ basis.T)
 
 
+ROWS = torch.arange(40)
 SPECTRA = {
     "even": (torch.linspace(0.5, 2, 40, dtype=F64), torch.linspace(3, 1, 40, dtype=F64)),
     "ill-conditioned": (torch.logspace(-9, 3, 40, dtype=F64), torch.logspace(2, -8, 40, dtype=F64)),
-    "low rank": (torch.cat([torch.ones(7), torch.zeros(33)]).double(), torch.cat([torch.zeros(3), torch.ones(37)]) * 2.0),
-    "disjoint": (torch.cat([torch.ones(20), torch.zeros(20)]).double(), torch.cat([torch.zeros(20), torch.ones(20)]) * 3.0),
+    "low rank": ((ROWS < 7).double(), (ROWS >= 3) * 2.0),
+    "disjoint": ((ROWS < 20).double(), (ROWS >= 20) * 3.0),
     "a point": (torch.zeros(40, dtype=F64), torch.linspace(3, 1, 40, dtype=F64)),
 }  # fmt: skip
 

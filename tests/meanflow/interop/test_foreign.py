@@ -180,7 +180,7 @@ def test_every_command_reads_every_kind(sources, tmp_path, command, kind):
     code, _, err = command("export", sources[kind], "--out", tmp_path / "weights")
     assert code == 0, err
     assert_equal(load_checkpoint(tmp_path / "weights")[0], wanted)
-    code, out, err = command("sample", sources[kind], "--count", 4, "--device", "cpu", "--out", tmp_path / "a")
+    code, _, err = command("sample", sources[kind], "--count", 4, "--device", "cpu", "--out", tmp_path / "a")
     assert code == 0, err
     train(runs.tiny(init=str(sources[kind]), steps=1), tmp_path / "run")
     started = load_checkpoint(tmp_path / "run", "model")[0]

@@ -34,7 +34,7 @@ def test_output_and_derivative(name, mode, jvp):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_plain_forward_is_the_primal(name):
-    data, z, v, r, t, y = inputs(name, torch.float64)
+    data, z, _, r, t, y = inputs(name, torch.float64)
     oracle.assert_close(oracle.network(name, torch.float64)(z, r, t, y), data["f64/u"], "f64", "u")
 
 
@@ -114,17 +114,20 @@ def test_position_tables(mode):
     data = oracle.load("tables")
     checked = 0
     for key, wanted in data.items():
-        kind, _, size = key.removeprefix(f"{mode}/").partition("_")
+        _, _, size = key.removeprefix(f"{mode}/").partition("_")
         if not key.startswith(f"{mode}/pos_"):
             continue
         *what, width, grid = size.split("_")
         table = position_table(int(width), int(grid), dtype=oracle.MODES[mode])
-        got = {
-            "embed": lambda: table,
-            "rows": lambda: table[data[f"pos_rows_idx_{width}_{grid}"]],
-            "colsum": lambda: table.sum(0),
-            "sqsum": lambda: table.square().sum(),
-        }[what[0]]()
+        match what[0]:
+            case "embed":
+                got = table
+            case "rows":
+                got = table[data[f"pos_rows_idx_{width}_{grid}"]]
+            case "colsum":
+                got = table.sum(0)
+            case "sqsum":
+                got = table.square().sum()
         oracle.assert_close(got, wanted, mode, "table", key)
         checked += 1
     assert checked >= 3

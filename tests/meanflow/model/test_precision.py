@@ -39,7 +39,8 @@ def test_bf16_derivative_is_as_exact_as_naive_forward_mode(width, heads):
     ours = build_net(config, torch.bfloat16)
     ours.load_state_dict(weights)
     with torch.no_grad():
-        tangents = tuple(torch.zeros_like(x) if x_dot is None else x_dot for x, x_dot in zip(primals, direction))
+        pairs = zip(primals, direction, strict=True)
+        tangents = tuple(torch.zeros_like(x) if x_dot is None else x_dot for x, x_dot in pairs)
         got = pair_jvp(ours, primals, direction, y)
         beside = torch.func.jvp(lambda z, r, t: naive(z, r, t, y), primals, tangents)
         doubled = [tuple(None if x is None else x.double() for x in xs) for xs in (primals, direction)]
