@@ -10,7 +10,7 @@ import pytest
 import runs
 
 pytest.importorskip("tyro", reason="tyro, which the commands need, is not installed")
-from meanflow.errors import UserError  # noqa: E402
+from meanflow.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

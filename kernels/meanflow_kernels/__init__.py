@@ -12,7 +12,7 @@ from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
 
 # last: it registers the FLOPs of the operators above
 # isort: split
-from . import counts  # noqa: E402, F401
+from . import counts
 
 __all__ = [
     "Route",

@@ -17,12 +17,12 @@ from PIL import Image
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from meanflow.apps import page  # noqa: E402
-from meanflow.errors import UserError  # noqa: E402
-from meanflow.interop.pipeline import MeanFlowPipeline  # noqa: E402
-from meanflow.interop.weights import load_checkpoint  # noqa: E402
-from meanflow.storage.checkpoint import save_weights  # noqa: E402
-from meanflow.training.trainer import train  # noqa: E402
+from meanflow.apps import page
+from meanflow.errors import UserError
+from meanflow.interop.pipeline import MeanFlowPipeline
+from meanflow.interop.weights import load_checkpoint
+from meanflow.storage.checkpoint import save_weights
+from meanflow.training.trainer import train
 
 CPU = torch.device("cpu")
 

@@ -14,18 +14,18 @@ import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("msgpack", reason="msgpack is not installed")
-from conversions import SiT, assert_equal, run_convert  # noqa: E402
+from conversions import SiT, assert_equal, run_convert
 
-from meanflow.config import ModelConfig  # noqa: E402
-from meanflow.errors import UserError  # noqa: E402
-from meanflow.interop import convert  # noqa: E402
-from meanflow.interop.official_weights import from_official, to_official  # noqa: E402
-from meanflow.interop.weights import load_checkpoint, load_ema  # noqa: E402
-from meanflow.method.sampling import sample  # noqa: E402
-from meanflow.model.build import build_net  # noqa: E402
-from meanflow.storage.checkpoint import load_weights  # noqa: E402
-from meanflow.storage.flax_files import read_flax, read_msgpack, write_flax, write_msgpack  # noqa: E402
-from meanflow.training.trainer import train  # noqa: E402
+from meanflow.config import ModelConfig
+from meanflow.errors import UserError
+from meanflow.interop import convert
+from meanflow.interop.official_weights import from_official, to_official
+from meanflow.interop.weights import load_checkpoint, load_ema
+from meanflow.method.sampling import sample
+from meanflow.model.build import build_net
+from meanflow.storage.checkpoint import load_weights
+from meanflow.storage.flax_files import read_flax, read_msgpack, write_flax, write_msgpack
+from meanflow.training.trainer import train
 
 ROOT = Path(__file__).parents[3]
 FLAX = ROOT / "tests" / "data" / "flax"

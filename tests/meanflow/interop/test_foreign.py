@@ -11,19 +11,19 @@ from torch import nn
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("msgpack", reason="msgpack is not installed")
-from conversions import SiT, assert_equal  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from conversions import SiT, assert_equal
+from safetensors.torch import save_file
 
-from meanflow.apps import page  # noqa: E402
-from meanflow.errors import UserError  # noqa: E402
-from meanflow.interop import convert  # noqa: E402
-from meanflow.interop.formats import find_format  # noqa: E402
-from meanflow.interop.official_weights import from_official, to_official  # noqa: E402
-from meanflow.interop.weights import load_checkpoint  # noqa: E402
-from meanflow.storage.checkpoint import save_weights  # noqa: E402
-from meanflow.storage.flax_files import write_flax  # noqa: E402
-from meanflow.storage.foreign import full, read_network  # noqa: E402
-from meanflow.training.trainer import train  # noqa: E402
+from meanflow.apps import page
+from meanflow.errors import UserError
+from meanflow.interop import convert
+from meanflow.interop.formats import find_format
+from meanflow.interop.official_weights import from_official, to_official
+from meanflow.interop.weights import load_checkpoint
+from meanflow.storage.checkpoint import save_weights
+from meanflow.storage.flax_files import write_flax
+from meanflow.storage.foreign import full, read_network
+from meanflow.training.trainer import train
 
 SIT = SiT().state_dict()
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
-from diffusers import AutoencoderKL  # noqa: E402
-from diffusers.callbacks import PipelineCallback  # noqa: E402
+from diffusers import AutoencoderKL
+from diffusers.callbacks import PipelineCallback
 
-from meanflow.interop.pipeline import MeanFlowPipeline  # noqa: E402
-from meanflow.interop.scheduler import MeanFlowScheduler  # noqa: E402
-from meanflow.interop.transformer import MeanFlowTransformer2DModel  # noqa: E402
-from meanflow.method.sampling import sample  # noqa: E402
+from meanflow.interop.pipeline import MeanFlowPipeline
+from meanflow.interop.scheduler import MeanFlowScheduler
+from meanflow.interop.transformer import MeanFlowTransformer2DModel
+from meanflow.method.sampling import sample
 
 SHAPE = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "input_size": 8, "num_classes": 10}
 NAMES = {0: "tench", 1: "goldfish, Carassius auratus"} | {i: f"name {i}, crane" for i in range(2, 10)}

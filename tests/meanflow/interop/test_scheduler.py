@@ -4,8 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
-from meanflow.interop.scheduler import MeanFlowScheduler  # noqa: E402
-from meanflow.method.sampling import sample  # noqa: E402
+from meanflow.interop.scheduler import MeanFlowScheduler
+from meanflow.method.sampling import sample
 
 SHAPE = (4, 3, 8, 8)
 

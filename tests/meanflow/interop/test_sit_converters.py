@@ -11,17 +11,17 @@ import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("msgpack", reason="msgpack is not installed")
-from conversions import SiT, assert_equal, run_convert  # noqa: E402
+from conversions import SiT, assert_equal, run_convert
 
-from meanflow.config import ModelConfig  # noqa: E402
-from meanflow.errors import UserError  # noqa: E402
-from meanflow.interop import convert  # noqa: E402
-from meanflow.interop.sit import from_dit, from_sit, from_zhuyu, to_zhuyu  # noqa: E402
-from meanflow.interop.weights import load_checkpoint  # noqa: E402
-from meanflow.model.build import build_net  # noqa: E402
-from meanflow.model.dit import Dual, position_table  # noqa: E402
-from meanflow.storage.checkpoint import load_weights  # noqa: E402
-from meanflow.training.trainer import train  # noqa: E402
+from meanflow.config import ModelConfig
+from meanflow.errors import UserError
+from meanflow.interop import convert
+from meanflow.interop.sit import from_dit, from_sit, from_zhuyu, to_zhuyu
+from meanflow.interop.weights import load_checkpoint
+from meanflow.model.build import build_net
+from meanflow.model.dit import Dual, position_table
+from meanflow.storage.checkpoint import load_weights
+from meanflow.training.trainer import train
 
 
 def inputs(count=4, dtype=torch.float64):
