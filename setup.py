@@ -99,6 +99,8 @@ setup(
     ],
     extras_require={
         "test": ["accelerate", "datasets", "hypothesis", "kernels", "pytest", "pytest-xdist"],
+        # what scripts/check.sh runs: another version may find other faults
+        "dev": ["pyrefly==1.4.1", "ruff==0.17.6"],
         "orbax": ["tensorstore"],
         "datasets": ["datasets"],
         "fdd": ["transformers"],

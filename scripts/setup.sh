@@ -59,7 +59,7 @@ install() {
 }
 
 install_package() {
-    pip_install "setuptools>=70" && pip_install --no-build-isolation -e '.[test]'
+    pip_install "setuptools>=70" && pip_install --no-build-isolation -e '.[test,dev]'
 }
 
 if [ ! -f .venv/installed ] || [ "$(cat .venv/installed)" != "$(fingerprint)" ]; then
