@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+LONG = ("test_end_to_end.py", "test_static_report.py", "test_step.py", "test_accounting.py")
+"""Files that come first: begun last, one would keep a worker busy while the others have nothing left."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the tests marked slow too")
@@ -29,6 +32,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="long; run with --full"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture

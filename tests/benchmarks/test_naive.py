@@ -140,11 +140,12 @@ def test_guidance_is_predicted_without_a_graph():
     assert recorded == [False, False, True]
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole(backend):
     model = replace(TINY, depth=1)
     (_, naive), batch = networks(model), inputs(model)
     eager = naive_terms(GUIDED, naive, *batch)
-    compiled = torch.compile(naive_terms, fullgraph=True, dynamic=False)(GUIDED, naive, *batch)
+    compiled = torch.compile(naive_terms, fullgraph=True, dynamic=False, backend=backend)(GUIDED, naive, *batch)
     for name in ("u", "du_dt"):
         assert_same(getattr(compiled, name), getattr(eager, name), 1e-5)
     assert_same(gradients(compiled, naive), gradients(eager, naive), 1e-4)

@@ -64,7 +64,7 @@ def _forward_ad(network, x, x_dot):
     [
         (_step, None, 2),
         (_step, "aot_eager", 2),
-        (_step, "inductor", 1),
+        pytest.param(_step, "inductor", 1, marks=pytest.mark.slow),
         (_forward_ad, None, 2),
         (_forward_ad, "aot_eager", 2),
     ],
