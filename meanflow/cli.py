@@ -49,7 +49,7 @@ def _choice(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
 
 
 def parse(
-    options: type[Options], args: list[str], *, prog: str, description: str, default: Options | None = None
+    options: type[Options], args: list[str], *, prog: str, description: str | None, default: Options | None = None
 ) -> Options:
     """Parse command-line arguments into a dataclass of options.
 

@@ -39,7 +39,7 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Tensor | int | float | None]
     """run-time arguments by parameter name"""
-    constexprs: dict[str, object]
+    constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
 

@@ -292,7 +292,7 @@ def _open_folder(path: Path, split: str) -> Source:
         ) from None
 
 
-def fingerprint(names: Iterable[str], labels: Iterable[int]) -> str:
+def fingerprint(names: Iterable[str], labels: Iterable[int | str]) -> str:
     """SHA-256 of a list of names with labels, in order."""
     digest = hashlib.sha256()
     for name, label in zip(names, labels, strict=True):
