@@ -51,7 +51,7 @@ def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
     assert command("prepare_data", "verify", latents)[0] == 0
 
     data = f"--data.name latents --data.path {latents} --data.vae {vae} --train.device cpu"
-    judge = f"--evaluation.every 4 --evaluation.count 24 --evaluation.inception {inception}"
+    judge = f"--evaluation.every 4 --evaluation.count 20 --evaluation.inception {inception}"
     arguments = ["digits", "--out", str(run), *f"{MODEL} {RUN} {data} {judge}".split()]
     arguments += ["--evaluation.reference", str(latents / "reference.npz")]
     train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -69,7 +69,7 @@ def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
         job.kill()
 
     last = max(int(p.name[5:13]) for p in (run / "checkpoints").glob("step_????????"))
-    steps = last + 6
+    steps = last + 2
     code, said, err = command("train", *arguments, "--train.steps", steps)
     assert code == 0 and f"resuming from step {last}" in said and f"finished at step {steps}" in said, err
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
     assert np.load(tmp_path / "samples.npz")["images"].shape == (6, caches.SIZE, caches.SIZE, 3)
 
     options = (
-        f"--count 24 --batch 8 --protocols own-data --inception {inception} --out {tmp_path / 'scores'} --device cpu"
+        f"--count 20 --batch 8 --protocols own-data --inception {inception} --out {tmp_path / 'scores'} --device cpu"
     )
     code, said, err = command(
         "evaluate", run, *options.split(), "--data-reference", latents / "reference.npz", "--json"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import GPU, STEP, build
+from report_rows import GPU, STEP
+from test_report import build
 from test_step_times import SMALL, event, options, ours, rows_of
 from torch.utils.flop_counter import flop_registry
 
