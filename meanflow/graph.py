@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 class Graph(Generic[In, Out]):

@@ -45,7 +45,7 @@ class Dataset(Protocol):
         ...
 
 
-class Digits:
+class Digits(Dataset):
     """scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images of 10 classes, in [-1, 1]."""
 
     shape = (1, 8, 8)
@@ -64,11 +64,11 @@ class Digits:
 
     def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
         """Read the samples of these indices, those in flip marked to be mirrored."""
-        indices = torch.from_numpy(indices)
-        return Batch(self.images[indices], None, self.labels[indices], flip)
+        rows = torch.from_numpy(indices)
+        return Batch(self.images[rows], None, self.labels[rows], flip)
 
 
-class Latents:
+class Latents(Dataset):
     """Cached posteriors of a VAE, memory-mapped.
 
     Args:

@@ -243,11 +243,11 @@ class DiT(nn.Module):
         """
         dtype = self.compute_dtype or self.dtype
         z_dot, r_dot, t_dot = tangents or (None, None, None)
-        z, r, t = Dual(z, z_dot, tangent_start), Dual(r, r_dot, tangent_start), Dual(t, t_dot, tangent_start)
+        times = Dual(r, r_dot, tangent_start), Dual(t, t_dot, tangent_start)
 
-        x = self.x_embedder(z, dtype).to(self.dtype)  # (B, L, C)
+        x = self.x_embedder(Dual(z, z_dot, tangent_start), dtype).to(self.dtype)  # (B, L, C)
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
-        c = apply_dual(silu_jvp, self._condition(r, t, y, dtype)).to(dtype)  # (B, C)
+        c = apply_dual(silu_jvp, self._condition(*times, y, dtype)).to(dtype)  # (B, C)
         residual = Residual(x)
         for block in self.blocks:
             residual = block(residual, c)  # x, branch (B, L, C), gate (B, C)

@@ -1,6 +1,6 @@
 """Tensors with their tangents, and the layers that compute on such pairs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ class Dual(NamedTuple):
         return Dual(self.primal + other.primal, tangent, start)
 
 
-def apply_dual(op_jvp, *duals: Dual, **options):
-    """Apply an operator `op_jvp(primals, tangents, ...)` to `Dual`s."""
+def apply_dual(op_jvp, *duals: Dual, **options) -> Any:
+    """Apply an operator `op_jvp(primals, tangents, ...)` to `Dual`s: a `Dual`, or a tuple if it has several results."""
     start = next((x.start for x in duals if x.tangent is not None), None)
     if start is not None:
         options["tangent_start"] = start
@@ -61,6 +61,8 @@ class Linear(nn.Linear):
     The buffer ``copy`` holds the weight in that dtype if an optimizer keeps it (`DiT.make_copies`); without it each
     call casts the weight.
     """
+
+    copy: Tensor
 
     def keep_copy(self, dtype: torch.dtype) -> Tensor:
         """Make a copy of the weight in dtype, for an optimizer to keep up to date."""

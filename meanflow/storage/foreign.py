@@ -62,7 +62,7 @@ def read_network(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], i
         names = [name for name, _ in _tensors(held)]
         near = f", nearest to it {nearest(ANCHOR, names)}" if names else ""
         raise _refused(path, f"without the state dict of a DiT or SiT: no {ANCHOR}{near}")
-    step = next((held[name] for name in COUNTERS if isinstance(held.get(name), int)), 0)
+    step = next((count for name in COUNTERS if isinstance(count := held.get(name), int)), 0)
     network = _choose(path, networks, weights)
     if network.averaged or network.where == "model.":
         weights = "ema" if network.averaged else "model"

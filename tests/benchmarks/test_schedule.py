@@ -33,7 +33,8 @@ def note(**row):
         file.write(json.dumps(row | {"at": time.monotonic()}) + "\\n")
 
 begin, clock = arbiter.running_seconds(), time.monotonic()
-worker = subprocess.Popen([sys.executable, "-c", f"import time\\nwhile True: open({str(folder / name)!r} + '.alive', 'a').write(str(time.monotonic()) + chr(10)); time.sleep(0.01)"])
+alive = f"open({str(folder / name)!r} + '.alive', 'a').write(str(time.monotonic()) + chr(10))"
+worker = subprocess.Popen([sys.executable, "-c", f"import time\\nwhile True: {alive}; time.sleep(0.01)"])
 while arbiter.running_seconds() - begin < options.get("compile", 0.3):
     time.sleep(0.01)
 while not all((folder / f"{other}.alive").exists() for other in options.get("beside", [])):
@@ -192,7 +193,8 @@ def test_idle_is_many_short_answers_in_a_row():
 
 
 def test_family_is_the_session_and_the_descendants(tmp_path):
-    child = "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); time.sleep(60)"
+    own = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)"
+    child = f"import subprocess, sys, time; {own}; time.sleep(60)"
     process = Process([sys.executable, "-c", child], tmp_path / "log", tmp_path, dict(os.environ))
     deadline = time.monotonic() + 20
     while len(family(process.pid)) < 2 and time.monotonic() < deadline:

@@ -13,14 +13,14 @@ import torch
 
 pytest.importorskip("triton", reason="the tuner launches Triton kernels")
 
-from benchmarks import tune  # noqa: E402
-from benchmarks.pages.tuned_configs import entries  # noqa: E402
-from benchmarks.tuning.subjects import SHAPES, subjects  # noqa: E402
-from benchmarks.tuning.trials import Trial  # noqa: E402
-from meanflow_kernels.adaln.config import RowConfig  # noqa: E402
-from meanflow_kernels.attention import config  # noqa: E402
-from meanflow_kernels.bias_gelu.config import StripConfig  # noqa: E402
-from meanflow_kernels.tiling import TileConfig  # noqa: E402
+from benchmarks import tune
+from benchmarks.pages.tuned_configs import entries
+from benchmarks.tuning.subjects import SHAPES, subjects
+from benchmarks.tuning.trials import Trial
+from meanflow_kernels.adaln.config import RowConfig
+from meanflow_kernels.attention import config
+from meanflow_kernels.bias_gelu.config import StripConfig
+from meanflow_kernels.tiling import TileConfig
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = "op shape dtype table config entry shipped batch tokens heads head_dim device gpu commit date".split()

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("triton", reason="the report compiles Triton kernels")
 
-from benchmarks.static.occupancy import KB, LIMITS, occupancy, resident_blocks  # noqa: E402
-from benchmarks.static.ptx import Access, global_accesses  # noqa: E402
-from benchmarks.static.sass import wgmma_loop  # noqa: E402
+from benchmarks.static.occupancy import KB, LIMITS, occupancy, resident_blocks
+from benchmarks.static.ptx import Access, global_accesses
+from benchmarks.static.sass import wgmma_loop
 
 ROOT = Path(__file__).parents[2]
 
