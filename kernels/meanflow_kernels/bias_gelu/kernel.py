@@ -15,9 +15,12 @@ def _gelu(u):
     K: tl.constexpr = 1.5957691216057308  # 2 sqrt(2/pi)
     K_LOG2E: tl.constexpr = 2.302208198144325
     square = u * u
-    s = 1 / (1 + tl.exp2(-u * (K_LOG2E + K_LOG2E * C * square)))
+    e = tl.exp2(-u * (K_LOG2E + K_LOG2E * C * square))
+    s = 1 / (1 + e)
     y = u * s
-    return y, s + y * (1 - s) * (K + 3 * K * C * square)
+    # 1 - s cancels where s is near 1, and e s is infinity times zero where s is near 0
+    rest = tl.where(u > 0, e * s, 1 - s)
+    return y, s + y * rest * (K + 3 * K * C * square)
 
 
 @triton.jit
