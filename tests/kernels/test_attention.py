@@ -17,8 +17,6 @@ pytestmark = pytest.mark.usefixtures("kernel_route", "poisoned_empty")
 FP32, FP16 = torch.float32, torch.float16
 #           why                                   B  M     N     H  D    dtype
 REGIMES = {
-    "a single token": (1, 1, 1, 2, 32, FP32),
-    "one key for all": (2, 17, 1, 1, 64, FP32),
     "one query": (2, 1, 255, 1, 72, FP32),
     "shorter than a tile": (2, 17, 17, 2, 32, FP16),
     "one tile": (1, 64, 64, 2, 64, FP16),
@@ -53,6 +51,21 @@ def _check(primals, tangents):
 @pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES.keys())
 def test_error_is_at_most_twice_plain_torch(shape, device):
     _check(*make_inputs("iid", *shape, device))
+
+
+@pytest.mark.parametrize("queries", (1, 17))
+def test_one_key(queries, device):
+    """With one key p = 1, so that o = v and o_dot = v_dot, and plain torch is exact: its p_dot is p (s_dot - s_dot).
+
+    The kernel adds v_dot and s_dot v, and takes o l_dot = v s_dot away again. s_dot is the same number in both, whatever
+    its rounding, so that o_dot is off by the rounding of the sum, of the product and of the difference: 2^-24 of each.
+    """
+    (q, k, v), tangents = make_inputs("iid", 2, queries, 1, 2, 64, FP32, device)
+    q_dot, k_dot, v_dot = tangents
+    o, o_dot = attention_jvp((q, k, v), tangents)
+    assert torch.equal(o, v.expand_as(o)) and torch.equal(attention(q, k, v), o)
+    shift = (q_dot * k + q * k_dot).sum(-1, keepdim=True) * 64**-0.5 * v
+    assert ((o_dot - v_dot).abs() <= 2**-24 * ((v_dot + shift).abs() + shift.abs() + v_dot.abs())).all()
 
 
 @pytest.mark.parametrize("kind", HARD)
@@ -143,7 +156,7 @@ layouts = st.sampled_from(IN_PLACE + COPIED)
 @given(
     batch=st.integers(1, 2),
     m=st.integers(1, 40),
-    n=st.integers(1, 40),
+    n=st.integers(2, 40),
     heads=st.integers(1, 3),
     head_dim=st.integers(2, 16).map(lambda eighth: 8 * eighth),
     names=st.tuples(*[layouts] * 6),
