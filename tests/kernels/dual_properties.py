@@ -143,6 +143,8 @@ class DualProperties:
     """The property tests; a subclass sets `case`."""
 
     case: Case
+    tolerance: float = 0.0
+    """Relative error at which results are the same: 0 where those of a sample have the same bits whatever is beside it."""
 
     def _pair(self, primals, tangents, **options):
         out, out_dot = self.case.op_jvp(primals, tangents, **options)
@@ -167,12 +169,13 @@ class DualProperties:
 
     def test_an_absent_tangent_is_zero(self, each_route, device):
         primals, tangents = self.case.make(device)
-        alone = []
+        whole = self._pair(primals, tangents)[1]
         for i in range(len(primals)):
-            one = tuple(x if i == j else None for j, x in enumerate(tangents))
-            alone.append(self._pair(primals, one)[1])
-        for full, *parts in zip(self._pair(primals, tangents)[1], *alone, strict=True):
-            assert relative_error(sum(parts), full) < 2e-6
+            only = tuple(x if i == j else None for j, x in enumerate(tangents))
+            others = tuple(None if i == j else x for j, x in enumerate(tangents))
+            parts = [self._pair(primals, some)[1] for some in (only, others) if any(x is not None for x in some)]
+            for full, *pieces in zip(whole, *parts, strict=True):
+                assert relative_error(sum(pieces), full) < 2e-6
 
     @pytest.mark.parametrize(("start", "n"), [(0, 1), (1, 2), (1, 1)])
     def test_a_slice_of_the_batch_carries_the_tangent(self, each_route, device, start, n):
@@ -181,12 +184,13 @@ class DualProperties:
         out, out_dot = self._pair(primals, tuple(x[rows] for x in tangents), tangent_start=start)
         full, full_dot = self._pair(primals, tangents)
         for y, y_full, y_dot, y_dot_full in zip(out, full, out_dot, full_dot, strict=True):
-            assert torch.equal(y, y_full) and torch.equal(y_dot, y_dot_full[rows])
+            assert relative_error(y, y_full) <= self.tolerance
+            assert relative_error(y_dot, y_dot_full[rows]) <= self.tolerance
 
-    def test_primal_of_the_pair_is_bit_equal_to_the_plain_op(self, each_route, device):
+    def test_primal_of_the_pair_is_that_of_the_plain_op(self, each_route, device):
         primals, tangents = self.case.make(device)
         for y, same in zip(self._pair(primals, tangents)[0], tensors(self.case.op(*primals)), strict=True):
-            assert torch.equal(y, same)
+            assert relative_error(y, same) <= self.tolerance
 
     def test_adjoint(self, each_route, device):
         primals, tangents = self.case.make(device)

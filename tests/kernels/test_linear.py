@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dual_properties import Case, DualProperties, assert_as_exact
-from tolerances import assert_error, relative_error
+from tolerances import assert_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meanflow_kernels import linear, linear_jvp
@@ -36,13 +36,7 @@ class TestProperties(DualProperties):
     )
 
     # the library may choose another product for fewer rows, which rounds otherwise
-    @pytest.mark.parametrize(("start", "n"), [(0, 1), (1, 2), (1, 1)])
-    def test_a_slice_of_the_batch_carries_the_tangent(self, device, start, n):
-        (x,), (x_dot,) = self.case.make(device)
-        rows = slice(start, start + n)
-        (y,), (y_dot,) = self._pair((x,), (x_dot[rows],), tangent_start=start)
-        (y_full,), (y_dot_full,) = self._pair((x,), (x_dot,))
-        assert torch.equal(y, y_full) and relative_error(y_dot, y_dot_full[rows]) < 1e-6
+    tolerance = 1e-6
 
     # it does not matter to a linear which rows the tangent belongs to, nor is there a route to choose
     def test_a_tangent_that_does_not_match_raises(self, device):
