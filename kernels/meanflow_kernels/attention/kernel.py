@@ -1,9 +1,10 @@
-"""Triton kernels of attention: one forward for the primal alone and for (primal, tangent), and the primal's backward.
+"""Triton kernel of attention's forward, for the primal alone and for (primal, tangent).
 
 B batch, H heads, M and N lengths of q and of k and v, D head dim.
 
 A head dim is one or two column tiles: D <= BLOCK_D0, or D = BLOCK_D0 + a remainder in BLOCK_D1 (72 = 64 + 8 of 16), so
-that no head dim is padded to the next power of two where a split is narrower. Batch and head strides arrive in vectors
+that no head dim is padded to the next power of two where a split is narrower. What is [rows, D] below is a tuple of
+them, [rows, BLOCK_D0] and, where there is one, [rows, BLOCK_D1]. Batch and head strides arrive in vectors
 of VEC elements (16 bytes): multiplied back by a constant they keep their divisibility, and every load is 16 bytes wide
 whatever the head dim. Token strides are constants, in elements: as run-time values the addresses of four pipelined
 tiles take 57 registers more (hd 64, 64x64 tiles, sm_90).
@@ -13,6 +14,8 @@ The choices of a launch config (config.py) are constants too: ONES, PACKED and S
 
 import triton
 import triton.language as tl
+
+from ..constants import LN_2, LOG2_E
 
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -32,14 +35,12 @@ def _load(ptr, stride_l, offs_l, offs_d, L, D: tl.constexpr, EVEN_L: tl.constexp
 
 
 @triton.jit
-def load_pair(ptr, stride_l, offs_l, L, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_L: tl.constexpr):
-    # both column tiles; the second is the first, unused, where there is none
-    tile0 = _load(ptr, stride_l, offs_l, tl.arange(0, D0), L, D, EVEN_L, D >= D0)
+def load_tiles(ptr, stride_l, offs_l, L, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_L: tl.constexpr):
+    """[rows, D]: the column tiles of a matrix."""
+    tiles = (_load(ptr, stride_l, offs_l, tl.arange(0, D0), L, D, EVEN_L, D >= D0),)
     if D1 > 0:
-        tile1 = _load(ptr, stride_l, offs_l, D0 + tl.arange(0, D1), L, D, EVEN_L, D == D0 + D1)
-    else:
-        tile1 = tile0
-    return tile0, tile1
+        tiles += (_load(ptr, stride_l, offs_l, D0 + tl.arange(0, D1), L, D, EVEN_L, D == D0 + D1),)
+    return tiles
 
 
 @triton.jit
@@ -53,21 +54,63 @@ def _store(ptr, stride_l, offs_l, offs_d, x, L, D: tl.constexpr, EVEN_L: tl.cons
 
 
 @triton.jit
-def store_pair(
-    ptr, stride_l, offs_l, x0, x1, L, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_L: tl.constexpr
-):
-    _store(ptr, stride_l, offs_l, tl.arange(0, D0), x0, L, D, EVEN_L, D >= D0)
+def store_tiles(ptr, stride_l, offs_l, x, L, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_L: tl.constexpr):
+    """x [rows, D], rounded to the dtype of what ptr points to."""
+    _store(ptr, stride_l, offs_l, tl.arange(0, D0), x[0], L, D, EVEN_L, D >= D0)
     if D1 > 0:
-        _store(ptr, stride_l, offs_l, D0 + tl.arange(0, D1), x1, L, D, EVEN_L, D == D0 + D1)
+        _store(ptr, stride_l, offs_l, D0 + tl.arange(0, D1), x[1], L, D, EVEN_L, D == D0 + D1)
 
 
 @triton.jit
-def dot_nt(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    # a b^T over both column tiles
-    c = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if SPLIT:
-        c = tl.dot(a1, tl.trans(b1), c, input_precision=PRECISION)
-    return c
+def zero_tiles(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """[ROWS, D] of zeros, fp32."""
+    tiles = (tl.zeros([ROWS, D0], tl.float32),)
+    if D1 > 0:
+        tiles += (tl.zeros([ROWS, D1], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def times(x, factor):
+    """x factor, for x [rows, D] and one number, or one a row [rows, 1]."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        tiles += (x[i] * factor,)
+    return tiles
+
+
+@triton.jit
+def add(x, y):
+    """x + y, both [rows, D]."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        tiles += (x[i] + y[i],)
+    return tiles
+
+
+@triton.jit
+def dot_nt(a, b, PRECISION: tl.constexpr, acc=None):
+    """acc + a b^T [rows of a, rows of b], for a and b [rows, D]."""
+    for i in tl.static_range(len(a)):
+        acc = tl.dot(a[i], tl.trans(b[i]), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def dot(p, v, acc, PRECISION: tl.constexpr, factor=1):
+    """acc factor + p v [rows of p, D], for v [rows, D] and p [rows of p, rows of v]."""
+    tiles = ()
+    for i in tl.static_range(len(v)):
+        tiles += (tl.dot(p, v[i], acc[i] * factor, input_precision=PRECISION),)
+    return tiles
+
+
+@triton.jit
+def place(L, H, BLOCK: tl.constexpr):
+    """This program's rows of L, its head and its sample: the tiles of one head are neighbours in the grid, to share L2."""
+    tiles = tl.cdiv(L, BLOCK)
+    offs = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    return offs, (tl.program_id(0) // tiles) % H, (tl.program_id(0) // tiles // H).to(tl.int64)
 
 
 @triton.jit
@@ -150,134 +193,110 @@ def attention_kernel(
     PACKED: tl.constexpr,
     SEPARATE: tl.constexpr,
 ):
-    SPLIT: tl.constexpr = BLOCK_D1 > 0
     HAS_S_DOT: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
     DUAL: tl.constexpr = HAS_S_DOT or HAS_V_DOT
     # a free column of v's second tile holds ones, so that the row sums fall out of the product with v
-    ONES: tl.constexpr = USE_ONES and SPLIT and D < BLOCK_D0 + BLOCK_D1
+    ONES: tl.constexpr = USE_ONES and BLOCK_D1 > 0 and D < BLOCK_D0 + BLOCK_D1
     # p_dot v in accumulators of its own, which the scale of s_dot multiplies once, at the end
     APART: tl.constexpr = SEPARATE and HAS_S_DOT and HAS_V_DOT
 
-    # the row tiles of one head are neighbours in the grid: they share k and v in L2
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    start_m = (tl.program_id(0) % tiles_m) * BLOCK_M
-    h = (tl.program_id(0) // tiles_m) % H
-    b = (tl.program_id(0) // tiles_m // H).to(tl.int64)
+    offs_m, h, b = place(M, H, BLOCK_M)
     q_ptr += (b * stride_q_b + h * stride_q_h) * VEC
     k_ptr += (b * stride_k_b + h * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + h * stride_v_h) * VEC
     o_ptr += (b * M * H + h) * D
     lse_ptr += (b * H + h) * M
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    q0, q1 = load_pair(q_ptr, STRIDE_Q_L, offs_m, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+    # [BLOCK_M, D]
+    q = load_tiles(q_ptr, STRIDE_Q_L, offs_m, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
     if HAS_Q_DOT:
         q_dot_ptr += (b * stride_q_dot_b + h * stride_q_dot_h) * VEC
-        q_dot0, q_dot1 = load_pair(q_dot_ptr, STRIDE_Q_DOT_L, offs_m, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+        q_dot = load_tiles(q_dot_ptr, STRIDE_Q_DOT_L, offs_m, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
     if HAS_K_DOT:
         k_dot_ptr += (b * stride_k_dot_b + h * stride_k_dot_h) * VEC
     if HAS_V_DOT:
         v_dot_ptr += (b * stride_v_dot_b + h * stride_v_dot_h) * VEC
 
+    # [BLOCK_M]: the largest score so far, sum_n p and sum_n p s_dot
+    # [BLOCK_M, D]: sum_n p v, sum_n p v_dot + (p s_dot) v, and the latter's second term where it is apart
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
-    if SPLIT:
-        acc1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
+    acc = zero_tiles(BLOCK_M, BLOCK_D0, BLOCK_D1)
     if DUAL:
         l_dot_i = tl.zeros([BLOCK_M], tl.float32)
-        acc_dot0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
-        if SPLIT:
-            acc_dot1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
+        acc_dot = zero_tiles(BLOCK_M, BLOCK_D0, BLOCK_D1)
     if APART:
-        acc_ps0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
-        if SPLIT:
-            acc_ps1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
+        acc_ps = zero_tiles(BLOCK_M, BLOCK_D0, BLOCK_D1)
 
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2_E
     for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        # s = q k^T, s_dot = q_dot k^T + q k_dot^T; both are scaled where they are used
-        k0, k1 = load_pair(k_ptr, STRIDE_K_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-        s = dot_nt(q0, q1, k0, k1, SPLIT, PRECISION)
+        # [BLOCK_N, D]
+        k = load_tiles(k_ptr, STRIDE_K_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        # s = q k^T, s_dot = q_dot k^T + q k_dot^T, [BLOCK_M, BLOCK_N]; both are scaled where they are used
+        s = dot_nt(q, k, PRECISION)
         if HAS_Q_DOT:
-            s_dot = dot_nt(q_dot0, q_dot1, k0, k1, SPLIT, PRECISION)
+            s_dot = dot_nt(q_dot, k, PRECISION)
         if HAS_K_DOT:
-            k_dot0, k_dot1 = load_pair(k_dot_ptr, STRIDE_K_DOT_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-            if HAS_Q_DOT:
-                s_dot = tl.dot(q0, tl.trans(k_dot0), s_dot, input_precision=PRECISION)
-                if SPLIT:
-                    s_dot = tl.dot(q1, tl.trans(k_dot1), s_dot, input_precision=PRECISION)
-            else:
-                s_dot = dot_nt(q0, q1, k_dot0, k_dot1, SPLIT, PRECISION)
+            k_dot = load_tiles(k_dot_ptr, STRIDE_K_DOT_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+            s_dot = dot_nt(q, k_dot, PRECISION, s_dot if HAS_Q_DOT else None)
         if not EVEN_N:
             s = tl.where(offs_n[None, :] < N, s, float("-inf"))
 
         # every block has a column below N, so m_new is finite and alpha of the first block is exp2(-inf) = 0
+        # [BLOCK_M]
         m_new = tl.maximum(m_i, tl.max(s, 1))
         alpha = tl.exp2((m_i - m_new) * scale_log2)
+        # p = exp(scale (s - m)), [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - (m_new * scale_log2)[:, None])
         m_i = m_new
 
-        v0, v1 = load_pair(v_ptr, STRIDE_V_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+        # [BLOCK_N, D]
+        v = load_tiles(v_ptr, STRIDE_V_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
         if ONES:
-            v1 = tl.where(BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :] == D, 1.0, v1).to(v0.dtype)
+            v = (v[0], tl.where(BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :] == D, 1.0, v[1]).to(v[0].dtype))
         else:
             l_i = l_i * alpha + tl.sum(p, 1)
-        p_r = p.to(v0.dtype)
-        acc0 = tl.dot(p_r, v0, acc0 * alpha[:, None], input_precision=PRECISION)
-        if SPLIT:
-            acc1 = tl.dot(p_r, v1, acc1 * alpha[:, None], input_precision=PRECISION)
+        p_r = p.to(v[0].dtype)
+        # o l = sum_n p v, [BLOCK_M, D]
+        acc = dot(p_r, v, acc, PRECISION, alpha[:, None])
 
+        # o_dot l + o l_dot = sum_n p v_dot + (p s_dot) v, [BLOCK_M, D]
         if DUAL:
-            acc_dot0 = acc_dot0 * alpha[:, None]
-            if SPLIT:
-                acc_dot1 = acc_dot1 * alpha[:, None]
+            acc_dot = times(acc_dot, alpha[:, None])
         if HAS_V_DOT:
-            v_dot0, v_dot1 = load_pair(v_dot_ptr, STRIDE_V_DOT_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
-            acc_dot0 = tl.dot(p_r, v_dot0, acc_dot0, input_precision=PRECISION)
-            if SPLIT:
-                acc_dot1 = tl.dot(p_r, v_dot1, acc_dot1, input_precision=PRECISION)
+            v_dot = load_tiles(v_dot_ptr, STRIDE_V_DOT_L, offs_n, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+            acc_dot = dot(p_r, v_dot, acc_dot, PRECISION)
         if HAS_S_DOT:
             # the row sum is of the rounded products that the matrix product sees: a shift of v cancels
-            ps_dot = _rounded(p * s_dot if APART else p * (s_dot * scale), v0.dtype, PACKED)
+            # [BLOCK_M, BLOCK_N]
+            ps_dot = _rounded(p * s_dot if APART else p * (s_dot * scale), v[0].dtype, PACKED)
             if not ONES:
                 l_dot_i = l_dot_i * alpha + tl.sum(ps_dot, 1)
-            ps_dot = ps_dot.to(v0.dtype)
+            ps_dot = ps_dot.to(v[0].dtype)
             if APART:
-                acc_ps0 = tl.dot(ps_dot, v0, acc_ps0 * alpha[:, None], input_precision=PRECISION)
-                if SPLIT:
-                    acc_ps1 = tl.dot(ps_dot, v1, acc_ps1 * alpha[:, None], input_precision=PRECISION)
+                acc_ps = dot(ps_dot, v, acc_ps, PRECISION, alpha[:, None])
             else:
-                acc_dot0 = tl.dot(ps_dot, v0, acc_dot0, input_precision=PRECISION)
-                if SPLIT:
-                    acc_dot1 = tl.dot(ps_dot, v1, acc_dot1, input_precision=PRECISION)
+                acc_dot = dot(ps_dot, v, acc_dot, PRECISION)
 
     if APART:
         l_dot_i *= scale
-        acc_dot0 += acc_ps0 * scale
-        if SPLIT:
-            acc_dot1 += acc_ps1 * scale
+        acc_dot = add(acc_dot, times(acc_ps, scale))
     if ONES:
         is_one = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :] == D
-        l_i = tl.sum(tl.where(is_one, acc1, 0.0), 1)
+        l_i = tl.sum(tl.where(is_one, acc[1], 0.0), 1)
         if DUAL:
-            l_dot_i = tl.sum(tl.where(is_one, acc_dot1, 0.0), 1)
-    # o = acc / l, o_dot = (acc_dot - o l_dot) / l
+            l_dot_i = tl.sum(tl.where(is_one, acc_dot[1], 0.0), 1)
+    # o = acc / l, o_dot = (acc_dot - o l_dot) / l, [BLOCK_M, D]
     r_l = (1.0 / l_i)[:, None]
-    acc0 *= r_l
-    if SPLIT:
-        acc1 *= r_l
-        store_pair(o_ptr, H * D, offs_m, acc0, acc1, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
-    else:
-        store_pair(o_ptr, H * D, offs_m, acc0, acc0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+    o = times(acc, r_l)
+    store_tiles(o_ptr, H * D, offs_m, o, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
     if DUAL:
         o_dot_ptr += (b * M * H + h) * D
-        acc_dot0 = (acc_dot0 - acc0 * l_dot_i[:, None]) * r_l
-        if SPLIT:
-            acc_dot1 = (acc_dot1 - acc1 * l_dot_i[:, None]) * r_l
-            store_pair(o_dot_ptr, H * D, offs_m, acc_dot0, acc_dot1, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
-        else:
-            store_pair(o_dot_ptr, H * D, offs_m, acc_dot0, acc_dot0, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
-    lse = (m_i * scale_log2 + tl.log2(l_i)) * 0.6931471805599453
+        o_dot = ()
+        for i in tl.static_range(len(o)):
+            o_dot += ((acc_dot[i] - o[i] * l_dot_i[:, None]) * r_l,)
+        store_tiles(o_dot_ptr, H * D, offs_m, o_dot, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+    # lse = log(sum_n exp(scale s)), [BLOCK_M]
+    lse = (m_i * scale_log2 + tl.log2(l_i)) * LN_2
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < M)
