@@ -122,6 +122,13 @@ def _argument_type(value: Tensor | int | float | None, plain: bool) -> str:
     return "fp32"
 
 
+def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The first strides of x; 0 where x is absent, and of a dimension of size 1, whose stride is any number."""
+    if x is None:
+        return (0,) * dims
+    return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride()[:dims], x.shape[:dims], strict=True))
+
+
 def arch_of(device: torch.device) -> int:
     """80 for sm_80, 90 for sm_90, ...; ``ANY`` where there is no GPU (the interpreter, fake tensors)."""
     if device.type != "cuda":

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .tiling import TileConfig
+from .tiling import TileConfig, ceil_div, next_power_of_two
 
 
 @triton.jit
@@ -48,10 +48,10 @@ def sum_partials(partial: Tensor, sums: list[Tensor], config: TileConfig) -> Lau
     samples, width = sums[0].shape
     programs = partial.shape[1] // samples
     # no lane reads where there is nothing
-    block_p = min(config.block_r, 1 << max(0, programs - 1).bit_length())
+    block_p = min(config.block_r, next_power_of_two(programs))
     return Launch(
         kernel=_sum_partials_kernel,
-        grid=(samples, -(-width // config.block_c), len(sums)),
+        grid=(samples, ceil_div(width, config.block_c), len(sums)),
         args={
             "partial_ptr": partial,
             **{f"sum{i}_ptr": sums[i] if i < len(sums) else None for i in range(3)},

@@ -6,6 +6,16 @@ from itertools import product
 import torch
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is n or more; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """A program's tile of a matrix."""
@@ -30,9 +40,9 @@ def rows_per_program(strips: int, rows: int, *, programs: int, fewest: int, most
             last wave that is nearly empty would take as long as a full one.
         fewest, most: bounds of the result.
     """
-    waves = max(1, -(-strips * rows // (programs * most)))
+    waves = max(1, ceil_div(strips * rows, programs * most))
     programs_per_strip = max(1, waves * programs // max(1, strips))
-    return min(max(-(-rows // programs_per_strip), fewest), most)
+    return min(max(ceil_div(rows, programs_per_strip), fewest), most)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class StripConfig(TileConfig):
         """Rows that a program takes of one of `strips` strips of so many rows: whole tiles."""
         resident = multiprocessors(device) * max(1, self.warps_per_sm // self.num_warps)
         share = rows_per_program(strips, rows, programs=resident, fewest=self.fewest_rows, most=self.most_rows)
-        return -(-share // self.block_r) * self.block_r
+        return ceil_div(share, self.block_r) * self.block_r
 
 
 def variations(config, **fields: tuple) -> tuple:

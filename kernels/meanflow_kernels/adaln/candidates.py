@@ -1,7 +1,8 @@
 """Launch configs of adaln worth timing beside the shipped ones."""
 
+from ..rows.config import RowConfig
 from ..tiling import variations
-from .config import BACKWARD, FORWARD, RowConfig
+from .config import BACKWARD, FORWARD
 
 FORWARD_CANDIDATES: tuple[RowConfig, ...] = variations(
     FORWARD, columns_per_warp=(384, 1152, 768), warps_per_sm=(32, 20, 48), most_rows=(8, 2)

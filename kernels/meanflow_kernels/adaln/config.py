@@ -1,39 +1,12 @@
-"""Launch config of the kernels that hold a row in registers, and that of adaln.
+"""Launch configs of adaln; :class:`~meanflow_kernels.rows.config.RowConfig` explains the fields.
 
 One for all architectures: registers are the same to a few, and shared memory is far below what any of them has.
 Registers are those of the cross-compiled kernels at C = 1152, fp32 stream and bf16 branches, sm_90. Gains are those of
 ``benchmarks.tune`` on an H200, mean and range over the steps of S/2, B/4, L/2 and XL/2 (benchmarks/results/h200).
 """
 
-from dataclasses import dataclass
-
+from ..rows.config import RowConfig
 from ..tiling import TileConfig
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """How the rows of a launch are shared out."""
-
-    columns_per_warp: int
-    """Columns that one warp holds; a longer row is shared by two, four, ... warps, which exchange sums."""
-    warps_per_sm: int
-    """Warps that a multiprocessor holds at once, by registers: the grid fills it in whole waves."""
-    fewest_rows: int
-    """Rows a program takes at least: what its partial sums are spread over."""
-    most_rows: int
-    """Rows a program takes at most."""
-    stages: int = 1
-    """Stages of the loop over rows: with n > 1, the next n - 1 rows are on their way while one is worked on."""
-
-    def num_warps(self, width: int) -> int:
-        """Warps that hold a row of `width` columns."""
-        shares = -(-width // self.columns_per_warp)
-        return min(32, 1 << (shares - 1).bit_length())
-
-    def tile(self, width: int) -> int:
-        """Columns of a tile: four a thread, which are 16 bytes of fp32 and 8 of 16 bits, whole lines a warp."""
-        return min(128 * self.num_warps(width), 1 << (width - 1).bit_length())
-
 
 # one warp a row up to 768 columns, two up to 1536; a program takes two rows, so that many small programs share the SMs.
 # H200: 1.07 (1.00 to 1.12) times as fast as 384 columns a warp and eight rows a program

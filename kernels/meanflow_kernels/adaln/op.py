@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
+from ..checks import check_shape, check_tangents
 from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
+from ..rows.config import RowConfig
+from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
 from ..tiling import TileConfig
-from .config import BACKWARD, FORWARD, SUMS, RowConfig
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import adaln_ref, adaln_tangent_ref
-from .rows import partial_sums, row_launch
 
 _NAMES = ("x", "shift", "scale")
 
@@ -18,25 +19,6 @@ _NAMES = ("x", "shift", "scale")
 def _check(x: Tensor, shift: Tensor, scale: Tensor) -> None:
     check_shape("x", x, (None, None, None), "(B, L, C)")
     check_vectors(x, ("shift", "scale"), (shift, scale))
-
-
-def check_vectors(x: Tensor, names: tuple[str, ...], vectors: tuple[Tensor, ...]) -> None:
-    """Each vector is (B, C) for x (B, L, C), on its device; all share one dtype, which may differ from x's."""
-    for name, vector in zip(names, vectors, strict=True):
-        check_shape(name, vector, (x.shape[0], x.shape[2]), "(B, C)")
-        check_alike(("x", name), (x, vector), dtype=False)
-    check_alike(names, vectors)
-    for name, tensor in (("x", x), (names[0], vectors[0])):
-        check_real(name, tensor)
-
-
-def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, ...], out_dtype: torch.dtype) -> None:
-    """Dtypes that the row kernels take, and a row to normalise."""
-    for name, tensor in zip(names, tensors, strict=True):
-        check_kernel_dtype(name, tensor)
-    check_kernel_dtype("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"))
-    if x.shape[-1] == 0:
-        fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a LayerNorm needs a column")
 
 
 def forward_launch(
@@ -143,20 +125,19 @@ _adaln.register_autograd(_differentiate, setup_context=_save)
 _adaln_jvp.register_autograd(_differentiate, setup_context=_save)
 
 
+def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
+    backward, sums = backward_launches(x, vector, y, x, *(vector.new_empty(vector.shape) for _ in range(2)), 1e-6)
+    return {
+        "adaln": forward_launch(x, vector, vector, y, None, None, None, None, 0, 1e-6),
+        "adaln_jvp": forward_launch(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),
+        "adaln_bwd": backward,
+        "adaln_bwd sums": sums,
+    }
+
+
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every launch config, at the widths of the DiT family, for cross-compilation: fp32 stream, bf16 branches."""
-    cases = []
-    for width in (384, 768, 1024, 1152):
-        x = torch.empty(32, 256, width, device="meta")
-        y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
-        sums = vector.new_empty(vector.shape), vector.new_empty(vector.shape)
-        launches = {
-            "adaln": forward_launch(x, vector, vector, y, None, None, None, None, 0, 1e-6),
-            "adaln_jvp": forward_launch(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),
-        }
-        launches["adaln_bwd"], launches["adaln_bwd sums"] = backward_launches(x, vector, y, x, *sums, 1e-6)
-        cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
-    return cases
+    """Every launch config, for cross-compilation; one for all architectures."""
+    return row_cases(_launches)
 
 
 def adaln(

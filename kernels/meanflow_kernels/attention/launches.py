@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..launch import CompileCase, Launch
+from ..launch import CompileCase, Launch, strides
+from ..tiling import ceil_div, next_power_of_two
 from .config import AttentionConfig, backward_configs, dual_config, plain_config
 
 _SIXTEEN_BYTES = 16
@@ -17,30 +18,24 @@ def aligned(x: Tensor) -> Tensor:
     That needs contiguous columns, and the start and all other strides on 16-byte boundaries: true of every slice of a
     packed projection whose head dim is a multiple of 8.
     """
-    fits = x.shape[-1] == 1 or x.stride(-1) == 1
-    fits = fits and x.data_ptr() % _SIXTEEN_BYTES == 0
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        fits = fits and (size == 1 or stride * x.element_size() % _SIXTEEN_BYTES == 0)
+    starts = (x.data_ptr(), *(stride * x.element_size() for stride in strides(x, 3)))
+    fits = (x.shape[-1] == 1 or x.stride(-1) == 1) and all(start % _SIXTEEN_BYTES == 0 for start in starts)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def column_tiles(head_dim: int) -> tuple[int, int]:
     """Widths of the column tiles: (64, 0) for 64, (64, 16) for 72, (64, 32) for 96; (128, 0) where no split saves."""
-    whole = 1 << (head_dim - 1).bit_length()
+    whole = next_power_of_two(head_dim)
     first = 1 << (head_dim.bit_length() - 1)
     if first == head_dim:
         return head_dim, 0
-    rest = max(16, 1 << (head_dim - first - 1).bit_length())
+    rest = max(16, next_power_of_two(head_dim - first))
     return (whole, 0) if first + rest >= whole else (first, rest)
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
+def _vectors(x: Tensor | None) -> tuple[int, ...]:
     """Batch, token and head stride in vectors."""
-    if x is None:
-        return 0, 0, 0
-    vec = _SIXTEEN_BYTES // x.element_size()
-    # a size of 1 may carry any stride: it is never stepped over
-    return tuple(stride * (size > 1) // vec for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+    return tuple(stride // (_SIXTEEN_BYTES // x.element_size()) if stride else 0 for stride in strides(x, 3))
 
 
 def _layout(tensors: dict[str, Tensor | None]) -> tuple[dict[str, Tensor | int | None], dict[str, int]]:
@@ -48,7 +43,7 @@ def _layout(tensors: dict[str, Tensor | None]) -> tuple[dict[str, Tensor | int |
     args, constants = {}, {}
     for name, x in tensors.items():
         args[f"{name}_ptr"] = x
-        args[f"stride_{name}_b"], length, args[f"stride_{name}_h"] = _strides(x)
+        args[f"stride_{name}_b"], length, args[f"stride_{name}_h"] = _vectors(x)
         constants[f"STRIDE_{name.upper()}_L"] = 0 if x is None else length * (_SIXTEEN_BYTES // x.element_size())
     return args, constants
 
@@ -62,7 +57,7 @@ def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor | int]:
     args = {}
     for name, x in tensors.items():
         args[f"{name}_ptr"] = x
-        args |= {f"stride_{name}_{dim}": stride for dim, stride in zip("blh", _strides(x), strict=True)}
+        args |= {f"stride_{name}_{dim}": stride for dim, stride in zip("blh", _vectors(x), strict=True)}
     return args
 
 
@@ -100,7 +95,7 @@ def forward_launch(
     constants |= {"HAS_Q_DOT": q_dot is not None, "HAS_K_DOT": k_dot is not None, "HAS_V_DOT": v_dot is not None}
     constants |= _shape_constants(q, k, config)
     constants |= {"USE_ONES": config.ones, "PACKED": config.packed, "SEPARATE": config.separate}
-    grid = (-(-m // config.block_m) * batch * heads,)
+    grid = (ceil_div(m, config.block_m) * batch * heads,)
     return Launch(attention_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
 
@@ -125,13 +120,13 @@ def backward_launches(
     read |= {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "H": heads, "M": m, "N": n}
 
     config = configs[0]
-    grid = (-(-m // config.block_m) * batch * heads,)
+    grid = (ceil_div(m, config.block_m) * batch * heads,)
     args = read | {"o_ptr": o} | _written({"dq": dq})
     constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
     config = configs[1]
-    grid = (-(-n // config.block_n) * batch * heads,)
+    grid = (ceil_div(n, config.block_n) * batch * heads,)
     args = read | _written({"dk": dk, "dv": dv})
     constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dkdv_kernel, grid, args, constants, config.num_warps, config.num_stages)

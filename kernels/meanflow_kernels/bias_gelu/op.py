@@ -7,7 +7,7 @@ from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, c
 from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
-from ..tiling import StripConfig, TileConfig
+from ..tiling import StripConfig, TileConfig, ceil_div
 from .config import BACKWARD, FORWARD, SUMS
 from .reference import bias_gelu_ref, bias_gelu_tangent_ref
 
@@ -33,7 +33,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _grid(rows: int, width: int, rows_per_chunk: int, config: TileConfig) -> tuple[int]:
-    return (-(-rows // rows_per_chunk) * -(-width // config.block_c),)
+    return (ceil_div(rows, rows_per_chunk) * ceil_div(width, config.block_c),)
 
 
 def _tile(width: int, config: TileConfig) -> dict[str, int]:
@@ -86,8 +86,8 @@ def backward_launches(
     from .kernel import _bias_gelu_bwd_kernel
 
     rows, width = _rows(x), x.shape[-1]
-    rows_per_chunk = config.rows_per_program(-(-width // config.block_c), rows, x.device)
-    partial = x.new_empty((1, -(-rows // rows_per_chunk), width), dtype=torch.float32)
+    rows_per_chunk = config.rows_per_program(ceil_div(width, config.block_c), rows, x.device)
+    partial = x.new_empty((1, ceil_div(rows, rows_per_chunk), width), dtype=torch.float32)
     first = Launch(
         kernel=_bias_gelu_bwd_kernel,
         grid=_grid(rows, width, rows_per_chunk, config),

@@ -1,6 +1,6 @@
 """Launch configs of gate_adaln worth timing beside the shipped ones."""
 
-from ..adaln.config import RowConfig
+from ..rows.config import RowConfig
 from ..tiling import TileConfig, variations
 from .config import BACKWARD, FORWARD, SUMS
 

@@ -1,10 +1,10 @@
-"""Launch configs of gate_adaln; :class:`~meanflow_kernels.adaln.config.RowConfig` explains the fields.
+"""Launch configs of gate_adaln; :class:`~meanflow_kernels.rows.config.RowConfig` explains the fields.
 
 Registers are those of the cross-compiled kernels at C = 1152, fp32 stream and bf16 branches, sm_90. Gains are those of
 ``benchmarks.tune`` on an H200, mean and range over the steps of S/2, B/4, L/2 and XL/2 (benchmarks/results/h200).
 """
 
-from ..adaln.config import RowConfig
+from ..rows.config import RowConfig
 from ..tiling import TileConfig
 
 # one warp a row up to 768 columns, two up to 1536; a program takes two rows, so that many small programs share the SMs.

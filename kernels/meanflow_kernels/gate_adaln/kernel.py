@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..adaln.kernel import (
+from ..rows.kernel import (
     add_rows,
     load_factor,
     load_row,

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..adaln.config import RowConfig
-from ..adaln.op import check_kernel_row, check_vectors
-from ..adaln.rows import partial_sums, row_launch
 from ..checks import check_alike, check_real, check_shape, check_tangents
 from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
+from ..rows.config import RowConfig
+from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
 from ..tiling import TileConfig
 from .config import BACKWARD, FORWARD, SUMS
 from .reference import gate_adaln_ref, gate_adaln_tangent_ref
@@ -161,21 +160,20 @@ _gate_adaln.register_autograd(_differentiate, setup_context=_save)
 _gate_adaln_jvp.register_autograd(_differentiate, setup_context=_save)
 
 
+def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
+    primals, sums = (x, y, vector, vector, vector), [vector.new_empty(vector.shape) for _ in range(3)]
+    backward, sums = backward_launches(x, y, vector, vector, x, y, x, y, sums, 1e-6)
+    return {
+        "gate_adaln": forward_launch(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
+        "gate_adaln_jvp": forward_launch(primals, primals, (x, y), (x, y), 0, 1e-6),
+        "gate_adaln_bwd": backward,
+        "gate_adaln_bwd sums": sums,
+    }
+
+
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every launch config, at the widths of the DiT family, for cross-compilation: fp32 stream, bf16 branches."""
-    cases = []
-    for width in (384, 768, 1024, 1152):
-        x = torch.empty(32, 256, width, device="meta")
-        y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
-        primals, sums = (x, y, vector, vector, vector), [vector.new_empty(vector.shape) for _ in range(3)]
-        launches = {
-            "gate_adaln": forward_launch(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
-            "gate_adaln_jvp": forward_launch(primals, primals, (x, y), (x, y), 0, 1e-6),
-        }
-        backward = backward_launches(x, y, vector, vector, x, y, x, y, sums, 1e-6)
-        launches["gate_adaln_bwd"], launches["gate_adaln_bwd sums"] = backward
-        cases += [CompileCase(op, f"w{c.num_warps} s{c.num_stages}", y.dtype, width, c) for op, c in launches.items()]
-    return cases
+    """Every launch config, for cross-compilation; one for all architectures."""
+    return row_cases(_launches)
 
 
 def gate_adaln(

@@ -7,6 +7,7 @@ from ..checks import check_kernel_dtype, check_real, check_tangents, fail
 from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
+from ..tiling import ceil_div
 from .reference import silu_ref, silu_tangent_ref
 
 # 8 elements a thread: one 16-byte load of 16-bit data, two of fp32; no reuse, so many small programs
@@ -31,7 +32,7 @@ def _launch(x: Tensor, y: Tensor | None, v: Tensor | None, jv: Tensor | None, st
 
     return Launch(
         kernel=_silu_kernel,
-        grid=(-(-x.numel() // _BLOCK),),
+        grid=(ceil_div(x.numel(), _BLOCK),),
         args={
             "x_ptr": x.contiguous(),
             "y_ptr": y,

@@ -9,6 +9,7 @@ from ..checks import check_kernel_dtype, check_real, check_shape, check_tangents
 from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
+from ..tiling import next_power_of_two
 from .reference import timestep_embedding_ref, timestep_embedding_tangent_ref
 
 # one sample a program: a launch of a few microseconds whatever is chosen
@@ -38,7 +39,7 @@ def _launch(kernel, t: Tensor, dim: int, max_period: float, **args) -> Launch:
         kernel=kernel,
         grid=(t.shape[0],),
         args={"t_ptr": t, "stride_t": t.stride(0), "step": step, "step_rest": rate - step, **args},
-        constexprs={"DIM": dim, "BLOCK": 1 << (half - 1).bit_length()},
+        constexprs={"DIM": dim, "BLOCK": next_power_of_two(half)},
         num_warps=_NUM_WARPS,
         num_stages=1,
     )

@@ -1,28 +1,43 @@
-"""How a kernel that walks rows is launched: strides, their alignment, and the rows that one program takes."""
+"""Checks and launches of the operators on rows: strides, their alignment, and the rows that one program takes."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import tiling
-from ..launch import Launch
+from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, fail
+from ..launch import CompileCase, Launch, strides
+from ..tiling import ceil_div
 from .config import RowConfig
 
 UNIT = 16
 """Elements that a stride is a multiple of, at best: what Triton needs to know for 16-byte accesses."""
 
 
+def check_vectors(x: Tensor, names: tuple[str, ...], vectors: tuple[Tensor, ...]) -> None:
+    """Each vector is (B, C) for x (B, L, C), on its device; all share one dtype, which may differ from x's."""
+    for name, vector in zip(names, vectors, strict=True):
+        check_shape(name, vector, (x.shape[0], x.shape[2]), "(B, C)")
+        check_alike(("x", name), (x, vector), dtype=False)
+    check_alike(names, vectors)
+    for name, tensor in (("x", x), (names[0], vectors[0])):
+        check_real(name, tensor)
+
+
+def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, ...], out_dtype: torch.dtype) -> None:
+    """Dtypes that the row kernels take, and a row to normalise."""
+    for name, tensor in zip(names, tensors, strict=True):
+        check_kernel_dtype(name, tensor)
+    check_kernel_dtype("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"))
+    if x.shape[-1] == 0:
+        fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a LayerNorm needs a column")
+
+
 def dense_rows(x: Tensor | None) -> Tensor | None:
     """x with contiguous columns: itself, or one copy where its last stride is not 1."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _strides(x: Tensor | None, dims: int) -> list[int]:
-    if x is None:
-        return [0] * dims
-    # the stride of a dimension of size 1 is any number: it must not spoil the alignment
-    return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape[:dims], strict=False)]
 
 
 def _shares(x: Tensor, config: RowConfig) -> tuple[int, int]:
@@ -31,7 +46,7 @@ def _shares(x: Tensor, config: RowConfig) -> tuple[int, int]:
     resident = tiling.multiprocessors(x.device) * max(1, config.warps_per_sm // config.num_warps(width))
     bounds = {"fewest": config.fewest_rows, "most": config.most_rows}
     rows = tiling.rows_per_program(samples, length, programs=resident, **bounds)
-    return samples * -(-length // rows), rows
+    return samples * ceil_div(length, rows), rows
 
 
 def row_launch(
@@ -52,12 +67,12 @@ def row_launch(
     """
     rows = {name: dense_rows(x) for name, x in rows.items()}
     vectors = {name: dense_rows(x) for name, x in vectors.items()}
-    strides = {}
+    steps = {}
     for tensors, letters in ((rows, "bl"), (vectors, "b")):
         for name, x in tensors.items():
-            for letter, stride in zip(letters, _strides(x, len(letters)), strict=True):
-                strides[f"stride_{name}_{letter}"] = stride
-    unit = math.gcd(UNIT, *strides.values())
+            for letter, stride in zip(letters, strides(x, len(letters)), strict=True):
+                steps[f"stride_{name}_{letter}"] = stride
+    unit = math.gcd(UNIT, *steps.values())
     x = next(iter(rows.values()))
     width = x.shape[2]
     programs, rows_per_program = _shares(x, config)
@@ -66,7 +81,7 @@ def row_launch(
         grid=(programs,),
         args={
             **{f"{name}_ptr": x for name, x in {**rows, **vectors, **contiguous}.items()},
-            **{name: stride // unit for name, stride in strides.items()},
+            **{name: stride // unit for name, stride in steps.items()},
             "L": x.shape[1],
             "rows_per_program": rows_per_program,
             **scalars,
@@ -80,3 +95,17 @@ def row_launch(
 def partial_sums(count: int, x: Tensor, config: RowConfig) -> Tensor:
     """Room for `count` fp32 sums over the rows of each program, (count, programs, C), for x (B, L, C)."""
     return torch.empty(count, _shares(x, config)[0], x.shape[2], dtype=torch.float32, device=x.device)
+
+
+def row_cases(launches: Callable[[Tensor, Tensor, Tensor], dict[str, Launch]]) -> list[CompileCase]:
+    """Cases of cross-compilation at the widths of the DiT family, of a fp32 stream, a bf16 branch and bf16 vectors.
+
+    launches: makes an operator's launches by name, from a stream (B, L, C), a branch (B, L, C) and a vector (B, C).
+    """
+    cases = []
+    for width in (384, 768, 1024, 1152):
+        x = torch.empty(32, 256, width, device="meta")
+        y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
+        for op, case in launches(x, y, vector).items():
+            cases.append(CompileCase(op, f"w{case.num_warps} s{case.num_stages}", y.dtype, width, case))
+    return cases
