@@ -1,9 +1,10 @@
-"""The two doors to a dual operator, the guard on its tangents, and the end of differentiation behind its gradient.
+"""The two doors to a dual operator, the tangents through which no gradient flows, and the
+end of differentiation behind its gradient.
 
 The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
 ``torch.autograd.forward_ad``): the plain ``op`` unpacks dual inputs, calls the explicit pair, and packs the results
-again. A registered operator alone would lose the tangent without a word. So does torch itself with a dual that enters a
-compiled function from outside: call torch.func.jvp inside it.
+again. A registered operator alone drops the tangent silently. So does torch.compile when a dual tensor is passed in:
+call torch.func.jvp inside the compiled function.
 
 Both routes tell the same: the primal is differentiable once, the tangent not at all.
 
@@ -26,7 +27,7 @@ How an op uses this module:
             return torch.ops.meanflow_kernels.silu_jvp(...)  # its backward starts with refuse_tangent_gradient(dy_dot)
         with torch.no_grad():
             y_dot = silu_tangent_ref(...)
-        return silu_ref(*once(x)), guard(y_dot, *primals, *tangents)
+        return silu_ref(*once(x)), forbid_gradient(y_dot, *primals, *tangents)
 
 The registered op calls ``ctx.set_materialize_grads(False)`` in its setup_context, so that an unused tangent's
 cotangent is None.
@@ -64,7 +65,7 @@ def refuse_tangent_gradient(*cotangents: Tensor | None) -> None:
         raise TangentGradientError
 
 
-class _Guard(torch.autograd.Function):
+class _ForbidGradient(torch.autograd.Function):
     """Identity on a tangent computed under no_grad; a gradient that comes back through it raises."""
 
     @staticmethod
@@ -83,13 +84,13 @@ class _Guard(torch.autograd.Function):
 
 
 @torch.compiler.allow_in_graph
-def _guard(x_dot, *anchors):
+def _forbid_gradient(x_dot, *anchors):
     # Dynamo would trace the raising backward whether or not anything reaches it; AOTAutograd traces it only when
     # something does
-    return _Guard.apply(x_dot, *anchors)
+    return _ForbidGradient.apply(x_dot, *anchors)
 
 
-def guard(x_dot: Tensor, *inputs: Tensor | None) -> Tensor:
+def forbid_gradient(x_dot: Tensor, *inputs: Tensor | None) -> Tensor:
     """``x_dot``, computed under no_grad from ``inputs``, as a tensor through which a gradient raises, not vanishes.
 
     A view, not a copy; ``x_dot`` itself where no gradient is recorded. ``inputs`` are all tensors the tangent depends
@@ -98,7 +99,7 @@ def guard(x_dot: Tensor, *inputs: Tensor | None) -> Tensor:
     is compiled.
     """
     anchors = [x for x in inputs if x is not None and tracked(x)]
-    return _guard(x_dot, *anchors) if torch.is_grad_enabled() and anchors else x_dot
+    return _forbid_gradient(x_dot, *anchors) if torch.is_grad_enabled() and anchors else x_dot
 
 
 SECOND = (

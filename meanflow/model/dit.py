@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meanflow_kernels import adaln_jvp, attention_qkv_jvp, gate_adaln_jvp, linear_jvp, silu_jvp, timestep_embedding_jvp
-from meanflow_kernels.dual import guard
+from meanflow_kernels.dual import forbid_gradient
 
 from .pairs import Dual, Linear, LinearGelu, SiLU, apply_dual, dual
 
@@ -254,7 +254,7 @@ class DiT(nn.Module):
         u = self.final_layer(residual, c).to(self.dtype)  # (B, L, p p channels)
         grid = self.input_size // self.patch_size
         u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))  # (B, channels, size, size)
-        return u if tangents is None else (u, guard(u_dot, u))
+        return u if tangents is None else (u, forbid_gradient(u_dot, u))
 
     def _condition(self, r: Dual, t: Dual, y: Tensor, dtype: torch.dtype) -> Dual:
         times = {"t": t, "r": r, "h": t + r.map(torch.neg)}

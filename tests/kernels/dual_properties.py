@@ -144,7 +144,7 @@ class DualProperties:
 
     case: Case
     tolerance: float = 0.0
-    """Relative error at which results are the same: 0 where those of a sample have the same bits whatever is beside it."""
+    """Relative error at which results are the same: 0 where a sample's have the same bits whatever is beside it."""
 
     def _pair(self, primals, tangents, **options):
         out, out_dot = self.case.op_jvp(primals, tangents, **options)

@@ -57,8 +57,8 @@ def test_error_is_at_most_twice_plain_torch(shape, device):
 def test_one_key(queries, device):
     """With one key p = 1, so that o = v and o_dot = v_dot, and plain torch is exact: its p_dot is p (s_dot - s_dot).
 
-    The kernel adds v_dot and s_dot v, and takes o l_dot = v s_dot away again. s_dot is the same number in both, whatever
-    its rounding, so that o_dot is off by the rounding of the sum, of the product and of the difference: 2^-24 of each.
+    The kernel adds v_dot and s_dot v, and takes o l_dot = v s_dot away again. s_dot is one number in both, whatever its
+    own rounding, so that o_dot is off by the rounding of the sum, of the product and of the difference: 2^-24 of each.
     """
     (q, k, v), tangents = make_inputs("iid", 2, queries, 1, 2, 64, FP32, device)
     q_dot, k_dot, v_dot = tangents

@@ -1,4 +1,4 @@
-"""Routes, the two doors and the guard: no tangent is ever dropped, eager or compiled, and none is differentiated."""
+"""Routes and the two doors: no tangent is ever dropped, eager or compiled, and none is differentiated."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import meanflow_kernels
 from meanflow_kernels import attention, attention_jvp
 from meanflow_kernels.attention.reference import attention_ref
-from meanflow_kernels.dual import TangentGradientError, guard
+from meanflow_kernels.dual import TangentGradientError, forbid_gradient
 from meanflow_kernels.routing import Route, force_route, runs_kernel
 
 SHAPE = (2, 17, 17, 2, 24, torch.float32)
@@ -232,11 +232,11 @@ def test_a_consumed_tangent_works(each_route, backend, device):
 
 def test_the_guard_is_a_view_and_nothing_without_a_gradient():
     x_dot, x = torch.randn(3), torch.randn(3, requires_grad=True)
-    guarded = guard(x_dot, None, x)
+    guarded = forbid_gradient(x_dot, None, x)
     assert guarded.requires_grad and guarded.data_ptr() == x_dot.data_ptr()
-    assert guard(x_dot, x.detach()) is x_dot
+    assert forbid_gradient(x_dot, x.detach()) is x_dot
     with torch.no_grad():
-        assert guard(x_dot, x) is x_dot
+        assert forbid_gradient(x_dot, x) is x_dot
 
 
 def _nested(f, primals, tangents):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shape, check_tangents
-from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
@@ -22,9 +22,9 @@ def _check(x: Tensor, shift: Tensor, scale: Tensor) -> None:
 
 
 def forward_launch(
-    x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start: int, eps: float, config: RowConfig = FORWARD
+    x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, tangent_start: int, eps: float, config: RowConfig = FORWARD
 ) -> Launch:
-    """y from x, shift and scale; where y_dot is not None, it too, of the samples from start on."""
+    """y of x, shift and scale, and y_dot of the samples from tangent_start on, where it is not None."""
     from .kernel import _adaln_kernel
 
     return row_launch(
@@ -33,7 +33,7 @@ def forward_launch(
         rows={"x": x, "x_dot": x_dot},
         vectors={"shift": shift, "scale": scale, "shift_dot": shift_dot, "scale_dot": scale_dot},
         contiguous={"y": y, "y_dot": y_dot},
-        scalars={"dot_start": start, "dot_samples": 0 if y_dot is None else y_dot.shape[0], "eps": eps},
+        scalars={"tangent_start": tangent_start, "tangent_samples": 0 if y_dot is None else y_dot.shape[0], "eps": eps},
     )
 
 
@@ -76,20 +76,20 @@ def _adaln_jvp(
     x_dot: Tensor | None,
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
-    start: int,
-    samples: int,
+    tangent_start: int,
+    tangent_samples: int,
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    y_dot = x.new_empty((samples, *x.shape[1:]), dtype=out_dtype)
-    forward_launch(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, start, eps, FORWARD).run()
+    y_dot = x.new_empty((tangent_samples, *x.shape[1:]), dtype=out_dtype)
+    forward_launch(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, tangent_start, eps, FORWARD).run()
     return y, y_dot
 
 
 @_adaln_jvp.register_fake
-def _(x, shift, scale, x_dot, shift_dot, scale_dot, start, samples, eps, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((samples, *x.shape[1:]), dtype=out_dtype)
+def _(x, shift, scale, x_dot, shift_dot, scale_dot, tangent_start, tangent_samples, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((tangent_samples, *x.shape[1:]), dtype=out_dtype)
 
 
 @torch.library.custom_op("meanflow_kernels::adaln_bwd", mutates_args=())
@@ -194,13 +194,13 @@ def adaln_jvp(
     if absent(tangents):
         return adaln(*primals, eps=eps, out_dtype=out_dtype), None
     _check(*primals)
-    start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    tangent_start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
     x = primals[0]
     out_dtype = out_dtype or x.dtype
     if runs_kernel(x):
         check_kernel_row(x, _NAMES, primals, out_dtype)
-        return torch.ops.meanflow_kernels.adaln_jvp(*primals, *tangents, start, n, eps, out_dtype)
+        return torch.ops.meanflow_kernels.adaln_jvp(*primals, *tangents, tangent_start, n, eps, out_dtype)
     y = adaln_ref(*once(*primals), eps=eps).to(out_dtype)
     with torch.no_grad():
-        y_dot = adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps).to(out_dtype)
-    return y, guard(y_dot, *primals, *tangents)
+        y_dot = adaln_tangent_ref(tangent_rows(primals, tangents, tangent_start), tangents, eps=eps).to(out_dtype)
+    return y, forbid_gradient(y_dot, *primals, *tangents)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_interpreted, check_kernel_dtype, check_real, check_shape, check_tangents, fail
-from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import arch_of
 from ..routing import runs_kernel
 from .backends import attention_backward, attention_forward, empty_outputs
@@ -256,7 +256,7 @@ def _attend_dual(
     with torch.no_grad():
         rows = tangent_rows(primals, tangents, tangent_start)
         o_dot = attention_tangent_ref(_split(rows), _split(tangents), scale=scale)
-    return o, guard(o_dot, *primals, *tangents)
+    return o, forbid_gradient(o_dot, *primals, *tangents)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:

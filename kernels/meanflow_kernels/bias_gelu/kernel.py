@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..constants import LOG2_E
+
 
 @triton.jit
 def _gelu(u):
@@ -13,7 +15,7 @@ def _gelu(u):
     """
     C: tl.constexpr = 0.044715
     K: tl.constexpr = 1.5957691216057308  # 2 sqrt(2/pi)
-    K_LOG2E: tl.constexpr = 2.302208198144325
+    K_LOG2E: tl.constexpr = K * LOG2_E
     square = u * u
     e = tl.exp2(-u * (K_LOG2E + K_LOG2E * C * square))
     s = 1 / (1 + e)
@@ -36,11 +38,11 @@ def _bias_gelu_kernel(
     x_ptr,  # (rows, C), contiguous
     bias_ptr,  # (C,)
     y_ptr,  # (rows, C), contiguous
-    x_dot_ptr,  # (rows_dot, C), contiguous: tangent of rows dot_start to dot_start + rows_dot; None where there is none
-    y_dot_ptr,  # (rows_dot, C), contiguous
+    x_dot_ptr,  # (tangent_rows, C), contiguous, of the rows from tangent_start on; None where there is none
+    y_dot_ptr,  # (tangent_rows, C), contiguous
     rows,
-    dot_start,
-    rows_dot,
+    tangent_start,
+    tangent_rows,
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -50,13 +52,15 @@ def _bias_gelu_kernel(
     inside = cols < C
     mask = (row < rows)[:, None] & inside[None, :]
     offs = row[:, None] * C + cols[None, :]
+    # y = gelu(x + bias), [BLOCK_R, BLOCK_C]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     y, slope = _gelu(x + bias[None, :])
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    # y_dot = gelu'(x + bias) x_dot, [BLOCK_R, BLOCK_C]
     if x_dot_ptr is not None:
-        row_dot = row - dot_start
-        mask_dot = ((row_dot >= 0) & (row_dot < rows_dot))[:, None] & inside[None, :]
+        row_dot = row - tangent_start
+        mask_dot = ((row_dot >= 0) & (row_dot < tangent_rows))[:, None] & inside[None, :]
         offs_dot = row_dot[:, None] * C + cols[None, :]
         x_dot = tl.load(x_dot_ptr + offs_dot, mask=mask_dot, other=0.0).to(tl.float32)
         tl.store(y_dot_ptr + offs_dot, (slope * x_dot).to(y_dot_ptr.dtype.element_ty), mask=mask_dot)
@@ -85,6 +89,7 @@ def _bias_gelu_bwd_kernel(
         row = start + tl.arange(0, BLOCK_R)
         mask = (row < end)[:, None] & inside[None, :]
         offs = row[:, None] * C + cols[None, :]
+        # dx = gelu'(x + bias) dy, dbias = sum over rows of dx, [BLOCK_R, BLOCK_C]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         _, slope = _gelu(x + bias[None, :])

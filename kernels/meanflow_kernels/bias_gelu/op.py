@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
-from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import StripConfig, TileConfig, ceil_div
@@ -46,10 +46,10 @@ def forward_launch(
     y: Tensor,
     x_dot: Tensor | None,
     y_dot: Tensor | None,
-    start: int,
+    tangent_start: int,
     config: TileConfig = FORWARD,
 ) -> Launch:
-    """y from x and bias; where x_dot is not None, y_dot too, of the samples from start on."""
+    """y from x and bias; where x_dot is not None, y_dot too, of the samples from tangent_start on."""
     from .kernel import _bias_gelu_kernel
 
     rows, width = _rows(x), x.shape[-1]
@@ -63,8 +63,8 @@ def forward_launch(
             "x_dot_ptr": None if x_dot is None else x_dot.contiguous(),
             "y_dot_ptr": y_dot,
             "rows": rows,
-            "dot_start": start * (rows // max(1, x.shape[0])),
-            "rows_dot": 0 if x_dot is None else _rows(x_dot),
+            "tangent_start": tangent_start * (rows // max(1, x.shape[0])),
+            "tangent_rows": 0 if x_dot is None else _rows(x_dot),
         },
         constexprs=_tile(width, config),
         num_warps=config.num_warps,
@@ -120,14 +120,14 @@ def _(x, bias):
 
 
 @torch.library.custom_op("meanflow_kernels::bias_gelu_jvp", mutates_args=())
-def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    forward_launch(x, bias, y, x_dot, y_dot, start, FORWARD).run()
+    forward_launch(x, bias, y, x_dot, y_dot, tangent_start, FORWARD).run()
     return y, y_dot
 
 
 @_bias_gelu_jvp.register_fake
-def _(x, bias, x_dot, start):
+def _(x, bias, x_dot, tangent_start):
     return x.new_empty(x.shape), x.new_empty(x_dot.shape)
 
 
@@ -221,9 +221,9 @@ def bias_gelu_jvp(
         return bias_gelu(*primals, bias), None
     (x,), (x_dot,) = primals, tangents
     kernel = _check(x, bias)
-    start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.bias_gelu_jvp(x, bias, x_dot, start)
+        return torch.ops.meanflow_kernels.bias_gelu_jvp(x, bias, x_dot, tangent_start)
     with torch.no_grad():
-        y_dot = bias_gelu_tangent_ref(*tangent_rows(primals, tangents, start), bias, x_dot).to(x.dtype)
-    return bias_gelu_ref(*once(x, bias)).to(x.dtype), guard(y_dot, x, bias, x_dot)
+        y_dot = bias_gelu_tangent_ref(*tangent_rows(primals, tangents, tangent_start), bias, x_dot).to(x.dtype)
+    return bias_gelu_ref(*once(x, bias)).to(x.dtype), forbid_gradient(y_dot, x, bias, x_dot)

@@ -65,19 +65,25 @@ def _gate_adaln_rows(
         y = load_row(row_at(y_ptr, l * stride_y_l, ALIGN), C, TILE)
         gate = load_row(gate_row, C, TILE)
         x = load_row(row_at(x_ptr, l * stride_x_l, ALIGN), C, TILE)
+        # x_out_dot = x_dot + gate_dot y + gate y_dot
         if h_dot_ptr is not None:
             # before the first exchange between threads, so that all four rows are on their way at once
             x_dot_row = row_at(x_dot_ptr, l * stride_x_dot_l, ALIGN)
             y_dot_row = row_at(y_dot_ptr, l * stride_y_dot_l, ALIGN)
             x_dot = _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C, TILE)
             store_row(row_at(x_out_dot_ptr, l, C), x_dot, C)
+        # x_out = x + gate y
         x = add_rows(x, mul_rows(gate, y))
         store_row(row_at(x_out_ptr, l, C), x, C)
+        # x_hat = rstd (x_out - mean(x_out))
+        # x_hat_dot = rstd (x_out_dot - mean(x_out_dot) - x_hat mean(x_hat x_out_dot))
         if h_dot_ptr is None:
             x_hat = normalise(x, eps, C)
         else:
             x_hat, x_hat_dot = normalise_along(x, x_dot, eps, C)
+        # h = x_hat (1 + scale) + shift
         store_row(row_at(h_ptr, l, C), modulate(x_hat, shift_row, scale_row, C), C)
+        # h_dot = x_hat_dot (1 + scale) + x_hat scale_dot + shift_dot
         if h_dot_ptr is not None:
             h_dot = modulate_tangent(x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, C)
             store_row(row_at(h_dot_ptr, l, C), h_dot, C)
@@ -92,7 +98,7 @@ def _gate_adaln_kernel(
     scale_ptr,  # (B, C)
     x_out_ptr,  # (B, L, C), contiguous
     h_ptr,  # (B, L, C), contiguous
-    x_dot_ptr,  # (n, L, C) or None; the tangents of samples dot_start to dot_start + n
+    x_dot_ptr,  # (n, L, C) or None; the tangents of samples tangent_start to tangent_start + n
     y_dot_ptr,  # (n, L, C) or None
     gate_dot_ptr,  # (n, C) or None
     shift_dot_ptr,  # (n, C) or None
@@ -115,8 +121,8 @@ def _gate_adaln_kernel(
     stride_scale_dot_b,
     L,
     rows_per_program,
-    dot_start,
-    dot_samples,
+    tangent_start,
+    tangent_samples,
     eps,
     C: tl.constexpr,
     TILE: tl.constexpr,
@@ -124,7 +130,7 @@ def _gate_adaln_kernel(
     STAGES: tl.constexpr,
 ):
     b, first, end = rows_of_program(L, rows_per_program)
-    b_dot = b - dot_start
+    b_dot = b - tangent_start
     x_ptr = row_at(x_ptr, b * stride_x_b, ALIGN)
     y_ptr = row_at(y_ptr, b * stride_y_b, ALIGN)
     gate_row = row_at(gate_ptr, b * stride_gate_b, ALIGN)
@@ -142,7 +148,7 @@ def _gate_adaln_kernel(
     primal = (x_ptr, y_ptr, gate_row, shift_row, scale_row, x_out_ptr, h_ptr)
     share = (stride_x_l, stride_y_l, stride_x_dot_l, stride_y_dot_l, first, end)
     # a loop of its own for samples without a tangent: they pay nothing for those that have one
-    if h_dot_ptr is not None and (b_dot >= 0) & (b_dot < dot_samples):
+    if h_dot_ptr is not None and (b_dot >= 0) & (b_dot < tangent_samples):
         _gate_adaln_rows(
             *primal,
             x_dot_ptr,
@@ -198,11 +204,14 @@ def _gate_adaln_bwd_kernel(
     for l in tl.range(first, end, num_stages=STAGES):
         x_out = load_row(row_at(x_out_ptr, b * L + l, C), C, TILE)
         dh = load_row(row_at(dh_ptr, b * stride_dh_b + l * stride_dh_l, ALIGN), C, TILE)
+        # g = dh (1 + scale), dx = rstd (g - mean(g) - x_hat mean(x_hat g)) + dx_out
         x_hat, dx = normalise_along(x_out, mul_rows(dh, factor), eps, C)
+        # dshift = sum_l dh, dscale = sum_l dh x_hat
         dshift = add_rows(dshift, dh)
         dscale = add_rows(dscale, mul_rows(dh, x_hat))
         if dx_out_ptr is not None:
             dx = add_rows(dx, load_row(row_at(dx_out_ptr, b * stride_dx_out_b + l * stride_dx_out_l, ALIGN), C, TILE))
+        # dgate = sum_l y dx, dy = gate dx
         y = load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C, TILE)
         dgate = add_rows(dgate, mul_rows(y, dx))
         store_row(row_at(dx_ptr, b * L + l, C), dx, C)

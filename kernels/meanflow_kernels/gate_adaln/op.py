@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_real, check_shape, check_tangents
-from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
@@ -25,9 +25,15 @@ def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> 
 
 
 def forward_launch(
-    primals: tuple, tangents: tuple, out: tuple, out_dot: tuple, start: int, eps: float, config: RowConfig = FORWARD
+    primals: tuple,
+    tangents: tuple,
+    out: tuple,
+    out_dot: tuple,
+    tangent_start: int,
+    eps: float,
+    config: RowConfig = FORWARD,
 ) -> Launch:
-    """out = (x_out, h) from the primals; where out_dot is not (None, None), it too, of the samples from start on."""
+    """out = (x_out, h) of the primals; out_dot, unless (None, None), of the samples from tangent_start on."""
     from .kernel import _gate_adaln_kernel
 
     named = dict(zip((*_NAMES, *[f"{name}_dot" for name in _NAMES]), (*primals, *tangents), strict=True))
@@ -38,7 +44,11 @@ def forward_launch(
         rows={name: named[name] for name in rows},
         vectors={name: vector for name, vector in named.items() if name not in rows},
         contiguous=dict(zip(("x_out", "h", "x_out_dot", "h_dot"), (*out, *out_dot), strict=True)),
-        scalars={"dot_start": start, "dot_samples": 0 if out_dot[1] is None else out_dot[1].shape[0], "eps": eps},
+        scalars={
+            "tangent_start": tangent_start,
+            "tangent_samples": 0 if out_dot[1] is None else out_dot[1].shape[0],
+            "eps": eps,
+        },
     )
 
 
@@ -104,20 +114,35 @@ def _gate_adaln_jvp(
     gate_dot: Tensor | None,
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
-    start: int,
-    samples: int,
+    tangent_start: int,
+    tangent_samples: int,
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, samples, out_dtype)
+    out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
     primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    forward_launch(primals, tangents, out, out_dot, start, eps, FORWARD).run()
+    forward_launch(primals, tangents, out, out_dot, tangent_start, eps, FORWARD).run()
     return *out, *out_dot
 
 
 @_gate_adaln_jvp.register_fake
-def _(x, y, gate, shift, scale, x_dot, y_dot, gate_dot, shift_dot, scale_dot, start, samples, eps, out_dtype):
-    return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, samples, out_dtype)
+def _(
+    x,
+    y,
+    gate,
+    shift,
+    scale,
+    x_dot,
+    y_dot,
+    gate_dot,
+    shift_dot,
+    scale_dot,
+    tangent_start,
+    tangent_samples,
+    eps,
+    out_dtype,
+):
+    return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
 
 
 @torch.library.custom_op("meanflow_kernels::gate_adaln_bwd", mutates_args=())
@@ -241,17 +266,17 @@ def gate_adaln_jvp(
     if absent(tangents):
         return gate_adaln(*primals, eps=eps, out_dtype=out_dtype), (None, None)
     _check(*primals)
-    start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    tangent_start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
     x = primals[0]
     out_dtype = out_dtype or x.dtype
     if runs_kernel(x):
         check_kernel_row(x, _NAMES, primals, out_dtype)
-        operands = (*primals, *tangents, start, n, eps, out_dtype)
+        operands = (*primals, *tangents, tangent_start, n, eps, out_dtype)
         x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_adaln_jvp(*operands)
         return (x_out, h), (x_out_dot, h_dot)
     x_out, h = gate_adaln_ref(*once(*primals), eps=eps)
     with torch.no_grad():
-        x_out_dot, h_dot = gate_adaln_tangent_ref(tangent_rows(primals, tangents, start), tangents, eps=eps)
+        x_out_dot, h_dot = gate_adaln_tangent_ref(tangent_rows(primals, tangents, tangent_start), tangents, eps=eps)
     x_out_dot, h_dot = x_out_dot.to(x.dtype), h_dot.to(out_dtype)
     inputs = (*primals, *tangents)
-    return (x_out.to(x.dtype), h.to(out_dtype)), (guard(x_out_dot, *inputs), guard(h_dot, *inputs))
+    return (x_out.to(x.dtype), h.to(out_dtype)), (forbid_gradient(x_out_dot, *inputs), forbid_gradient(h_dot, *inputs))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_real, check_shape, check_tangents, fail
-from ..dual import absent, guard, settled
+from ..dual import absent, forbid_gradient, settled
 from ..transforms import check_pair_transforms
 
 
@@ -74,4 +74,4 @@ def linear_jvp(
     check_pair_transforms(("weight", "bias"), (weight, bias), (None, None))
     with torch.no_grad():
         y_dot = torch.nn.functional.linear(x_dot, weight)
-    return torch.nn.functional.linear(x, weight, bias), guard(y_dot, x, x_dot, weight)
+    return torch.nn.functional.linear(x, weight, bias), forbid_gradient(y_dot, x, x_dot, weight)

@@ -8,11 +8,11 @@ import triton.language as tl
 def _silu_kernel(
     x_ptr,  # (N,), contiguous
     y_ptr,  # (N,), contiguous, or None where only the derivative is asked for
-    v_ptr,  # (n,), contiguous: tangent or cotangent of elements v_start to v_start + n; None where there is none
-    jv_ptr,  # (n,), contiguous: silu'(x) v
+    x_dot_ptr,  # (tangent_size,), contiguous, of the elements from tangent_start on; None where there is none
+    y_dot_ptr,  # (tangent_size,), contiguous; backward: dy and dx are in the places of x_dot and y_dot
     N,
-    v_start,
-    n,
+    tangent_start,
+    tangent_size,
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -20,9 +20,11 @@ def _silu_kernel(
     x = tl.load(x_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
     s = tl.sigmoid(x)
     if y_ptr is not None:
+        # y = x s
         tl.store(y_ptr + offs, (x * s).to(y_ptr.dtype.element_ty), mask=offs < N)
-    if v_ptr is not None:
-        offs_v = offs - v_start
-        mask_v = (offs_v >= 0) & (offs_v < n)
-        v = tl.load(v_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        tl.store(jv_ptr + offs_v, (s * (1 + x * (1 - s)) * v).to(jv_ptr.dtype.element_ty), mask=mask_v)
+    if x_dot_ptr is not None:
+        # y_dot = s (1 + x (1 - s)) x_dot
+        offs_dot = offs - tangent_start
+        mask_dot = (offs_dot >= 0) & (offs_dot < tangent_size)
+        x_dot = tl.load(x_dot_ptr + offs_dot, mask=mask_dot, other=0.0).to(tl.float32)
+        tl.store(y_dot_ptr + offs_dot, (s * (1 + x * (1 - s)) * x_dot).to(y_dot_ptr.dtype.element_ty), mask=mask_dot)

@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
-from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import ceil_div
+from .config import BLOCK, NUM_WARPS
 from .reference import silu_ref, silu_tangent_ref
-
-# 8 elements a thread: one 16-byte load of 16-bit data, two of fp32; no reuse, so many small programs
-_BLOCK, _NUM_WARPS = 1024, 4
 
 
 def _check(x: Tensor) -> bool:
@@ -26,24 +24,24 @@ def _check(x: Tensor) -> bool:
     return kernel
 
 
-def _launch(x: Tensor, y: Tensor | None, v: Tensor | None, jv: Tensor | None, start: int = 0) -> Launch:
-    """y = silu(x); jv = silu'(x) v for the samples from start on."""
+def _launch(x: Tensor, y: Tensor | None, x_dot: Tensor | None, y_dot: Tensor | None, tangent_start: int = 0) -> Launch:
+    """y = silu(x); y_dot = silu'(x) x_dot of the samples from tangent_start on. For dx = silu'(x) dy too."""
     from .kernel import _silu_kernel
 
     return Launch(
         kernel=_silu_kernel,
-        grid=(ceil_div(x.numel(), _BLOCK),),
+        grid=(ceil_div(x.numel(), BLOCK),),
         args={
             "x_ptr": x.contiguous(),
             "y_ptr": y,
-            "v_ptr": None if v is None else v.contiguous(),
-            "jv_ptr": jv,
+            "x_dot_ptr": None if x_dot is None else x_dot.contiguous(),
+            "y_dot_ptr": y_dot,
             "N": x.numel(),
-            "v_start": start * (x.numel() // max(1, x.shape[0])),
-            "n": 0 if v is None else v.numel(),
+            "tangent_start": tangent_start * (x.numel() // max(1, x.shape[0])),
+            "tangent_size": 0 if x_dot is None else x_dot.numel(),
         },
-        constexprs={"BLOCK": _BLOCK},
-        num_warps=_NUM_WARPS,
+        constexprs={"BLOCK": BLOCK},
+        num_warps=NUM_WARPS,
         num_stages=1,
     )
 
@@ -61,14 +59,14 @@ def _(x):
 
 
 @torch.library.custom_op("meanflow_kernels::silu_jvp", mutates_args=())
-def _silu_jvp(x: Tensor, x_dot: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def _silu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    _launch(x, y, x_dot, y_dot, start).run()
+    _launch(x, y, x_dot, y_dot, tangent_start).run()
     return y, y_dot
 
 
 @_silu_jvp.register_fake
-def _(x, x_dot, start):
+def _(x, x_dot, tangent_start):
     return x.new_empty(x.shape), x.new_empty(x_dot.shape)
 
 
@@ -105,7 +103,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """The launch config, for cross-compilation: one for all widths and architectures."""
     x = torch.empty(32, 1152, dtype=torch.bfloat16, device="meta")
     launches = {"silu": _launch(x, x, None, None), "silu_jvp": _launch(x, x, x, x), "silu_bwd": _launch(x, None, x, x)}
-    return [CompileCase(op, f"{_BLOCK} w{_NUM_WARPS}", x.dtype, 1152, c) for op, c in launches.items()]
+    return [CompileCase(op, f"{BLOCK} w{NUM_WARPS}", x.dtype, 1152, c) for op, c in launches.items()]
 
 
 def silu(x: Tensor) -> Tensor:
@@ -149,9 +147,9 @@ def silu_jvp(
         return silu(*primals), None
     (x,), (x_dot,) = primals, tangents
     kernel = _check(x)
-    start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.silu_jvp(x, x_dot, start)
+        return torch.ops.meanflow_kernels.silu_jvp(x, x_dot, tangent_start)
     with torch.no_grad():
-        y_dot = silu_tangent_ref(*tangent_rows(primals, tangents, start), x_dot).to(x.dtype)
-    return silu_ref(*once(x)).to(x.dtype), guard(y_dot, x, x_dot)
+        y_dot = silu_tangent_ref(*tangent_rows(primals, tangents, tangent_start), x_dot).to(x.dtype)
+    return silu_ref(*once(x)).to(x.dtype), forbid_gradient(y_dot, x, x_dot)

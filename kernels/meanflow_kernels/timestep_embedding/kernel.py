@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..constants import LN_2
+
 
 @triton.jit
 def _exp2(x):
@@ -11,7 +13,7 @@ def _exp2(x):
     The hardware's is good to two units in the last place, which a time of 1000 would turn into twice torch's error.
     """
     nearest = tl.floor(x + 0.5)
-    r = (x - nearest) * 0.6931471805599453
+    r = (x - nearest) * LN_2
     series = 1 / 120 + r * (1 / 720 + r * (1 / 5040))
     return (1 + r * (1 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * series))))) * tl.exp2(nearest)
 
@@ -31,14 +33,14 @@ def _angles(t, step, step_rest, BLOCK: tl.constexpr):
 def _timestep_embedding_kernel(
     t_ptr,  # (B,)
     y_ptr,  # (B, DIM), contiguous: HALF cosines, HALF sines, and a zero where DIM is odd
-    t_dot_ptr,  # (n,): tangents of samples dot_start to dot_start + n; None where there is none
-    y_dot_ptr,  # (n, DIM), contiguous
+    t_dot_ptr,  # (tangent_samples,), of the samples from tangent_start on; None where there is none
+    y_dot_ptr,  # (tangent_samples, DIM), contiguous
     stride_t,
     stride_t_dot,
     step,
     step_rest,
-    dot_start,
-    n,
+    tangent_start,
+    tangent_samples,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -53,8 +55,8 @@ def _timestep_embedding_kernel(
     if DIM % 2:
         tl.store(row + DIM - 1, 0.0)
     if t_dot_ptr is not None:
-        b_dot = b - dot_start
-        if (b_dot >= 0) & (b_dot < n):
+        b_dot = b - tangent_start
+        if (b_dot >= 0) & (b_dot < tangent_samples):
             rate = tl.load(t_dot_ptr + b_dot * stride_t_dot).to(tl.float32) * frequencies
             row_dot = y_dot_ptr + b_dot * DIM
             tl.store(row_dot + i, (-sin * rate).to(y_dot_ptr.dtype.element_ty), mask=i < HALF)

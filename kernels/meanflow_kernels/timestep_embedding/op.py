@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_shape, check_tangents, fail
-from ..dual import absent, guard, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
 from ..tiling import next_power_of_two
+from .config import NUM_WARPS
 from .reference import timestep_embedding_ref, timestep_embedding_tangent_ref
-
-# one sample a program: a launch of a few microseconds whatever is chosen
-_NUM_WARPS = 1
 
 
 def _check(t: Tensor, dim: int, max_period: float) -> bool:
@@ -40,12 +38,14 @@ def _launch(kernel, t: Tensor, dim: int, max_period: float, **args) -> Launch:
         grid=(t.shape[0],),
         args={"t_ptr": t, "stride_t": t.stride(0), "step": step, "step_rest": rate - step, **args},
         constexprs={"DIM": dim, "BLOCK": next_power_of_two(half)},
-        num_warps=_NUM_WARPS,
+        num_warps=NUM_WARPS,
         num_stages=1,
     )
 
 
-def _forward(t: Tensor, y: Tensor, t_dot: Tensor | None, y_dot: Tensor | None, start: int, max_period: float) -> Launch:
+def _forward(
+    t: Tensor, y: Tensor, t_dot: Tensor | None, y_dot: Tensor | None, tangent_start: int, max_period: float
+) -> Launch:
     from .kernel import _timestep_embedding_kernel
 
     return _launch(
@@ -57,8 +57,8 @@ def _forward(t: Tensor, y: Tensor, t_dot: Tensor | None, y_dot: Tensor | None, s
         t_dot_ptr=t_dot,
         y_dot_ptr=y_dot,
         stride_t_dot=0 if t_dot is None else t_dot.stride(0),
-        dot_start=start,
-        n=0 if t_dot is None else t_dot.shape[0],
+        tangent_start=tangent_start,
+        tangent_samples=0 if t_dot is None else t_dot.shape[0],
     )
 
 
@@ -82,14 +82,16 @@ def _(t, dim, max_period):
 
 
 @torch.library.custom_op("meanflow_kernels::timestep_embedding_jvp", mutates_args=())
-def _timestep_embedding_jvp(t: Tensor, t_dot: Tensor, dim: int, start: int, max_period: float) -> tuple[Tensor, Tensor]:
+def _timestep_embedding_jvp(
+    t: Tensor, t_dot: Tensor, dim: int, tangent_start: int, max_period: float
+) -> tuple[Tensor, Tensor]:
     y, y_dot = t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
-    _forward(t, y, t_dot, y_dot, start, max_period).run()
+    _forward(t, y, t_dot, y_dot, tangent_start, max_period).run()
     return y, y_dot
 
 
 @_timestep_embedding_jvp.register_fake
-def _(t, t_dot, dim, start, max_period):
+def _(t, t_dot, dim, tangent_start, max_period):
     return t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
 
 
@@ -130,7 +132,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
         "timestep_embedding_jvp": _forward(t, y, t, y, 0, 1e4),
         "timestep_embedding_bwd": _backward(t, y, t, 1e4),
     }
-    return [CompileCase(op, f"w{_NUM_WARPS}", t.dtype, 256, c) for op, c in launches.items()]
+    return [CompileCase(op, f"w{NUM_WARPS}", t.dtype, 256, c) for op, c in launches.items()]
 
 
 def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> Tensor:
@@ -181,9 +183,9 @@ def timestep_embedding_jvp(
         return timestep_embedding(*primals, dim, max_period=max_period), None
     (t,), (t_dot,) = primals, tangents
     kernel = _check(t, dim, max_period)
-    start, _ = check_tangents(("t",), primals, tangents, tangent_start)
+    tangent_start, _ = check_tangents(("t",), primals, tangents, tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.timestep_embedding_jvp(t, t_dot, dim, start, max_period)
+        return torch.ops.meanflow_kernels.timestep_embedding_jvp(t, t_dot, dim, tangent_start, max_period)
     with torch.no_grad():
-        y_dot = timestep_embedding_tangent_ref(*tangent_rows(primals, tangents, start), t_dot, dim, max_period)
-    return timestep_embedding_ref(*once(t), dim, max_period).to(t.dtype), guard(y_dot.to(t.dtype), t, t_dot)
+        y_dot = timestep_embedding_tangent_ref(*tangent_rows(primals, tangents, tangent_start), t_dot, dim, max_period)
+    return timestep_embedding_ref(*once(t), dim, max_period).to(t.dtype), forbid_gradient(y_dot.to(t.dtype), t, t_dot)
