@@ -17,9 +17,9 @@ from benchmarks import tune
 from benchmarks.pages.tuned_configs import entries
 from benchmarks.tuning.subjects import SHAPES, subjects
 from benchmarks.tuning.trials import Trial
-from meanflow_kernels.rows.config import RowConfig
 from meanflow_kernels.attention import config
 from meanflow_kernels.bias_gelu.config import StripConfig
+from meanflow_kernels.rows.config import RowConfig
 from meanflow_kernels.tiling import TileConfig
 
 ROOT = Path(__file__).parents[2]
