@@ -60,7 +60,7 @@ def breakdown(page: Page, rows: list[dict]) -> str:
                 pieces.append(grid(header, lines, hardware(found)))
                 figure = plots.stacked(f"Step by {by}: {title}", hardware(found), "ms a step", cut)
                 figures.append(page.figure(f"breakdown by {by} {title} {device_name(found[0])}", figure))
-        lines = ["What is a difference of two times can come out below zero."]
+        lines = ["A difference of two times can come out below zero."]
         if group[0].get("device") == "cpu":
             lines.append(ON_A_CPU)
         traces = dict.fromkeys(row["trace"] for row in group if row.get("trace"))
