@@ -8,7 +8,8 @@ make of a kernel) and ``tuning``. No helper imports a command.
 
 import sys
 
-from meanflow.startup import enter
+from meanflow.startup import choose_waiting, enter
 
 if sys.argv[0] == "-m":  # python -m benchmarks.NAME, and not where another program imports one
     enter("benchmarks", ("numpy", "torch"))
+    choose_waiting()

@@ -1,4 +1,4 @@
-"""Train digits with threads that spin while they wait, and passively, in pairs on this CPU.
+"""Train digits with threads that wait as OpenMP has them, and as a command chooses at its start, in pairs on this CPU.
 
 python -m benchmarks.waiting --spinning 4      beside four busy processes
 python -m benchmarks.waiting                   on a machine that is to be at rest
@@ -21,12 +21,17 @@ from pathlib import Path
 
 from meanflow.errors import UserError, require
 from meanflow.presets import preset
+from meanflow.startup import others
 
 from .harness.arguments import BadInput, finite, positive
 from .harness.table import table
 
 WARM_STEPS = 3
-RUN = "import sys; from benchmarks.waiting import rate; print(rate(float(sys.argv[1])))"
+RATE = """
+import os, sys
+from benchmarks.waiting import rate
+print(rate(float(sys.argv[1])), os.environ.get("OMP_WAIT_POLICY", "its own"))
+"""
 # it ends with this process, however that ends
 SPIN = """
 import os
@@ -35,8 +40,8 @@ while os.getppid() == parent:
     for _ in range(10**6):
         pass
 """
-POLICIES = {"default": None, "passive": "PASSIVE"}
-"""Values of OMP_WAIT_POLICY."""
+WAYS = {"default": RATE, "chosen": "from meanflow.startup import choose_waiting; choose_waiting()" + RATE}
+"""What a run's process does: it trains, or lets a command's start choose before."""
 
 
 def rate(seconds: float) -> float:
@@ -69,24 +74,23 @@ def spinning(count: int):
         yield
 
 
-def measure(policy: str | None, seconds: float) -> float:
-    """The rate of a process whose OpenMP waits so; None leaves it to OpenMP."""
-    inherited = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    env = inherited | ({"OMP_WAIT_POLICY": policy} if policy else {})
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(seconds)], env=env, capture_output=True, text=True, check=True
-    )
-    return float(done.stdout.split()[-1])
+def measure(way: str, seconds: float) -> tuple[float, str]:
+    """The rate of a process, and how its threads waited."""
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", WAYS[way], str(seconds)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found, policy = done.stdout.strip().split(maxsplit=1)
+    return float(found), policy
 
 
-def pairs(count: int, seconds: float, busy: int) -> list[dict[str, float]]:
-    """Images a second by policy, of each pair."""
+def pairs(count: int, seconds: float, busy: int) -> list[dict]:
+    """Images a second of each way, and the policy that was chosen, of each pair."""
     found = []
     with spinning(busy):
         for i in range(count):
-            order = list(POLICIES)[:: 1 if i % 2 else -1]
-            found.append({name: measure(POLICIES[name], seconds) for name in order})
-            rates = ", ".join(f"{name} {value:.0f}" for name, value in found[-1].items())
+            measured = {way: measure(way, seconds) for way in list(WAYS)[:: 1 if i % 2 else -1]}
+            found.append({way: rate for way, (rate, _) in measured.items()} | {"policy": measured["chosen"][1]})
+            rates = ", ".join(f"{way} {rate:.0f} ({policy})" for way, (rate, policy) in measured.items())
             print(f"pair {i + 1} of {count}: {rates}", file=sys.stderr)
     return found
 
@@ -104,19 +108,19 @@ def main(args: list[str] | None = None) -> None:
         require(0 <= options.spinning <= 64, "spinning", options.spinning, "a number from 0 to 64", "change it")
     except UserError as error:
         raise BadInput(f"benchmarks.waiting: error: {error}") from None
-    load, found = os.getloadavg()[0], pairs(options.pairs, options.seconds, options.spinning)
-    medians = {name: statistics.median(pair[name] for pair in found) for name in POLICIES}
-    ratio = statistics.median(pair["passive"] / pair["default"] for pair in found)
-    row = {"kind": "waiting", "cores": os.cpu_count(), "spinning": options.spinning, "load_before": load,
+    before, found = others(), pairs(options.pairs, options.seconds, options.spinning)
+    medians = {name: statistics.median(pair[name] for pair in found) for name in WAYS}
+    ratio = statistics.median(pair["chosen"] / pair["default"] for pair in found)
+    row = {"kind": "waiting", "cores": os.cpu_count(), "spinning": options.spinning, "others_before": before,
            "pairs": found, "medians": medians, "ratio": ratio}  # fmt: skip
     if options.json:
         print(json.dumps(row))
         return
-    lines = [[str(i), *(f"{pair[name]:.0f}" for name in POLICIES), f"{pair['passive'] / pair['default']:.2f}"]
+    lines = [[str(i), *(f"{pair[way]:.0f}" for way in WAYS), pair["policy"], f"{pair['chosen'] / pair['default']:.2f}"]
              for i, pair in enumerate(found, 1)]  # fmt: skip
-    lines.append(["median", *(f"{medians[name]:.0f}" for name in POLICIES), f"{ratio:.2f}"])
-    print(table(["pair", *(f"{name}, images/s" for name in POLICIES), "passive over default"], lines))
-    print(f"{os.cpu_count()} cores, {options.spinning} spinning processes, load {load:.1f} before")
+    lines.append(["median", *(f"{medians[way]:.0f}" for way in WAYS), "", f"{ratio:.2f}"])
+    print(table(["pair", *(f"{way}, images/s" for way in WAYS), "policy chosen", "chosen over default"], lines))
+    print(f"{os.cpu_count()} cores, {options.spinning} spinning processes, {before:.0f} others at work before")
 
 
 if __name__ == "__main__":

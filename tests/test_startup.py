@@ -1,5 +1,6 @@
 """What a command does before anything else: find its environment, say how threads wait, or what is missing."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -93,17 +94,40 @@ def test_threads_by_the_work(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("load", "given", "policy"), [(4.0, None, "PASSIVE"), (0.1, None, None), (4.0, "ACTIVE", "ACTIVE")]
+    ("others", "given", "policy"), [(2, None, "PASSIVE"), (1, None, None), (4, "ACTIVE", "ACTIVE"), (0, None, None)]
 )
-def test_threads_wait_passively_where_others_work(monkeypatch, load, given, policy):
+def test_threads_wait_passively_where_others_work(monkeypatch, others, given, policy):
     from meanflow import startup
 
-    monkeypatch.setattr(startup.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(startup, "others", lambda: others)
     monkeypatch.setattr(startup.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(startup.os, "execv", lambda *args: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-    startup.enter("train.py", ())
+    startup.choose_waiting()
     assert startup.os.environ.get("OMP_WAIT_POLICY") == policy
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("running", "others"),
+    [([5], 4), ([1], 0), ([1, 9, 1, 1], 0), ([3, 3, 1], 2)],
+    ids=["busy", "alone", "burst", "lull"],
+)
+def test_who_is_at_work_is_read_at_once(monkeypatch, tmp_path, running, others):
+    from meanflow import startup
+
+    stat, looks = tmp_path / "stat", itertools.cycle(running)
+    monkeypatch.setattr(startup, "STAT", str(stat))
+    pause = lambda _: stat.write_text(f"cpu  9 0 9\nprocs_running {next(looks)}\nprocs_blocked 7\n")  # noqa: E731
+    monkeypatch.setattr(startup.time, "sleep", pause)
+    monkeypatch.setattr(startup.os, "getloadavg", lambda: (50.0, 50.0, 50.0))  # of a minute that is over
+    assert startup.others() == others
+
+
+def test_where_no_kernel_says_who_is_at_work_the_load_average_does(monkeypatch, tmp_path):
+    from meanflow import startup
+
+    monkeypatch.setattr(startup, "STAT", str(tmp_path / "none"))
+    monkeypatch.setattr(startup.os, "getloadavg", lambda: (3.5, 0.0, 0.0))
+    assert startup.others() == 3.5

@@ -245,6 +245,8 @@ def test_a_rehearsal_trains_small_models_alone():
         command = rehearsed(part).command
         assert not re.search(r"\b(XL|L|M|B)/\d", command), command
         assert "imagenet-" not in command or "benchmarks.accounting" in command
+        modelless = re.match(r"-m (pytest|benchmarks\.(build|tune|accounting|projection)) ?", command)
+        assert modelless or "S/8" in command, command  # a default would be of full size
 
 
 def test_without_tests_nothing_waits_for_them():
