@@ -90,7 +90,7 @@ def test_what_is_dead_is_found():
         "README.md#nothing",
         "#b",
     ]
-    text = "bash scripts/no.sh, python -m benchmarks.no, tests/no/, test_no.py; python -m benchmarks.step, tests/kernels"
+    text = "bash scripts/no.sh, python -m benchmarks.no, tests/no/, test_no.py; python -m benchmarks.step, tests/data"
     assert dead_names(text) == ["scripts/no.sh", "tests/no", "test_no.py", "no"]
 
 
