@@ -212,7 +212,13 @@ def test_export(command, run_folder, tmp_path):
     assert code == 2 and "cannot be read" in err and err.count("\n") == 1
 
 
-def test_evaluate(command, run_folder):
+@pytest.fixture
+def quick_judge(monkeypatch):
+    """A judge that learns for one epoch: what it says is not looked at."""
+    monkeypatch.setattr("meanflow.evaluation.digits.CLASSIFIER_EPOCHS", 1)
+
+
+def test_evaluate(command, quick_judge, run_folder):
     code, out, _ = command("evaluate", run_folder, "--json")
     result = json.loads(out)
     assert code == 0 and result["step"] == 10 and result["evaluations"] == 1
@@ -289,12 +295,6 @@ def test_bad_input_to_evaluate(command, run_folder, args, message):
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-@pytest.fixture
-def quick_judge(monkeypatch):
-    """A judge that learns for one epoch: what it says is not looked at."""
-    monkeypatch.setattr("meanflow.evaluation.digits.CLASSIFIER_EPOCHS", 1)
-
-
 def test_quickstart(command, quick_judge, tmp_path):
     out = tmp_path / "quickstart"
     args = ["--out", out, "--train.steps", 4, "--train.batch", 8, "--model.depth", 1, "--train.device", "cpu"]
@@ -326,7 +326,9 @@ def test_ablation(command, quick_judge, tmp_path, monkeypatch):
     papers = {"v01": 61.06, "v00": 268.06, "v10": 329.22, "v11": 137.96}
     rows = AXES["tangent"].rows
     assert {row: fid for row, (_, fid) in rows.items()} == papers
+    # two rows, of a tiny network
     monkeypatch.setitem(AXES, "tangent", replace(AXES["tangent"], rows={row: rows[row] for row in ("v01", "v11")}))
+    monkeypatch.setattr("meanflow.apps.ablate.preset", lambda name: runs.tiny())
     args = ["tangent", "--steps", 3, "--seeds", 0, 1, "--out", tmp_path]
     code, text, err = command("ablate", *args)
     assert code == 0, err
