@@ -126,7 +126,8 @@ _adaln_jvp.register_autograd(_differentiate, setup_context=_save)
 
 
 def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
-    backward, sums = backward_launches(x, vector, y, x, *(vector.new_empty(vector.shape) for _ in range(2)), 1e-6)
+    dshift, dscale = (vector.new_empty(vector.shape) for _ in range(2))
+    backward, sums = backward_launches(x, vector, y, x, dshift, dscale, 1e-6)
     return {
         "adaln": forward_launch(x, vector, vector, y, None, None, None, None, 0, 1e-6),
         "adaln_jvp": forward_launch(x, vector, vector, y, x, vector, vector, y, 0, 1e-6),
