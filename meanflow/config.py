@@ -89,7 +89,7 @@ class ObjectiveConfig:
     equal_placement: Literal["first", "bernoulli"] = "first"
     """Which samples get r = t: the first int(batch * share) of a device's batch (official), or each by a coin."""
     equal_time: Literal["max", "single"] = "max"
-    """Their time: the larger of the two draws (official), or the first draw."""
+    """Time of samples with r = t: the larger of the two draws (official), or the first draw."""
     tangent: tuple[float, float] = (0.0, 1.0)
     """(r_dot, t_dot) of the derivative's direction (v, r_dot, t_dot); (0, 1) is right, others are Table 1b."""
     clip_gap: bool = True

@@ -42,7 +42,7 @@ class Options:
     reference: Path | None = None
     """ADM's VIRTUAL_imagenet256_labeled.npz, or a file of its mu and sigma."""
     data_reference: Path | None = None
-    """For own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
+    """Reference of own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
     dinov2: Path | None = None
     """A folder with facebook/dinov2-large, for the FDD."""
     vae: str = ""

@@ -4,7 +4,7 @@ import importlib
 
 
 def __getattr__(name: str):
-    """What meanflow.data had as one module, now in :mod:`meanflow.data.dataset`."""
+    """Find the names of the former module meanflow.data in :mod:`meanflow.data.dataset`."""
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(importlib.import_module(f"{__name__}.dataset"), name)

@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 
 class TarFiles:
-    """In uncompressed tar files, KEY.jpg beside KEY.cls, which holds the label as a number.
+    """Uncompressed tar files of KEY.jpg beside KEY.cls, which holds the label as a number.
 
     The images keep the tar files' order, files sorted by name. An ending is what follows a name's last dot, in any
     case. An image KEY.more.png without a label of its own is left out beside KEY.jpg; without KEY.jpg it is the key's
@@ -161,7 +161,7 @@ class _Tar:
         return chosen[0]
 
     def _key(self, name: str, key: str) -> str:
-        """As it is written in the file."""
+        """Spell a key with its folder as the file does."""
         folder = self.members[name].name.rpartition("/")[0]
         return f"{folder}/{posixpath.basename(key)}" if folder else posixpath.basename(key)
 

@@ -4,7 +4,7 @@ import importlib
 
 
 def __getattr__(name: str):
-    """What meanflow.evaluation had as one module, now in :mod:`meanflow.evaluation.evaluator`."""
+    """Find the names of the former module meanflow.evaluation in :mod:`meanflow.evaluation.evaluator`."""
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(importlib.import_module(f"{__name__}.evaluator"), name)

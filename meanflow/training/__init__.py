@@ -4,7 +4,7 @@ import importlib
 
 
 def __getattr__(name: str):
-    """What meanflow.training had as one module, now in :mod:`meanflow.training.trainer`."""
+    """Find the names of the former module meanflow.training in :mod:`meanflow.training.trainer`."""
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(importlib.import_module(f"{__name__}.trainer"), name)
