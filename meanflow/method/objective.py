@@ -23,29 +23,29 @@ from ..config import ObjectiveConfig
 from .plan import Plan, whole_batch
 from .terms import Terms
 
-# (net, (z, r, t), (z_dot, r_dot, t_dot), y, start) -> u, du_dt; the directions are those of the samples from start on
+# (net, (z, r, t), (z_dot, r_dot, t_dot), y, tangent_start) -> u, du_dt; tangents are of the samples from there on
 Jvp = Callable[[nn.Module, tuple, tuple, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def func_jvp(net, primals, tangents, y, start=0):
+def func_jvp(net, primals, tangents, y, tangent_start=0):
     """Compute u and du/dt by torch.func.jvp, for any network; autograd records the derivative, for all samples."""
 
     def whole(x, x_dot):
         out = torch.zeros_like(x)
         if x_dot is not None:
-            out[start:] = x_dot
+            out[tangent_start:] = x_dot
         return out
 
     tangents = tuple(whole(x, x_dot) for x, x_dot in zip(primals, tangents, strict=True))
     u, du_dt, *_ = torch.func.jvp(lambda z, r, t: net(z, r, t, y), primals, tangents)
-    return u, du_dt[start:]
+    return u, du_dt[tangent_start:]
 
 
-def pair_jvp(net, primals, tangents, y, start=0):
+def pair_jvp(net, primals, tangents, y, tangent_start=0):
     """Compute u and du/dt by the network's own tangents; autograd records nothing of the derivative."""
-    if start == len(y):
-        return net(*primals, y), primals[0][start:]
-    return net(*primals, y, tangents=tangents, tangent_start=start)
+    if tangent_start == len(y):
+        return net(*primals, y), primals[0][tangent_start:]
+    return net(*primals, y, tangents=tangents, tangent_start=tangent_start)
 
 
 def mix(config: ObjectiveConfig, v: Tensor, u_null: Tensor, u_cond: Tensor | None) -> Tensor:
@@ -118,7 +118,7 @@ def meanflow_terms(
     if plan.order is not None:
         x, e, r, t, y, drop = (a[plan.order] for a in (x, e, r, t, y, drop))
     # in this order the first samples have r = t and get no derivative
-    equal, derived = slice(0, plan.start), slice(plan.start, None)
+    equal, derived = slice(0, plan.tangent_start), slice(plan.tangent_start, None)
     t_ = _column(t, x)
     z = (1 - t_) * x + t_ * e
     v = e - x
@@ -130,7 +130,7 @@ def meanflow_terms(
 
     # derivative (Eq. 8) along (v_g, 0, 1), and target (Eq. 18), which is v_g where r = t
     direction = (v_g_derived, *(torch.full_like(t[derived], rate) if rate else None for rate in config.tangent))
-    u, du_dt = jvp(net, (z, r, t), direction, torch.where(drop, net.num_classes, y), plan.start)
+    u, du_dt = jvp(net, (z, r, t), direction, torch.where(drop, net.num_classes, y), plan.tangent_start)
     u_sg, du_dt = u.detach(), du_dt.detach()
     gap = (t - r).clamp(0, 1) if config.clip_gap else t - r
     v_g_equal = guidance.velocity(v, u_sg[equal], equal)

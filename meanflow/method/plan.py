@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     """The row of its u(z, t, t | y) (B,) int64, or -1 where that is the primal pass."""
 
     @property
-    def start(self) -> int:
+    def tangent_start(self) -> int:
         """Index of the first sample that gets the derivative."""
         return len(self.guided) - len(self.tangent)
 
@@ -115,32 +115,29 @@ class Planner:
         require(len(t) == self.batch, "batch", len(t), f"the plan's {self.batch}", "make a Planner for each size")
         unequal, order = r != t, None
         if self.config.equal_placement == "bernoulli":
-            start = self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
+            tangent_start = self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
             order = unequal.int().argsort(stable=True)
             t, drop = t[order], drop[order]
         else:
-            known = (start for start in self._prefixes if not unequal[:start].any())
-            start = max(known, default=None)
-            wanted, hint = (
-                f"r = t in the first {min(self._prefixes)} samples",
-                "set objective.equal_placement to bernoulli",
-            )
-            require(start is not None, "r", "r < t", wanted, hint)
-        return self._guidance(guided_mask(self.config, t, drop), drop, start, order)
+            known = (prefix for prefix in self._prefixes if not unequal[:prefix].any())
+            tangent_start = max(known, default=None)
+            wanted = f"r = t in the first {min(self._prefixes)} samples"
+            require(tangent_start is not None, "r", "r < t", wanted, "set objective.equal_placement to bernoulli")
+        return self._guidance(guided_mask(self.config, t, drop), drop, tangent_start, order)
 
-    def _guidance(self, guided: Tensor, drop: Tensor, start: int, order: Tensor | None) -> Plan:
+    def _guidance(self, guided: Tensor, drop: Tensor, tangent_start: int, order: Tensor | None) -> Plan:
         sample = torch.arange(self.batch)
         null = sample[guided]
         conditional = guided & bool(self.config.kappa)
         if self._primal_serves:
-            conditional &= (sample >= start) | drop
+            conditional &= (sample >= tangent_start) | drop
         rows = torch.cat([null, sample[conditional]])
         padding = _padded(len(rows), self.guidance_sizes) - len(rows)
         null_row, cond_row = torch.zeros_like(sample), torch.full_like(sample, -1)
         null_row[null] = torch.arange(len(null))
         cond_row[conditional] = torch.arange(len(null), len(rows))
         return Plan(
-            tangent=sample[start:],
+            tangent=sample[tangent_start:],
             order=order,
             guided=guided,
             rows=torch.cat([rows, rows.new_zeros(padding)]),
@@ -151,17 +148,17 @@ class Planner:
 
     def example(self, guidance_size: int, tangent_size: int | None = None) -> Plan:
         """A plan of given sizes, to compile or count a step with; its indices are arbitrary."""
-        start = self.batch - (self.tangent_sizes[-1] if tangent_size is None else tangent_size)
+        tangent_start = self.batch - (self.tangent_sizes[-1] if tangent_size is None else tangent_size)
         sample = torch.arange(self.batch)
         rows = torch.arange(guidance_size) % self.batch
         return Plan(
-            tangent=sample[start:],
+            tangent=sample[tangent_start:],
             order=None if self.config.equal_placement == "first" else sample,
             guided=torch.full((self.batch,), guidance_size > 0),
             rows=rows,
             null=rows >= 0,
             null_row=sample % max(guidance_size, 1),
-            cond_row=torch.where(sample < start, -1, 0),
+            cond_row=torch.where(sample < tangent_start, -1, 0),
         )
 
 

@@ -20,7 +20,7 @@ class Terms(NamedTuple):
     """Whether r = t (B,) bool."""
     u: Tensor
     du_dt: Tensor
-    """The derivative, of the samples from the plan's start on."""
+    """The derivative, of the samples from the plan's tangent_start on."""
     u_tgt: Tensor
     v_g: Tensor
     """The guided velocity, in the target and as the direction of the derivative."""

@@ -300,7 +300,7 @@ class PatchConv(nn.Conv2d):
         weight = self.weight.flatten(1).to(dtype)
         patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
         bias = self.bias.to(dtype)
-        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.start)
+        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.tangent_start)
 
 
 def _patchify(x: Tensor, p: int) -> Tensor:

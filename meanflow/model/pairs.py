@@ -11,11 +11,11 @@ from .copies import by_copy
 
 
 class Dual(NamedTuple):
-    """A tensor and its tangent. The tangent may be absent, or given for the samples from ``start`` on only."""
+    """A tensor and its tangent. The tangent may be absent, or given for the samples from ``tangent_start`` on only."""
 
     primal: Tensor
     tangent: Tensor | None = None
-    start: int | None = None
+    tangent_start: int | None = None
 
     def map(self, f) -> "Dual":
         """Apply a linear rearrangement to both."""
@@ -28,31 +28,32 @@ class Dual(NamedTuple):
     def split(self, parts: int) -> list["Dual"]:
         """Cut both into equal parts along the last dimension."""
         tangents = [None] * parts if self.tangent is None else self.tangent.chunk(parts, -1)
-        return [Dual(x, x_dot, self.start) for x, x_dot in zip(self.primal.chunk(parts, -1), tangents, strict=True)]
+        pairs = zip(self.primal.chunk(parts, -1), tangents, strict=True)
+        return [Dual(x, x_dot, self.tangent_start) for x, x_dot in pairs]
 
     def __add__(self, other: "Dual") -> "Dual":
         if self.tangent is None or other.tangent is None:
             tangent = self.tangent if other.tangent is None else other.tangent
         else:
             tangent = self.tangent + other.tangent
-        start = self.start if other.start is None else other.start
-        return Dual(self.primal + other.primal, tangent, start)
+        tangent_start = self.tangent_start if other.tangent_start is None else other.tangent_start
+        return Dual(self.primal + other.primal, tangent, tangent_start)
 
 
 def apply_dual(op_jvp, *duals: Dual, **options) -> Any:
     """Apply an operator `op_jvp(primals, tangents, ...)` to `Dual`s: a `Dual`, or a tuple if it has several results."""
-    start = next((x.start for x in duals if x.tangent is not None), None)
-    if start is not None:
-        options["tangent_start"] = start
+    tangent_start = next((x.tangent_start for x in duals if x.tangent is not None), None)
+    if tangent_start is not None:
+        options["tangent_start"] = tangent_start
     out, out_dot = op_jvp(tuple(x.primal for x in duals), tuple(x.tangent for x in duals), **options)
     if isinstance(out, tuple):
-        return tuple(dual(y, y_dot, start) for y, y_dot in zip(out, out_dot, strict=True))
-    return dual(out, out_dot, start)
+        return tuple(dual(y, y_dot, tangent_start) for y, y_dot in zip(out, out_dot, strict=True))
+    return dual(out, out_dot, tangent_start)
 
 
-def dual(x: Tensor, x_dot: Tensor | None, start: int | None) -> Dual:
+def dual(x: Tensor, x_dot: Tensor | None, tangent_start: int | None) -> Dual:
     """A pair whose tangent is detached: a block's wrapper (a checkpoint, FSDP) must find no gradient in it."""
-    return Dual(x, None if x_dot is None else x_dot.detach(), start)
+    return Dual(x, None if x_dot is None else x_dot.detach(), tangent_start)
 
 
 class Linear(nn.Linear):
@@ -82,7 +83,7 @@ class Linear(nn.Linear):
         dtype = x.primal.dtype
         kept = hasattr(self, "copy") and self.copy.dtype == dtype
         weight = by_copy(self.weight, self.copy) if kept else self.weight.to(dtype)
-        return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.start)
+        return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.tangent_start)
 
 
 class LinearGelu(Linear):

@@ -168,13 +168,13 @@ class Step:
 
 
 def _shapes(inputs: StepInputs) -> tuple:
-    return len(inputs.plan.rows), inputs.plan.start
+    return len(inputs.plan.rows), inputs.plan.tangent_start
 
 
 def declare_sizes(plan: Plan) -> None:
     """Mark the plan's sizes as dynamic: one compiled graph serves all sizes of a group except 0 and the whole batch."""
     groups = [plan.rows, plan.null] if len(plan.rows) else []
-    if plan.order is not None and 0 < plan.start < len(plan.guided):
+    if plan.order is not None and 0 < plan.tangent_start < len(plan.guided):
         groups.append(plan.tangent)
     for group in groups:
         torch._dynamo.mark_dynamic(group, 0)

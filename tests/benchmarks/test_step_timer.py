@@ -54,7 +54,7 @@ def test_ingredients_are_left_out():
     assert len(whole.rows) == 16 and len(tangent.rows) < 16
     # a conditional row for every guided sample instead of the primal pass
     guided = usual.guided
-    assert (usual.cond_row[: usual.start][guided[: usual.start]] == -1).all()
+    assert (usual.cond_row[: usual.tangent_start][guided[: usual.tangent_start]] == -1).all()
     assert torch.equal(own.guided, guided) and (own.cond_row[guided] >= 0).all() and len(own.rows) > len(usual.rows)
 
 

@@ -81,8 +81,8 @@ def test_planned_step_is_the_official_step(objective, equal, drop, placement):
     order = torch.arange(BATCH) if plan.order is None else plan.order
     for name in ("raw", "weight", "v_loss", "u", "u_tgt", "v_g"):
         assert_near(getattr(planned, name), getattr(whole, name)[order])
-    if plan.start < BATCH:
-        assert_near(planned.du_dt, whole.du_dt[order][plan.start :])
+    if plan.tangent_start < BATCH:
+        assert_near(planned.du_dt, whole.du_dt[order][plan.tangent_start :])
     assert torch.equal(planned.equal, whole.equal[order])
     assert_near(planned.loss, whole.loss)
     assert_near(gradients(planned, net), gradients(whole, net))
@@ -136,11 +136,11 @@ def test_plans_have_declared_sizes(size, seed, name, first, share):
     r, t = draw_times(objective, draws)
     drop = drop_mask(objective, draws.uniform(Purpose.LABEL_DROP))
     plan = planner.plan(r, t, drop)
-    assert len(plan.rows) in planner.guidance_sizes and size - plan.start in planner.tangent_sizes
+    assert len(plan.rows) in planner.guidance_sizes and size - plan.tangent_start in planner.tangent_sizes
     assert len(planner.guidance_sizes) <= 18
     order = torch.arange(size) if plan.order is None else plan.order
     assert torch.equal(order.sort().values, torch.arange(size))
-    assert (r == t)[order][: plan.start].all()
+    assert (r == t)[order][: plan.tangent_start].all()
     # the same samples are guided as in the official step, and each is predicted from its own row
     guided = whole_batch(objective, r, t, drop).guided[order]
     assert torch.equal(plan.guided, guided)

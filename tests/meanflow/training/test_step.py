@@ -42,7 +42,7 @@ def steps_of(run, out, count):
         (inputs,) = trainer.inputs(step)
         done = trainer.make_step(inputs.to(trainer.device))
         (terms,) = done.terms
-        sizes = len(inputs.plan.rows), inputs.plan.start
+        sizes = len(inputs.plan.rows), inputs.plan.tangent_start
         gradient = torch.cat([p.grad.flatten() for p in trainer.net.parameters()]).cpu()
         rows.append((terms.loss.item(), terms.raw.cpu().clone(), gradient, done.grad_norm.item(), sizes))
     return rows, trainer
@@ -158,7 +158,7 @@ def test_a_captured_step_leaves_its_own_gradient(tmp_path, monkeypatch):
     sizes = set()
     for step in range(12):
         (inputs,) = plain.inputs(step)
-        sizes.add((len(inputs.plan.rows), inputs.plan.start))
+        sizes.add((len(inputs.plan.rows), inputs.plan.tangent_start))
         plain.make_step(inputs)
         make_step(inputs)
         for p, wanted in zip(captured.net.parameters(), plain.net.parameters(), strict=True):
