@@ -41,6 +41,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @contextlib.contextmanager
+def overriding(choices: object, **values) -> Iterator[None]:
+    """Set attributes of ``choices`` for the scope; scopes nest, the innermost holds."""
+    outer = {name: getattr(choices, name) for name in values}
+    vars(choices).update(values)
+    try:
+        yield
+    finally:
+        vars(choices).update(outer)
+
+
+@contextlib.contextmanager
 def force_route(route: Route) -> Iterator[None]:
     """Serve every call of the scope by ``route``, whatever the device; scopes nest, the innermost holds.
 
@@ -51,12 +62,8 @@ def force_route(route: Route) -> Iterator[None]:
         raise ValueError(f"route: got {route!r}, wanted a Route; pass Route.REFERENCE or Route.TRITON")
     if route is Route.TRITON and not HAS_TRITON:
         raise ValueError("route: got Route.TRITON, but Triton is not installed; install triton or use Route.REFERENCE")
-    outer = _override.route
-    _override.route = route
-    try:
+    with overriding(_override, route=route):
         yield
-    finally:
-        _override.route = outer
 
 
 def runs_kernel(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..launch import arch_of
+from ..routing import overriding
 from .config import BACKWARD, Backend, Backends, backward_configs, plain_config, preferred
 from .launches import aligned, backward_launches, forward_launch
 
@@ -39,12 +40,8 @@ def force_backend(*, forward: Backend | None = None, backward: Backend | None = 
     for name, backend in (("forward", forward), ("backward", backward)):
         if backend is not None and not isinstance(backend, Backend):
             raise ValueError(f"{name}: got {backend!r}, wanted a Backend; pass one of {', '.join(map(str, Backend))}")
-    outer = _forced.forward, _forced.backward
-    _forced.forward, _forced.backward = forward or outer[0], backward or outer[1]
-    try:
+    with overriding(_forced, forward=forward or _forced.forward, backward=backward or _forced.backward):
         yield
-    finally:
-        _forced.forward, _forced.backward = outer
 
 
 def serves(backend: Backend, q: Tensor, k: Tensor) -> bool:

@@ -107,7 +107,7 @@ def dot(p, v, acc, PRECISION: tl.constexpr, factor=1):
 
 @triton.jit
 def place(L, H, BLOCK: tl.constexpr):
-    """This program's rows of L, its head and sample. The tiles of a head are neighbours in the grid: they share L2."""
+    """This program's rows of L, its head and its sample. A head's tiles are neighbours in the grid: they share L2."""
     tiles = tl.cdiv(L, BLOCK)
     offs = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     return offs, (tl.program_id(0) // tiles) % H, (tl.program_id(0) // tiles // H).to(tl.int64)

@@ -1,7 +1,7 @@
 """Softmax attention on (primal, tangent) pairs: checks, launches, registration and the public functions.
 
-Each is there twice: on (q, k, v), and on (qkv,), a packed projection, whose gradient is one tensor that the backward
-writes q's, k's and v's part of. Primals and tangents are tuples of either kind here.
+Each exists twice: on (q, k, v), and on (qkv,), a packed projection, whose gradient is one tensor into which the backward
+writes the parts of q, k and v. Primals and tangents are tuples of either kind here.
 """
 
 import functools
@@ -96,45 +96,30 @@ def _empty_dual(q: Tensor, tangents: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return o, q.new_empty((n, *q.shape[1:])), lse
 
 
-def _save_primals(ctx, primals, o, lse, scale):
+def _save(ctx, inputs, output):
+    # tangents are neither saved nor differentiated
+    primals = inputs[: 1 if inputs[0].dim() == 5 else 3]
+    o, *_, lse = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*primals, o, lse)
-    ctx.scale = scale
+    (ctx.scale,) = [x for x in inputs if isinstance(x, float)]
+    ctx.inputs = len(inputs)
 
 
-def _setup_context(ctx, inputs, output):
-    *primals, scale = inputs
-    o, lse = output
-    _save_primals(ctx, primals, o, lse, scale)
-
-
-def _setup_context_jvp(ctx, inputs, output):
-    *pairs, scale, _ = inputs
-    o, _, lse = output
-    _save_primals(ctx, pairs[: len(pairs) // 2], o, lse, scale)
-
-
-def _primal_gradients(ctx, do, dlse):
+def _differentiate(ctx, do, *cotangents):
+    *of_tangents, dlse = cotangents
+    refuse_tangent_gradient(*of_tangents)
     if dlse is not None:
         raise RuntimeError(
             "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
         )
     *primals, _, _ = ctx.saved_tensors
-    if do is None:
-        return (None,) * len(primals)
-    if len(primals) == 1:
-        return last(_ops.attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale))
-    return last(*_ops.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
-
-
-def _backward(ctx, do, dlse):
-    return *_primal_gradients(ctx, do, dlse), None
-
-
-def _backward_jvp(ctx, do, do_dot, dlse):
-    refuse_tangent_gradient(do_dot)
-    gradients = _primal_gradients(ctx, do, dlse)
-    return *gradients, *(None,) * len(gradients), None, None
+    grads = (None,) * len(primals)
+    if do is not None and len(primals) == 1:
+        grads = last(_ops.attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale))
+    elif do is not None:
+        grads = last(*_ops.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
+    return (*grads, *[None] * (ctx.inputs - len(primals)))
 
 
 # --- q, k and v ---
@@ -221,10 +206,8 @@ def _(do, qkv, o, lse, scale):
     return qkv.new_empty(qkv.shape)
 
 
-for op in (_attention_op, _attention_qkv_op):
-    op.register_autograd(_backward, setup_context=_setup_context)
-for op in (_attention_jvp_op, _attention_qkv_jvp_op):
-    op.register_autograd(_backward_jvp, setup_context=_setup_context_jvp)
+for op in (_attention_op, _attention_jvp_op, _attention_qkv_op, _attention_qkv_jvp_op):
+    op.register_autograd(_differentiate, setup_context=_save)
 
 
 # --- the public functions ---
@@ -247,10 +230,10 @@ def _attend_dual(
     if absent(tangents):
         return _attend(primals, scale), None
     scale, kernel = _check(primals, scale)
-    start, _ = check_tangents(_NAMES[len(primals)], primals, tangents, tangent_start)
+    tangent_start, _ = check_tangents(_NAMES[len(primals)], primals, tangents, tangent_start)
     if kernel:
         op = _ops.attention_qkv_jvp if len(primals) == 1 else _ops.attention_jvp
-        o, o_dot, _ = op(*primals, *tangents, scale, start)
+        o, o_dot, _ = op(*primals, *tangents, scale, tangent_start)
         return o, o_dot
     o, _ = attention_ref(*_split(once(*primals)), scale=scale)
     with torch.no_grad():
