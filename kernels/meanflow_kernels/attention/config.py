@@ -159,7 +159,6 @@ _PLAIN_FP32: Rows = (
 _BWD_DQ_FP32: Rows = ((128, 0, AttentionConfig(16, 16, 8, 2)),)
 _BWD_DKDV_FP32: Rows = (
     (32, 0, AttentionConfig(16, 32, 8, 2)),
-    (40, 0, AttentionConfig(16, 16, 8, 2)),
     (48, 0, AttentionConfig(16, 16, 4, 2)),
     (64, 0, AttentionConfig(16, 32, 8, 2)),
     (88, 0, AttentionConfig(16, 16, 4, 2)),
