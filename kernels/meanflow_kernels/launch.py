@@ -2,12 +2,14 @@
 
 Contract of an op's folder:
 
-- ``config.py`` holds frozen dataclasses of tile sizes, warps and stages, keyed by architecture (80, 90; ``ANY`` for all
-  others, within 99 KB of shared memory), each with the reason in a comment.
-- ``candidates.py`` holds configs worth timing beside those, as data too.
-- a launcher builds :class:`Launch` objects from tensors and a config, the shipped one by default, and calls ``.run()``.
-- ``compile_cases(arch)``, exported by the folder's ``__init__.py``, returns a :class:`CompileCase` for each shipped
-  config and dtype. It builds the launches by the same launcher, from meta tensors, so that a test compiles what runs.
+- ``config.py`` holds the launch configs as data, tile sizes, warps and stages, each with the reason in a comment. One
+  serves all architectures, within 99 KB of shared memory; attention alone has tables by architecture and head dim.
+- ``candidates.py`` holds configs worth timing beside those, as data too, where there are any.
+- ``reference.py`` holds the operator as mathematics, ``kernel.py`` the Triton kernels.
+- ``op.py`` has a launcher that builds :class:`Launch` objects from tensors and a config, the shipped one by default;
+  the registered operators, which run them; the public functions; and ``compile_cases(arch)``, exported by the folder's
+  ``__init__.py``: a :class:`CompileCase` for each shipped config and dtype, built by the same launcher from meta
+  tensors, so that a test compiles what runs.
 
 Nothing here imports Triton before a launch is run or compiled.
 """
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 ANY = 0
-"""Key of the configs for architectures without a tuned table."""
+"""Key of what serves every architecture without an entry of its own."""
 
 _TRITON_TYPE = {
     torch.bfloat16: "bf16",

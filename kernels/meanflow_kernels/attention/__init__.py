@@ -2,8 +2,7 @@
 
 from .backends import force_backend
 from .config import Backend
-from .launches import compile_cases
-from .op import attention, attention_jvp, attention_qkv, attention_qkv_jvp
+from .op import attention, attention_jvp, attention_qkv, attention_qkv_jvp, compile_cases
 
 __all__ = [
     "Backend",

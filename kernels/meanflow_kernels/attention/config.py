@@ -141,7 +141,7 @@ _DUAL_100: Rows = (*_DUAL[:2], (128, 0, AttentionConfig(32, 32, 4, 2)))
 _BWD_DKDV_100: Rows = (_BWD_DKDV[0], _BWD_DKDV[2])
 
 # IEEE products run on the FMA pipes with their operands in registers: many warps, and small tiles for wide heads
-# (the rows for one head dim alone: its neighbours' tiles spill 4 to 48 bytes there, with Triton 3.6 or 3.7)
+# (rows for a single head dim exist because the neighbouring row spills 4 to 48 bytes there, with Triton 3.6 or 3.7)
 _DUAL_FP32: Rows = (
     (64, 0, AttentionConfig(32, 32, 8, 2)),
     (72, 0, AttentionConfig(16, 16, 8, 2)),

@@ -1,13 +1,13 @@
-"""From tensors to launches: alignment, column tiles, strides and tiles, the same for a run and a cross-compilation."""
+"""From tensors to launches: alignment, column tiles and strides, the same for a run and a cross-compilation."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..launch import CompileCase, Launch, strides
+from ..launch import Launch, strides
 from ..tiling import ceil_div, next_power_of_two
-from .config import AttentionConfig, backward_configs, dual_config, plain_config
+from .config import AttentionConfig
 
 _SIXTEEN_BYTES = 16
 
@@ -130,37 +130,3 @@ def backward_launches(
     args = read | _written({"dk": dk, "dv": dv})
     constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dkdv_kernel, grid, args, constants, config.num_warps, config.num_stages)
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors.
-
-    Odd lengths ("ragged") need all that even ones do and masks besides, so most cases are ragged; the head dims of DiT
-    have both. Architectures that share the common table are compiled at its extremes only.
-    """
-    bf16, fp32 = torch.bfloat16, torch.float32
-    if arch not in (80, 90):
-        return [case for head_dim in (64, 72, 128) for case in head_dim_cases(arch, bf16, head_dim, 1023)]
-    rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [(bf16, d, 1024) for d in (64, 72)]
-    rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
-    return [case for row in rows for case in head_dim_cases(arch, *row)]
-
-
-def head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
-    """The dual and plain forward and both backward kernels of one head dim."""
-    qkv = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta")
-    q, k, v = qkv.unbind(2)
-    o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
-
-    def case(op, config, launch):
-        return CompileCase(op, f"{config}{' ragged' if length % 2 else ''}", dtype, head_dim, launch)
-
-    dual, plain = dual_config(arch, dtype, head_dim, length), plain_config(arch, dtype, head_dim, length)
-    configs = backward_configs(arch, dtype, head_dim, length)
-    dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, torch.empty_like(qkv).unbind(2), 1.0, configs)
-    return [
-        case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)),
-        case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
-        case("attention_bwd_dq", configs[0], dq),
-        case("attention_bwd_dkdv", configs[1], dkdv),
-    ]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..checks import check_alike, check_interpreted, check_kernel_dtype, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
-from ..launch import arch_of
+from ..launch import CompileCase, arch_of
 from ..routing import runs_kernel
 from .backends import attention_backward, attention_forward, empty_outputs
-from .config import BESIDE, FORWARD, dual_config
-from .launches import aligned, forward_launch
+from .config import BESIDE, FORWARD, backward_configs, dual_config, plain_config
+from .launches import aligned, backward_launches, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
 _ops = torch.ops.meanflow_kernels
@@ -208,6 +208,43 @@ def _(do, qkv, o, lse, scale):
 
 for op in (_attention_op, _attention_jvp_op, _attention_qkv_op, _attention_qkv_jvp_op):
     op.register_autograd(_differentiate, setup_context=_save)
+
+
+# --- every launch config ---
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors.
+
+    Odd lengths ("ragged") need all that even ones do and masks besides, so most cases are ragged; the head dims of DiT
+    have both. Architectures that share the common table are compiled at its extremes only.
+    """
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if arch not in (80, 90):
+        return [case for head_dim in (64, 72, 128) for case in _head_dim_cases(arch, bf16, head_dim, 1023)]
+    rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [(bf16, d, 1024) for d in (64, 72)]
+    rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
+    return [case for row in rows for case in _head_dim_cases(arch, *row)]
+
+
+def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
+    """The dual and plain forward and both backward kernels of one head dim."""
+    qkv = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta")
+    q, k, v = qkv.unbind(2)
+    o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
+
+    def case(op, config, launch):
+        return CompileCase(op, f"{config}{' ragged' if length % 2 else ''}", dtype, head_dim, launch)
+
+    dual, plain = dual_config(arch, dtype, head_dim, length), plain_config(arch, dtype, head_dim, length)
+    configs = backward_configs(arch, dtype, head_dim, length)
+    dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, torch.empty_like(qkv).unbind(2), 1.0, configs)
+    return [
+        case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)),
+        case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
+        case("attention_bwd_dq", configs[0], dq),
+        case("attention_bwd_dkdv", configs[1], dkdv),
+    ]
 
 
 # --- the public functions ---
