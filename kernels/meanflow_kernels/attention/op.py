@@ -1,7 +1,7 @@
 """Softmax attention on (primal, tangent) pairs: checks, launches, registration and the public functions.
 
-Each exists twice: on (q, k, v), and on (qkv,), a packed projection, whose gradient is one tensor into which the backward
-writes the parts of q, k and v. Primals and tangents are tuples of either kind here.
+Each exists twice: on (q, k, v), and on (qkv,), a packed projection, whose gradient is one tensor that the backward
+fills with the parts of q, k and v. Primals and tangents are tuples of either kind here.
 """
 
 import functools
