@@ -150,7 +150,7 @@ CUDA_PARTS = [
     Part("attention", "cuda", bench("attention"), seconds=80, gib=24, **ATTENTION),
     Part("pointwise", "cuda", bench(*OPS), seconds=90, gib=16, **OTHERS),
     # as the step's, its results are compared before it is timed
-    Part("optimizer", "cuda", "-m benchmarks.optimizer {stamp}", seconds=28, gib=60),
+    Part("optimizer", "cuda", "-m benchmarks.optimizer --model XL/2 {stamp}", seconds=28, gib=60),
     *(
         Part(f"recipe-{name}", "cuda", recipe(name), seconds=90, gib=34)
         for name in ("m2", "l2", "b2", "xl2", "b4", "xl2-plus")
@@ -232,7 +232,8 @@ PARTS = [*CUDA_PARTS, *CPU_PARTS]
 
 SMALL = {
     r"--preset imagenet-\S+ --batch \d+ (?=--compare)": "--model S/8 --batch 4 ",
-    r"--model \S+/\d+( --batch \d+)?": "--model S/8 --batch 4",
+    r"--model \S+/\d+": "--model S/8",
+    r"(?<=--model S/8 )--batch \d+": "--batch 4",
     r"--axis model": "--axis model --values S/8",
 }
 """Patterns of a part's options, and their replacements in a rehearsal."""
