@@ -80,10 +80,7 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
 
 
 def check_tangents(
-    names: Sequence[str],
-    primals: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-    tangent_start: int | None,
+    names: Sequence[str], primals: Sequence[Tensor], tangents: Sequence[Tensor | None], tangent_start: int | None
 ) -> tuple[int, int]:
     """Each tangent matches its primal (dtype, device, all sizes but the batch), and all cover the same samples.
 

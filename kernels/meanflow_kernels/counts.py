@@ -61,11 +61,6 @@ def linear_flops(rows: int, k: int, c: int) -> int:
     return 2 * rows * k * c
 
 
-def linear_bwd_flops(rows: int, k: int, c: int) -> int:
-    """FLOPs of the gradients of the input and the weight."""
-    return 4 * rows * k * c
-
-
 def moved_bytes(read: Iterable[Tensor | object], written: Iterable[Tensor | object]) -> int:
     """Bytes of the tensors among ``read`` and ``written``; a view counts the elements that it shows."""
     return sum(x.numel() * x.element_size() for x in [*read, *written] if isinstance(x, Tensor))

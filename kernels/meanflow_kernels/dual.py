@@ -174,15 +174,8 @@ def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
 
 def settled(*inputs: *Inputs) -> tuple[*Inputs]:
     """Inputs of a torch function, duals with tangents in their primal's dtype (see :func:`unpack`)."""
-    duals: Any = tuple(_settle(x) for x in inputs)
+    duals: Any = tuple(pack(x, x_dot) for x, x_dot in zip(*unpack(*inputs), strict=True))
     return duals
-
-
-def _settle(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    primal, tangent = forward_ad.unpack_dual(x)
-    return x if tangent is None or tangent.dtype == x.dtype else pack(primal, tangent.to(x.dtype))
 
 
 def absent(tangents: tuple[Tensor | None, ...]) -> bool:

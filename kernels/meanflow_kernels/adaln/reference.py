@@ -19,10 +19,7 @@ def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
 
 
 def adaln_tangent_ref(
-    primals: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    *,
-    eps: float,
+    primals: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor | None, Tensor | None, Tensor | None], *, eps: float
 ) -> Tensor:
     """Tangent of :func:`adaln_ref`; a ``None`` tangent is structurally zero.
 

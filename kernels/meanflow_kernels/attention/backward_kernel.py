@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..constants import LOG2_E
-from .kernel import dot, dot_nt, load_tiles, place, store_tiles, times, zero_tiles
+from ..rows.kernel import times
+from .kernel import dot, dot_nt, load_tiles, place, store_tiles, zero_tiles
 
 _STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "do") for dim in "bh"]
 _STRIDES += [f"stride_{x}_{dim}" for x in ("dq", "dk", "dv") for dim in "blh"]

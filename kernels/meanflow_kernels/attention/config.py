@@ -43,10 +43,7 @@ BACKWARD: Backends = {
 }
 # the same, guidance pass: cuDNN 0.054, Triton 0.060, flash 0.081 at hd 72; 0.038, 0.041 and 0.054 at hd 64; at N 64
 # 0.073, 0.037 and 0.100
-FORWARD: Backends = {
-    90: ((56, 0, ()), (72, 128, (Backend.CUDNN,)), (128, 0, ())),
-    ANY: ((128, 0, ()),),
-}
+FORWARD: Backends = {90: ((56, 0, ()), (72, 128, (Backend.CUDNN,)), (128, 0, ())), ANY: ((128, 0, ()),)}
 # the samples of a batch beside those with a tangent, where a library's o is copied to its place: cuDNN 0.048, Triton
 # 0.038 at hd 72; 0.053 and 0.027 at hd 64
 BESIDE: Backends = {ANY: ((128, 0, ()),)}

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..constants import LN_2, LOG2_E
+from ..rows.kernel import add_rows, times
 
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -67,24 +68,6 @@ def zero_tiles(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     tiles = (tl.zeros([ROWS, D0], tl.float32),)
     if D1 > 0:
         tiles += (tl.zeros([ROWS, D1], tl.float32),)
-    return tiles
-
-
-@triton.jit
-def times(x, factor):
-    """x factor, for x [rows, D] and one number, or one a row [rows, 1]."""
-    tiles = ()
-    for i in tl.static_range(len(x)):
-        tiles += (x[i] * factor,)
-    return tiles
-
-
-@triton.jit
-def add(x, y):
-    """x + y, both [rows, D]."""
-    tiles = ()
-    for i in tl.static_range(len(x)):
-        tiles += (x[i] + y[i],)
     return tiles
 
 
@@ -281,7 +264,7 @@ def attention_kernel(
 
     if APART:
         l_dot_i *= scale
-        acc_dot = add(acc_dot, times(acc_ps, scale))
+        acc_dot = add_rows(acc_dot, times(acc_ps, scale))
     if ONES:
         is_one = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :] == D
         l_i = tl.sum(tl.where(is_one, acc[1], 0.0), 1)

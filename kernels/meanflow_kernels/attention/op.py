@@ -69,9 +69,6 @@ def _warn(tokens: int, heads: int) -> None:
     )
 
 
-# --- what the registered operators do ---
-
-
 def _launch_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: int) -> tuple[Tensor, Tensor, Tensor]:
     """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
     primals = tuple(aligned(x) for x in _split(primals))
@@ -122,9 +119,6 @@ def _differentiate(ctx, do, *cotangents):
     return (*grads, *[None] * (ctx.inputs - len(primals)))
 
 
-# --- q, k and v ---
-
-
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check_interpreted("q", q)
@@ -167,9 +161,6 @@ def _(do, q, k, v, o, lse, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-# --- a packed projection ---
-
-
 @torch.library.custom_op("meanflow_kernels::attention_qkv", mutates_args=())
 def _attention_qkv_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check_interpreted("qkv", qkv)
@@ -210,9 +201,6 @@ for op in (_attention_op, _attention_jvp_op, _attention_qkv_op, _attention_qkv_j
     op.register_autograd(_differentiate, setup_context=_save)
 
 
-# --- every launch config ---
-
-
 def compile_cases(arch: int) -> list[CompileCase]:
     """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors.
 
@@ -245,9 +233,6 @@ def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -
         case("attention_bwd_dq", configs[0], dq),
         case("attention_bwd_dkdv", configs[1], dkdv),
     ]
-
-
-# --- the public functions ---
 
 
 def _attend(primals: tuple, scale: float | None) -> Tensor:

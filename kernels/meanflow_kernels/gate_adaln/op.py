@@ -53,18 +53,7 @@ def forward_launch(
 
 
 def backward_launches(
-    x_out,
-    y,
-    gate,
-    scale,
-    dx_out,
-    dh,
-    dx,
-    dy,
-    sums: list[Tensor],
-    eps: float,
-    config: RowConfig = BACKWARD,
-    sums_config: TileConfig = SUMS,
+    x_out, y, gate, scale, dx_out, dh, dx, dy, sums, eps, config: RowConfig = BACKWARD, sums_config: TileConfig = SUMS
 ) -> tuple[Launch, Launch]:
     """dx, dy and each program's sums, then sums = [dshift, dscale, dgate] from those."""
     from ..partials import sum_partials
@@ -126,22 +115,8 @@ def _gate_adaln_jvp(
 
 
 @_gate_adaln_jvp.register_fake
-def _(
-    x,
-    y,
-    gate,
-    shift,
-    scale,
-    x_dot,
-    y_dot,
-    gate_dot,
-    shift_dot,
-    scale_dot,
-    tangent_start,
-    tangent_samples,
-    eps,
-    out_dtype,
-):
+def _(x, *operands):
+    *_, tangent_samples, _, out_dtype = operands
     return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
 
 

@@ -93,7 +93,7 @@ def mul_rows(a, b):
 
 @triton.jit
 def times(a, factor):
-    """a factor, for one number."""
+    """a factor, for one number, or whatever a tile is multiplied by."""
     row = ()
     for i in tl.static_range(len(a)):
         row += (a[i] * factor,)
