@@ -1,4 +1,8 @@
-"""The operators as an ordinary torch user writes them: what kernels are timed against, and in fp64 what is exact."""
+"""The operators as an ordinary torch user writes them: what kernels are timed against, what the tests take for plain
+torch's error, and in fp64 what is exact.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,13 +18,13 @@ def gate_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum x + gate y, and adaln of it."""
-    x = x + gate[:, None] * y
+    x = x + (gate[:, None] * y).to(x.dtype)
     return x, adaln(x, shift, scale, out_dtype=out_dtype)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu_tanh(x + bias)."""
-    return torch.nn.functional.gelu(x + bias, approximate="tanh")
+    return torch.nn.functional.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,3 +32,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     p = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
     return (p @ v).transpose(1, 2)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """DiT's lines; 16-bit times in fp32."""
+    half = dim // 2
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angles = t[:, None].to(dtype) * frequencies
+    features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return torch.nn.functional.pad(features, (0, dim % 2)).to(t.dtype)

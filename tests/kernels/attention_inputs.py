@@ -1,7 +1,8 @@
-"""Inputs of the attention tests, and attention as an ordinary torch user writes it."""
+"""Inputs of the attention tests, and what is exact."""
 
 import torch
-from torch import Tensor
+
+from benchmarks.workloads.plain import attention as plain_attention
 
 HARD = ("sharp", "shifted v", "shared direction")
 """q and k of standard deviation 3; v of mean 4; q_dot and k_dot that share one direction over the tokens."""
@@ -24,12 +25,6 @@ def make_inputs(kind: str, batch: int, m: int, n: int, heads: int, head_dim: int
         tangents[1].add_(direction)
     # .to keeps the strides of the packed projection
     return tuple(x.to(device, dtype) for x in primals), tuple(x.to(device, dtype) for x in tangents)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Math attention in the dtype of its inputs: (B, M, H, D), (B, N, H, D) twice -> (B, M, H, D)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
 
 
 def exact_jvp(primals, tangents):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative_error
 
+from benchmarks.workloads.plain import bias_gelu as plain_bias_gelu
 from meanflow_kernels import bias_gelu, bias_gelu_jvp
 from meanflow_kernels.bias_gelu import op as module
 from meanflow_kernels.bias_gelu.config import BACKWARD, SUMS
@@ -19,14 +20,10 @@ F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 BIAS = torch.linspace(-2, 2, 24)
 
 
-def _plain(x, bias):
-    return torch.nn.functional.gelu(x + bias.to(x.dtype), approximate="tanh")
-
-
 FREE = Case(
     op=bias_gelu,
     op_jvp=lambda primals, tangents, bias, **options: bias_gelu_jvp(primals, tangents, bias, **options),
-    plain=_plain,
+    plain=plain_bias_gelu,
     make=lambda device: None,
 )
 
@@ -36,7 +33,7 @@ class TestProperties(DualProperties):
     case = Case(
         op=lambda x, b=bias: bias_gelu(x, b),
         op_jvp=lambda primals, tangents, b=bias, **options: bias_gelu_jvp(primals, tangents, b, **options),
-        plain=lambda x, b=bias: _plain(x, b),
+        plain=lambda x, b=bias: plain_bias_gelu(x, b),
         make=lambda device: ((2 * torch.randn(3, 5, 24, device=device),), (torch.randn(3, 5, 24, device=device),)),
     )
 
@@ -102,7 +99,7 @@ def test_the_bias_carries_its_tangent_in_forward_mode(each_route, device):
         with forward_ad.dual_level():
             duals = [x if v is None else forward_ad.make_dual(x, v) for x, v in zip((x, bias), tangents, strict=True)]
             found = forward_ad.unpack_dual(bias_gelu(*duals)).tangent
-            expected = forward_ad.unpack_dual(_plain(*duals)).tangent
+            expected = forward_ad.unpack_dual(plain_bias_gelu(*duals)).tangent
         assert relative_error(found, expected) < 1e-6
 
 
@@ -125,7 +122,7 @@ def test_reference_in_fp64():
     x, x_dot, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 5), (2, 3, 5), (5,)))
     leaves = (x.requires_grad_(), bias.requires_grad_())
     assert torch.autograd.gradcheck(bias_gelu_ref, leaves, check_forward_ad=True)
-    expected = torch.func.jvp(lambda x: _plain(x, bias), (x,), (x_dot,))[1]
+    expected = torch.func.jvp(lambda x: plain_bias_gelu(x, bias), (x,), (x_dot,))[1]
     assert relative_error(bias_gelu_tangent_ref(x, bias, x_dot), expected) < 1e-12
 
 

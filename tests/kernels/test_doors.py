@@ -1,6 +1,5 @@
 """Routes and the two doors: no tangent is ever dropped, eager or compiled, and none is differentiated."""
 
-import math
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import meanflow_kernels
+from benchmarks.workloads import plain as plain_ops
 from meanflow_kernels import attention, attention_jvp
 from meanflow_kernels.attention.reference import attention_ref
 from meanflow_kernels.dual import TangentGradientError, forbid_gradient
@@ -83,30 +83,14 @@ def test_a_users_transformer_equals_plain_torch(each_route, step, backend, depth
         assert relative_error(p.grad, p_plain.grad) < 2e-4 or p_plain.grad.norm() < 1e-6
 
 
-def _plain_embedding(t, width):
-    frequencies = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10000) / (width // 2)))
-    angles = t[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def _plain_adaln(x, shift, scale):
-    x = x - x.mean(-1, keepdim=True)
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + scale[:, None]) + shift[:, None]
-
-
-def _plain_gate_adaln(x, y, gate, shift, scale):
-    x = x + gate[:, None] * y
-    return x, _plain_adaln(x, shift, scale)
-
-
 PLAIN_OPS = SimpleNamespace(
-    adaln=_plain_adaln,
-    attention=plain_attention,
-    bias_gelu=lambda x, bias: F.gelu(x + bias, approximate="tanh"),
-    gate_adaln=_plain_gate_adaln,
+    adaln=plain_ops.adaln,
+    attention=plain_ops.attention,
+    bias_gelu=plain_ops.bias_gelu,
+    gate_adaln=plain_ops.gate_adaln,
     linear=F.linear,
     silu=F.silu,
-    timestep_embedding=_plain_embedding,
+    timestep_embedding=plain_ops.timestep_embedding,
 )
 
 

@@ -5,26 +5,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_inputs import plain_attention
 from tolerances import relative_error
 
 import meanflow_kernels as ops
+from benchmarks.workloads import plain
 from meanflow_kernels.dual import TangentGradientError
 from meanflow_kernels.routing import Route, force_route
-
-
-def _adaln(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
-def _gate_adaln(x, y, gate, shift, scale):
-    x = x + gate[:, None] * y
-    return x, _adaln(x, shift, scale)
-
-
-def _embedding(t):
-    angles = t[:, None] * torch.exp(-torch.arange(4, device=t.device) / 4 * torch.tensor(10000.0).log())
-    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def embedding(t):
@@ -34,14 +20,14 @@ def embedding(t):
 ROW, VECTOR = (3, 5, 32), (3, 32)
 # an operator, the same in plain torch, and the shapes of its inputs
 OPS = {
-    "adaln": (ops.adaln, _adaln, (ROW, VECTOR, VECTOR)),
-    "attention": (ops.attention, plain_attention, ((3, 5, 2, 16),) * 3),
-    "attention_qkv": (ops.attention_qkv, lambda qkv: plain_attention(*qkv.unbind(2)), ((3, 5, 3, 2, 16),)),
-    "bias_gelu": (ops.bias_gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), (ROW, (32,))),
-    "gate_adaln": (ops.gate_adaln, _gate_adaln, (ROW, ROW, VECTOR, VECTOR, VECTOR)),
+    "adaln": (ops.adaln, plain.adaln, (ROW, VECTOR, VECTOR)),
+    "attention": (ops.attention, plain.attention, ((3, 5, 2, 16),) * 3),
+    "attention_qkv": (ops.attention_qkv, lambda qkv: plain.attention(*qkv.unbind(2)), ((3, 5, 3, 2, 16),)),
+    "bias_gelu": (ops.bias_gelu, plain.bias_gelu, (ROW, (32,))),
+    "gate_adaln": (ops.gate_adaln, plain.gate_adaln, (ROW, ROW, VECTOR, VECTOR, VECTOR)),
     "linear": (ops.linear, F.linear, (ROW, (8, 32), (8,))),
     "silu": (ops.silu, F.silu, (ROW,)),
-    "timestep_embedding": (embedding, _embedding, ((3,),)),
+    "timestep_embedding": (embedding, lambda t: plain.timestep_embedding(t, 8), ((3,),)),
 }
 # linear is torch's own product on both
 KERNELS = [name for name in OPS if name != "linear"]
@@ -74,7 +60,7 @@ def test_numbers_that_have_no_derivative_are_refused(each_route, device, name, d
 @each_op
 def test_a_dual_of_zero_dims_keeps_its_dtype(each_route, device, name):
     # torch makes the tangent of a number times a zero-dim dual fp64
-    op, plain, _ = OPS[name]
+    op, same, _ = OPS[name]
     primals = [x.detach() for x in make(name, device)]
 
     def scaled(f, half):
@@ -82,7 +68,7 @@ def test_a_dual_of_zero_dims_keeps_its_dtype(each_route, device, name):
 
     s, one = torch.tensor(0.7, device=device), torch.tensor(1.0, device=device)
     out, out_dot = torch.func.jvp(scaled(op, 0.5), (s,), (one,))
-    wanted = torch.func.jvp(scaled(plain, torch.tensor(0.5, device=device)), (s,), (one,))
+    wanted = torch.func.jvp(scaled(same, torch.tensor(0.5, device=device)), (s,), (one,))
     for found, exact in zip(_flat(out, out_dot), _flat(*wanted), strict=True):
         assert found.dtype == torch.float32 and relative_error(found, exact) < 1e-4
 
@@ -93,20 +79,20 @@ def _flat(*outs):
 
 @each_op
 def test_tangents_of_stride_zero(each_route, device, name):
-    op, plain, _ = OPS[name]
+    op, same, _ = OPS[name]
     primals, _ = pairs(name, device)
     tangents = tuple(torch.randn(x.shape[-1:], device=device).expand(x.shape) for x in primals)
-    found, exact = (_flat(*torch.func.jvp(f, primals, tangents)) for f in (op, plain))
+    found, exact = (_flat(*torch.func.jvp(f, primals, tangents)) for f in (op, same))
     for a, b in zip(found, exact, strict=True):
         assert (a - b).abs().max() < 1e-4 * (1 + b.abs().max())
 
 
 @each_op
 def test_primals_and_cotangents_of_stride_zero(each_route, device, name):
-    op, plain, shapes = OPS[name]
+    op, same, shapes = OPS[name]
     rows = [torch.randn(shape[-1:], device=device) for shape in shapes]
     grads = []
-    for f in (op, plain):
+    for f in (op, same):
         leaves = [x.clone().requires_grad_() for x in rows]
         sum(y.sum() for y in _flat(f(*(x.expand(shape) for x, shape in zip(leaves, shapes, strict=True))))).backward()
         grads.append([x.grad for x in leaves])
@@ -139,11 +125,11 @@ def test_a_gradient_of_a_jvp_raises(each_route, device, name):
 
 @each_kernel
 def test_a_second_derivative_raises(each_route, device, name):
-    op, plain, _ = OPS[name]
+    op, same, _ = OPS[name]
     leaves = make(name, device)
     cotangents = [torch.randn_like(y) for y in _flat(op(*leaves))]
     first = torch.autograd.grad(_flat(op(*leaves)), leaves, cotangents, create_graph=True)
-    exact = torch.autograd.grad(_flat(plain(*leaves)), leaves, cotangents)
+    exact = torch.autograd.grad(_flat(same(*leaves)), leaves, cotangents)
     assert all(relative_error(a.detach(), b) < 1e-4 for a, b in zip(first, exact, strict=True))
     with pytest.raises(RuntimeError, match="a second derivative was asked for through an operator's gradient"):
         sum(g.square().sum() for g in first).backward()

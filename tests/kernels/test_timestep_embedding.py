@@ -1,7 +1,5 @@
 """timestep_embedding: the kernel and the reference against fp64."""
 
-import math
-
 import pytest
 import torch
 from dual_properties import WITH_GRADIENT, WITHOUT_GRADIENT, Case, DualProperties, assert_as_exact, by_routes
@@ -9,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative_error
 
+from benchmarks.workloads.plain import timestep_embedding as plain_timestep_embedding
 from meanflow_kernels import timestep_embedding, timestep_embedding_jvp
 from meanflow_kernels.timestep_embedding.reference import timestep_embedding_ref, timestep_embedding_tangent_ref
 
@@ -17,24 +16,12 @@ F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 
 def case(dim, max_period=10000.0):
     """The operator with dim and max_period bound."""
-
-    def plain(t):
-        # DiT's own lines
-        half = dim // 2
-        dtype = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
-        freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=dtype, device=t.device) / half)
-        args = t[:, None].to(dtype) * freqs[None]
-        features = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
-        if dim % 2:
-            features = torch.cat([features, torch.zeros_like(features[:, :1])], dim=-1)
-        return features.to(t.dtype)
-
     return Case(
         op=lambda t: timestep_embedding(t, dim, max_period=max_period),
         op_jvp=lambda primals, tangents, **options: timestep_embedding_jvp(
             primals, tangents, dim, max_period=max_period, **options
         ),
-        plain=plain,
+        plain=lambda t: plain_timestep_embedding(t, dim, max_period),
         make=lambda device: ((torch.rand(3, device=device),), (torch.randn(3, device=device),)),
     )
 
