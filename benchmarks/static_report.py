@@ -9,7 +9,7 @@ accesses. The exit code is 1 where a config breaks a rule:
 - its elements are of 16 bits and some vector load of theirs moves 2 bytes a thread;
 - it is 16-bit attention on sm_90, multiplies matrices, and has no wgmma.
 
-Architectures other than sm_80 and sm_90 are compiled in 16 bits alone, unless ``--full`` asks for the rest.
+Configs are compiled in 16 bits alone, unless ``--full`` asks for every dtype.
 
 A load counts as a vector load where threads use different addresses. One address for all threads is a scalar, and
 loads of other element sizes (the fp32 row statistics of a 16-bit kernel) are listed by argument in the JSON rows.
@@ -29,8 +29,8 @@ from .harness.table import table
 from .static.occupancy import KB, LIMITS
 
 THOROUGH = (80, 90)
-"""Architectures compiled in every dtype, up to their own limit of shared memory: 90 has attention tables of its own, 80
-stands for all that share the common ones.
+"""Architectures whose own limit of shared memory counts: 90 has attention tables of its own, 80 stands for all that
+share the common ones.
 """
 FALLBACK_SHARED = 99 * KB
 _WORK: list = []
@@ -91,11 +91,11 @@ def problems(row: dict) -> list[str]:
 def cases(names: list[str], archs: list[int], *, full: bool) -> list[tuple]:
     """(folder, architecture, CompileCase) of every launch config of the operators ``names``.
 
-    Without ``full`` cases that are not of 16 bits are left out on architectures outside THOROUGH.
+    Without ``full`` those of 16 bits alone: what models train in.
     """
     packages = folders()
     every = [(name, arch, case) for name in names for arch in archs for case in packages[name].compile_cases(arch)]
-    return [(name, arch, case) for name, arch, case in every if full or arch in THOROUGH or case.dtype.itemsize == 2]
+    return [(name, arch, case) for name, arch, case in every if full or case.dtype.itemsize == 2]
 
 
 def report(work: list[tuple], jobs: int) -> list[dict]:
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     known = [f"sm_{arch}" for arch in LIMITS]
     parser.add_argument("--arch", nargs="+", default=known, metavar="SM", help=f"default: {' '.join(known)}")
     parser.add_argument("--op", nargs="+", metavar="OP", help="operators to compile (default: all that have kernels)")
-    parser.add_argument("--full", action="store_true", help="every dtype on every architecture")
+    parser.add_argument("--full", action="store_true", help="every dtype, not those of 16 bits alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
     archs = [int(a.removeprefix("sm_")) for a in options.arch]
