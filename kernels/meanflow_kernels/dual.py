@@ -1,5 +1,4 @@
-"""The two doors to a dual operator, the tangents through which no gradient flows, and the
-end of differentiation behind its gradient.
+"""The two doors to a dual operator; no gradient flows through its tangent, and none through its gradient.
 
 The first door is the explicit pair, ``op_jvp(primals, tangents)``. The second is forward-mode AD (``torch.func.jvp`` or
 ``torch.autograd.forward_ad``): the plain ``op`` unpacks dual inputs, calls the explicit pair, and packs the results
@@ -170,12 +169,6 @@ def unpack(*inputs: *Inputs) -> tuple[tuple[*Inputs], tuple[Tensor | None, ...]]
 def pack(x: Tensor, x_dot: Tensor | None) -> Tensor:
     """The dual tensor of a primal and its tangent at the current level; ``x`` where the tangent is None."""
     return x if x_dot is None else forward_ad.make_dual(x, x_dot)
-
-
-def settled(*inputs: *Inputs) -> tuple[*Inputs]:
-    """Inputs of a torch function, duals with tangents in their primal's dtype (see :func:`unpack`)."""
-    duals: Any = tuple(pack(x, x_dot) for x, x_dot in zip(*unpack(*inputs), strict=True))
-    return duals
 
 
 def absent(tangents: tuple[Tensor | None, ...]) -> bool:

@@ -52,11 +52,8 @@ def sum_partials(partial: Tensor, sums: list[Tensor], config: TileConfig) -> Lau
     return Launch(
         kernel=_sum_partials_kernel,
         grid=(samples, ceil_div(width, config.block_c), len(sums)),
-        args={
-            "partial_ptr": partial,
-            **{f"sum{i}_ptr": sums[i] if i < len(sums) else None for i in range(3)},
-            "P": programs,
-        },
+        args={f"sum{i}_ptr": sums[i] if i < len(sums) else None for i in range(3)}
+        | {"partial_ptr": partial, "P": programs},
         constexprs={"C": width, "BLOCK_P": block_p, "BLOCK_C": config.block_c},
         num_warps=config.num_warps,
         num_stages=1,

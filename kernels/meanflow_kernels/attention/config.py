@@ -27,9 +27,7 @@ class Backend(enum.Enum):
 Rows = tuple[tuple[int, int, Any], ...]
 """(largest head dim, shortest length, choice): the first row counts whose range holds a call."""
 Backends = dict[int, Rows]
-"""By architecture, the back-ends in order of preference; Triton comes last without being named. A call's length is the
-shorter of M and N.
-"""
+"""By architecture, in order of preference; Triton is last, unnamed. A call's length is the shorter of M and N."""
 
 _LIBRARIES = (Backend.FLASH, Backend.FLASH_ATTN, Backend.XFORMERS)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_real, check_shape, check_tangents, fail
-from ..dual import absent, forbid_gradient, settled
+from ..dual import absent, forbid_gradient, pack, unpack
 from ..transforms import check_pair_transforms
 
 
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
     _check(x, weight, bias)
-    return torch.nn.functional.linear(*settled(x, weight, bias))
+    return torch.nn.functional.linear(*map(pack, *unpack(x, weight, bias)))  # tangents in their primals' dtype
 
 
 def linear_jvp(
