@@ -19,6 +19,7 @@ says so.
 import io
 import json
 import math
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -60,6 +61,10 @@ class Latent(NamedTuple):
     label: int
     converted: tuple[str, ...]
     """What was converted, because its meaning was certain."""
+
+
+HEADERS = threading.Lock()
+"""Numpy evaluates an array's header as Python, whose parser may fail when threads use it at once (CPython 3.11)."""
 
 
 class Layout(Protocol):
@@ -226,7 +231,9 @@ class Archive:
 
     def read(self, index: int) -> Stored:
         name = self.names[index]
-        return Stored(np.load(io.BytesIO(self._bytes(name)), allow_pickle=False), self.labels[name])
+        data = io.BytesIO(self._bytes(name))
+        with HEADERS:
+            return Stored(np.load(data, allow_pickle=False), self.labels[name])
 
 
 class Arrays:

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import time
 import zipfile
 
 import caches
@@ -133,3 +134,19 @@ def test_bad_input(tmp_path, layout, make, words):
         import_latents(make(tmp_path / "old"), tmp_path / "new", ImportOptions(layout=layout))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new" / "manifest.json").exists()
+
+
+def test_one_header_is_parsed_at_a_time(tmp_path, monkeypatch):
+    load, inside, most = np.load, [], []
+
+    def slow(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.005)
+        inside.pop()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", slow)
+    source = archive(tmp_path / "latents.zip")
+    import_latents(source, tmp_path / "cache", ImportOptions(layout="repa", workers=4))
+    assert len(most) >= ROWS and max(most) == 1
