@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor
 from ..config import RunConfig, to_dict
 from ..data.images import to_uint8
 from ..draws import Draws, Purpose
-from ..errors import require
+from ..errors import UserError, require
 from ..evaluation.digits import DigitsEvaluation
 from ..interop.weights import load_ema
 from ..method.sampling import sample
+from ..owner import owned
 from ..storage.record import environment, write_atomically
 from ..training.runlog import foreign_entry
 from ..training.trainer import train
@@ -27,20 +30,27 @@ TITLES = {
 }
 
 
-def folder_of(out: Path, config: RunConfig) -> Path:
-    """The folder of a configuration: out, or one beside it if out holds another configuration."""
+@contextmanager
+def folder_of(out: Path, config: RunConfig) -> Iterator[Path]:
+    """Own the folder of a configuration: out, or one beside it if out holds another. What is refused leaves nothing."""
     text = json.dumps(to_dict(config), indent=2) + "\n"
     recorded = out / "config.json"
     if recorded.exists() and recorded.read_text() != text:
         out = out.with_name(f"{out.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
         recorded = out / "config.json"
-    if not recorded.exists():
+    begins = not recorded.exists()
+    if begins:
         foreign = foreign_entry(out)
         wanted = f"an empty folder or a quickstart's: this one holds {foreign}"
         require(foreign is None, "out", str(out), wanted, "name another by --out")
-        out.mkdir(parents=True, exist_ok=True)
+    with owned(out):
         write_atomically(recorded, text)
-    return out
+        try:
+            yield out
+        except UserError:
+            if begins and [p for p in out.iterdir() if not p.name.startswith(".")] == [recorded]:
+                recorded.unlink()
+            raise
 
 
 def compare(configs: dict[str, RunConfig], out: Path) -> int:

@@ -37,13 +37,13 @@ def main(args: list[str]) -> int:
     from ..apps.comparison import compare, folder_of, report_lines  # seconds to import
 
     start = time.perf_counter()
-    out = folder_of(options.out, options.config)
-    report = out / "report.json"
-    if not report.exists():
-        flow_matching = replace(options.config, objective=replace(options.config.objective, share_equal=1.0))
-        code = compare({"meanflow": options.config, "flow_matching": flow_matching}, out)
-        if code:
-            return code
+    with folder_of(options.out, options.config) as out:
+        report = out / "report.json"
+        if not report.exists():
+            flow_matching = replace(options.config, objective=replace(options.config.objective, share_equal=1.0))
+            code = compare({"meanflow": options.config, "flow_matching": flow_matching}, out)
+            if code:
+                return code
     print("\n".join(report_lines(json.loads(report.read_text()))))
     print(f"\n{out / 'samples.png'}   {out / 'report.md'}   {report}   ({time.perf_counter() - start:.0f} s)")
     print("\nNext:\n" + "\n".join(f"    {line}" for line in following(out)))

@@ -199,6 +199,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path, fill):
 
 
 def test_a_quickstart_refuses_a_folder_of_something_else(command, tmp_path):
+    for refused in (["--data.name", "latents"], ["--train.batch", 4000]):
+        code, _, err = command("quickstart", "--out", tmp_path / "made" / "out", *refused)
+        assert code == 2 and err.count("\n") == 1 and not list(tmp_path.iterdir()), err
     (tmp_path / "thesis.tex").touch()
     code, _, err = command("quickstart", "--out", tmp_path)
     assert code == 2 and "this one holds thesis.tex" in err and err.count("\n") == 1, err
