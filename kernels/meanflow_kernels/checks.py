@@ -6,6 +6,7 @@ All helpers are traceable by Dynamo and accept symbolic sizes; ``name`` is the a
 from collections.abc import Sequence
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .transforms import check_pair_transforms
@@ -77,6 +78,13 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
             "bfloat16, float16 or float32",
             "cast it, or use force_route(Route.REFERENCE), which takes float64",
         )
+
+
+def check_parameter(name: str, x: Tensor) -> None:
+    """``x`` carries no tangent of its own, which the operator would drop."""
+    if forward_ad.unpack_dual(x).tangent is not None:
+        remedy = "use the *_ref function of the operator's reference.py, plain torch, which carries any"
+        fail(name, "a tensor with a forward-mode tangent", "a parameter without one", remedy)
 
 
 def check_tangents(

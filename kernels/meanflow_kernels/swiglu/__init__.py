@@ -1,0 +1,5 @@
+"""The swiglu operator."""
+
+from .op import swiglu, swiglu_jvp
+
+__all__ = ["swiglu", "swiglu_jvp"]
