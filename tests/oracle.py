@@ -54,10 +54,17 @@ def network(name: str, dtype: torch.dtype) -> DiT:
     return net.to(dtype)
 
 
-def assert_close(got: torch.Tensor, wanted: np.ndarray | torch.Tensor, mode: str, kind: str, name: str = "") -> None:
+def assert_close(
+    got: torch.Tensor,
+    wanted: np.ndarray | torch.Tensor,
+    mode: str,
+    kind: str,
+    name: str = "",
+    stored_as_f32: float = F64_STORED_AS_F32,
+) -> None:
     """Within the bar of the mode and kind, relative to the largest entry of the official array."""
     wanted = tensor(wanted) if isinstance(wanted, np.ndarray) else wanted
-    bar = F32[kind] if mode == "f32" else F64 if wanted.dtype == torch.float64 else F64_STORED_AS_F32
+    bar = F32[kind] if mode == "f32" else F64 if wanted.dtype == torch.float64 else stored_as_f32
     got, wanted = got.detach().double(), wanted.double()
     assert got.shape == wanted.shape, f"{name}: shape {tuple(got.shape)}, official {tuple(wanted.shape)}"
     error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300)

@@ -13,7 +13,18 @@ ROOMS = {  # folder: the project's own modules it may import
     "scripts": {"meanflow_kernels", "meanflow"},
     "benchmarks": {"meanflow_kernels", "meanflow", "benchmarks"},
 }
-OURS = {"meanflow_kernels", "meanflow", "benchmarks", "tests", "scripts", "oracle", "runs", "caches", "fid_inputs"}
+OURS = {
+    "meanflow_kernels",
+    "meanflow",
+    "benchmarks",
+    "tests",
+    "scripts",
+    "oracle",
+    "oracle_imf",
+    "runs",
+    "caches",
+    "fid_inputs",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -117,7 +117,7 @@ class DiTBlock(nn.Module):
         """residual of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
         # inside the block, so that its hooks (FSDP's) run once a pass
         if self.checkpointed and torch.is_grad_enabled():
-            return _checkpointed(self._branches, residual, c)
+            return checkpointed(self._branches, residual, c)
         return self._branches(residual, c)
 
     def _branches(self, residual: Residual, c: Dual) -> Residual:
@@ -253,7 +253,7 @@ class DiT(nn.Module):
             residual = block(residual, c)  # x, branch (B, L, C), gate (B, C)
         u = self.final_layer(residual, c).to(self.dtype)  # (B, L, p p channels)
         grid = self.input_size // self.patch_size
-        u, u_dot, _ = u.map(lambda a: _unpatchify(a, self.patch_size, grid))  # (B, channels, size, size)
+        u, u_dot, _ = u.map(lambda a: unpatchify(a, self.patch_size, grid))  # (B, channels, size, size)
         return u if tangents is None else (u, forbid_gradient(u_dot, u))
 
     def _condition(self, r: Dual, t: Dual, y: Tensor, dtype: torch.dtype) -> Dual:
@@ -309,12 +309,13 @@ def _patchify(x: Tensor, p: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
 
 
-def _unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
+def unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
+    """Turn patches (B, L, p p channels), row by row, into latents (B, channels, height, width)."""
     x = x.reshape(x.shape[0], grid, grid, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)  # channel was fastest
 
 
-def _checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Residual, c: Dual) -> Residual:
+def checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Residual, c: Dual) -> Residual:
     """Compute branches(residual, c), which backward computes again instead of keeping its activations."""
     if torch.compiler.is_compiling():
         return checkpoint(branches, residual, c, use_reentrant=False, preserve_rng_state=False)

@@ -77,7 +77,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Dual) -> Dual:
         """x (..., in_features) -> (..., out_features)."""
-        return self._product(x, self.bias.to(x.primal.dtype))
+        return self._product(x, None if self.bias is None else self.bias.to(x.primal.dtype))
 
     def _product(self, x: Dual, bias: Tensor | None) -> Dual:
         dtype = x.primal.dtype
