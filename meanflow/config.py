@@ -106,6 +106,16 @@ class ObjectiveConfig:
     """Guidance acts where guidance_start <= t <= guidance_end; elsewhere omega is 1 and kappa 0."""
     guidance_end: float = 1.0
     """See guidance_start; both ends count."""
+    guidance_input: Literal["none", "omega", "interval"] = "none"
+    """What the network is told of its guidance, so that it is chosen when sampling: nothing; a scale omega, drawn for
+    each sample, with v_g = v + (1 - 1 / omega) (v_c - v_null); or that and an interval (improved MeanFlow)."""
+    omega_max: float = 8.0
+    """Drawn scales lie in [1, omega_max]."""
+    omega_power: float = 1.0
+    """Their density falls with omega^-omega_power."""
+    direction: Literal["guided", "boundary", "v_head"] = "guided"
+    """z's direction of the derivative: v_g (MeanFlow), or the prediction u(z, t, t | y), or that of a head for v, which
+    is trained beside u (both improved MeanFlow)."""
     guidance_weights: Literal["current", "ema"] = "current"
     """Weights that predict the guidance: the ones in training (official) or their EMA."""
     label_drop: float = 0.1
@@ -128,11 +138,27 @@ class ObjectiveConfig:
         hint = "0 leaves the conditional prediction out"
         require(0 <= self.kappa < 1, "objective.kappa", self.kappa, "a number in [0, 1)", hint)
         require(self.omega >= 0, "objective.omega", self.omega, "zero or more", "1 with kappa 0 is no guidance")
+        fixed = (self.omega, self.kappa) == (1, 0) and (self.guidance_start, self.guidance_end) == (0, 1)
+        require(
+            self.guidance_input == "none" or fixed, "objective.guidance_input", self.guidance_input,
+            "none where omega, kappa or the interval are fixed", "leave them at 1, 0 and [0, 1]: they are inputs",
+        )  # fmt: skip
+        require(self.omega_max > 1, "objective.omega_max", self.omega_max, "a number above 1", "official is 8")
 
     @property
     def guided(self) -> bool:
         """Whether any sample is guided at all."""
-        return self.omega != 1 or self.kappa != 0
+        return self.omega != 1 or self.mixes_conditional
+
+    @property
+    def mixes_conditional(self) -> bool:
+        """Whether guidance takes the network's conditional prediction."""
+        return self.kappa != 0 or self.guidance_input != "none"
+
+    @property
+    def predicts_direction(self) -> bool:
+        """Whether the derivative's direction is the network's conditional prediction."""
+        return self.direction != "guided"
 
 
 @dataclass(frozen=True)
@@ -143,6 +169,8 @@ class OptimConfig:
     """Learning rate, constant after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from zero."""
+    warmup_from_zero: bool = False
+    """Whether the first step of a warm-up has the rate 0 (improved MeanFlow), or the rate of one step."""
     beta1: float = 0.9
     """Adam's decay of the first moment."""
     beta2: float = 0.95

@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     FLIP = 6
     SAMPLE_LABEL = 7
     BOOTSTRAP = 8
+    OMEGA = 9
+    GUIDANCE_START = 10
+    GUIDANCE_END = 11
 
 
 def philox(

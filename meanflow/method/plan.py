@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ..config import ObjectiveConfig
 from ..errors import require
+from .guidance import GuidanceInputs
 from .times import equal_prefix
 
 SIZES_PER_BATCH = 8
 """Groups grow in steps of an eighth of the batch: padding then costs a sixteenth of a forward pass on average."""
+SIZES_WITH_PREDICTIONS = 16
+"""The same where the derivative's direction is predicted, which takes more rows."""
 
 
 class Plan(NamedTuple):
@@ -40,7 +43,7 @@ class Plan(NamedTuple):
     null_row: Tensor
     """The row of a guided sample's u(z, t, t | null) (B,) int64."""
     cond_row: Tensor
-    """The row of its u(z, t, t | y) (B,) int64, or -1 where that is the primal pass."""
+    """The row of its u(z, t, t | y) (B,) int64, or -1 where that is the primal pass, or is not needed."""
 
     @property
     def tangent_start(self) -> int:
@@ -52,9 +55,12 @@ class Plan(NamedTuple):
         return Plan(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
 
 
-def guided_mask(config: ObjectiveConfig, t: Tensor, drop: Tensor) -> Tensor:
+def guided_mask(config: ObjectiveConfig, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None) -> Tensor:
     """Which samples are guided (B,): t within the interval, both ends included, and the label not dropped."""
-    inside = (config.guidance_start <= t) & (t <= config.guidance_end)
+    start, end = config.guidance_start, config.guidance_end
+    if config.guidance_input == "interval":
+        start, end = inputs.start, inputs.end
+    inside = (start <= t) & (t <= end)
     if not config.guided:
         inside = torch.zeros_like(inside)
     return inside if config.guide_dropped else inside & ~drop
@@ -73,7 +79,7 @@ class Planner:
         self.config, self.batch = config, batch
         self._prefixes = {equal_prefix(config, batch)} if prefixes is None else set(prefixes)
         # torch specialises a compiled region on a dimension of one
-        self.granule = max(2, -(-batch // SIZES_PER_BATCH))
+        self.granule = max(2, -(-batch // (SIZES_WITH_PREDICTIONS if config.predicts_direction else SIZES_PER_BATCH)))
         self.tangent_sizes = self._tangent_sizes()
         self.guidance_sizes = self._guidance_sizes()
 
@@ -86,14 +92,15 @@ class Planner:
         return self._multiples(self.batch)
 
     def _guidance_sizes(self) -> tuple[int, ...]:
-        config, conditional = self.config, 0
-        if not config.guided:
+        config, derived = self.config, self.tangent_sizes[-1]
+        conditional = derived if config.predicts_direction else 0
+        if config.mixes_conditional:
+            conditional = self.batch if config.guide_dropped or not self._primal_serves else derived
+        most = (self.batch if config.guided else 0) + conditional
+        if not most:
             return (0,)
-        if config.kappa:
-            conditional = self.batch if config.guide_dropped or not self._primal_serves else self.tangent_sizes[-1]
-        most = self.batch + conditional
-        always = (config.guidance_start, config.guidance_end) == (0, 1)
-        if always and config.label_drop == 0 and len(self.tangent_sizes) == 1:
+        always = (config.guidance_start, config.guidance_end) == (0, 1) and config.guidance_input != "interval"
+        if (not config.guided or (always and config.label_drop == 0)) and len(self.tangent_sizes) == 1:
             return (most,)
         # size 0 is left out: one shape fewer to compile, and under FSDP all ranks must run the same number of forwards
         return self._multiples(most)[1:]
@@ -103,34 +110,38 @@ class Planner:
         """Whether the primal pass, where r = t, is the conditional prediction: only if the current weights guide."""
         return self.config.guidance_weights == "current"
 
-    def plan(self, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
+    def plan(self, r: Tensor, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None) -> Plan:
         """Plan the passes of a batch.
 
         Args:
-            r, t: times (B,), on the CPU. drop: (B,) bool, who trains on the null class.
+            r, t: times (B,), on the CPU. drop: (B,) bool, who trains on the null class. inputs: of the network that is
+                told of its guidance.
 
         Raises:
             UserError: for another batch size, or r < t where the configuration promises r = t.
         """
         require(len(t) == self.batch, "batch", len(t), f"the plan's {self.batch}", "make a Planner for each size")
         unequal, order = r != t, None
+        guided = guided_mask(self.config, t, drop, inputs)
         if self.config.equal_placement == "bernoulli":
             tangent_start = self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
             order = unequal.int().argsort(stable=True)
-            t, drop = t[order], drop[order]
+            guided, drop = guided[order], drop[order]
         else:
             known = (prefix for prefix in self._prefixes if not unequal[:prefix].any())
             tangent_start = max(known, default=None)
             wanted = f"r = t in the first {min(self._prefixes)} samples"
             require(tangent_start is not None, "r", "r < t", wanted, "set objective.equal_placement to bernoulli")
-        return self._guidance(guided_mask(self.config, t, drop), drop, tangent_start, order)
+        return self._guidance(guided, drop, tangent_start, order)
 
     def _guidance(self, guided: Tensor, drop: Tensor, tangent_start: int, order: Tensor | None) -> Plan:
         sample = torch.arange(self.batch)
         null = sample[guided]
-        conditional = guided & bool(self.config.kappa)
+        derived, conditional = sample >= tangent_start, guided & self.config.mixes_conditional
         if self._primal_serves:
-            conditional &= (sample >= tangent_start) | drop
+            conditional &= derived | drop
+        if self.config.predicts_direction:
+            conditional |= derived
         rows = torch.cat([null, sample[conditional]])
         padding = _padded(len(rows), self.guidance_sizes) - len(rows)
         null_row, cond_row = torch.zeros_like(sample), torch.full_like(sample, -1)
@@ -162,19 +173,22 @@ class Planner:
         )
 
 
-def whole_batch(config: ObjectiveConfig, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
+def whole_batch(
+    config: ObjectiveConfig, r: Tensor, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None
+) -> Plan:
     """The official step: each pass on every sample."""
     sample = torch.arange(len(t), device=t.device)
-    passes = 0 if not config.guided else 2 if config.kappa else 1
+    conditional = config.mixes_conditional or config.predicts_direction
+    passes, nulls = config.guided + conditional, len(t) if config.guided else 0
     return Plan(
         # clone: Dynamo would specialise on the same tensor being passed twice
         tangent=sample.clone(),
         order=None,
-        guided=guided_mask(config, t, drop),
+        guided=guided_mask(config, t, drop, inputs),
         rows=sample.repeat(passes),
-        null=torch.arange(passes * len(t), device=t.device) < len(t),
+        null=torch.arange(passes * len(t), device=t.device) < nulls,
         null_row=sample,
-        cond_row=sample + len(t) if config.kappa else torch.full_like(sample, -1),
+        cond_row=sample + nulls if conditional else torch.full_like(sample, -1),
     )
 
 

@@ -28,9 +28,12 @@ def check_times(times: Sequence[float]) -> tuple[float, ...]:
     return times
 
 
-def take_step(net: nn.Module, z: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
-    """Compute z_r (B, channels, height, width) from z_t, labels y and times t, r (B,) by one call of net (Eq. 12)."""
-    return z - (t - r)[:, None, None, None] * net(z, r, t, y)
+def take_step(net: nn.Module, z: Tensor, t: Tensor, r: Tensor, y: Tensor, *guidance: Tensor) -> Tensor:
+    """Compute z_r (B, channels, height, width) from z_t, labels y and times t, r (B,) by one call of net (Eq. 12).
+
+    guidance: (B,) each, what the network is told of it behind the labels.
+    """
+    return z - (t - r)[:, None, None, None] * net(z, r, t, y, *guidance)
 
 
 class Sampler:
@@ -54,7 +57,9 @@ class Sampler:
         self._pool = None
 
     @torch.no_grad()
-    def __call__(self, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
+    def __call__(
+        self, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), guidance: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Draw latents as :func:`sample` does.
 
         Raises:
@@ -63,16 +68,16 @@ class Sampler:
         z = noise
         for t, r in zip(times, check_times(times)[1:], strict=False):
             t, r = (torch.full_like(z[:, 0, 0, 0], time) for time in (t, r))
-            z = self._run((z, t, r, y))
+            z = self._run((z, t, r, y, *guidance))
         # the next call overwrites what a graph returns
         return z.clone() if self.cuda_graph else z
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         if not self.cuda_graph:
             return self._step(self.net, *inputs)
-        z, *_, y = inputs
+        z, _, _, y, *guidance = inputs
         require(z.is_cuda, "cuda_graph", True, f"a GPU to capture on, not {z.device}", "leave it out, or move to a GPU")
-        key = (z.shape, z.dtype, y.dtype)
+        key = (z.shape, z.dtype, y.dtype, len(guidance))
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             # eagerly first, to compile and load the kernels, which a capture must not do
@@ -81,10 +86,13 @@ class Sampler:
         return self._graphs[key](inputs)
 
 
-def sample(net: nn.Module, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0)) -> Tensor:
+def sample(
+    net: nn.Module, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), guidance: Sequence[Tensor] = ()
+) -> Tensor:
     """Draw latents (B, channels, height, width) from noise of the same shape and labels y (B,).
 
     Args:
         times: the schedule, falling from 1 to 0; one evaluation of the network between each two.
+        guidance: what a network that is told of its guidance gets, (B,) each: omega, and where it begins and ends.
     """
-    return Sampler(net)(noise, y, times)
+    return Sampler(net)(noise, y, times, guidance)

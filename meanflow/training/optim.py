@@ -82,7 +82,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 def learning_rate(config: OptimConfig, step: int) -> float:
     """The learning rate of a step, counted from 0: constant after a linear warm-up."""
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return config.lr * (step + (not config.warmup_from_zero)) / config.warmup_steps
     return config.lr
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..command import stop_on_signal
-from ..config import RunConfig, to_dict
+from ..config import RunConfig, from_dict, to_dict
 from ..data.dataset import Dataset, Order, open_dataset
 from ..data.decoder import make_decoder
 from ..data.images import to_uint8
@@ -72,7 +72,8 @@ class Trainer:
         held = self.log.held()
         config = self.config = _with_groups(config, held, self.world)
         if held is not None:
-            self.log.check(held, to_dict(config), CONTINUABLE)
+            # options that are newer than the run have their defaults
+            self.log.check(to_dict(from_dict(held)), to_dict(config), CONTINUABLE)
         train = config.train
 
         # precision and determinism, before anything is computed

@@ -1,0 +1,330 @@
+"""The objective of improved MeanFlow: its plan beside the whole batch, MeanFlow as its special case, draws, FLOPs."""
+
+import functools
+from dataclasses import replace
+from math import prod
+
+import pytest
+import runs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from meanflow.config import ObjectiveConfig
+from meanflow.draws import Draws, Purpose
+from meanflow.errors import UserError
+from meanflow.method.guidance import arrange_guidance, draw_guidance
+from meanflow.method.imf import imf_terms
+from meanflow.method.objective import meanflow_terms
+from meanflow.method.plan import Planner, whole_batch
+from meanflow.method.times import draw_times, drop_mask
+from meanflow.model.dit import DiT
+from meanflow.model.imf import SIZES, ImfDiT
+from meanflow.training.engine import check
+from meanflow_kernels.routing import Route, force_route
+
+F64 = torch.float64
+BATCH = 12
+TINY = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+
+
+def network(kind=ImfDiT, **options):
+    torch.manual_seed(0)
+    options = {"depth": 2, "head_depth": 1, "mlp_hidden": 40} | options if kind is ImfDiT else {"depth": 2}
+    net = kind(**TINY, **options).double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    return net
+
+
+def batch(config, equal, drop, seed=1):
+    """x, e, r, t, y, drop and the guidance."""
+    g = torch.Generator().manual_seed(seed)
+    x, e = torch.randn(2, len(equal), 2, 4, 4, generator=g, dtype=F64)
+    r, t = torch.rand(2, len(equal), generator=g, dtype=F64).sort(0).values
+    guidance = arrange_guidance(config, *torch.rand(3, len(equal), generator=g, dtype=F64), equal)
+    return x, e, torch.where(equal, t, r), t, torch.arange(len(equal)) % 3, drop, guidance
+
+
+OFFICIAL = ObjectiveConfig(guidance_input="interval", direction="v_head", share_equal=0.5)
+MIXED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75}
+OBJECTIVES = {
+    "official": OFFICIAL,
+    "omega alone": replace(OFFICIAL, guidance_input="omega"),
+    "boundary, told": replace(OFFICIAL, direction="boundary"),
+    "boundary, fixed guidance": replace(OFFICIAL, direction="boundary", guidance_input="none", **MIXED),
+    "v head, fixed guidance": replace(OFFICIAL, guidance_input="none", **MIXED),
+    "v head, fixed scale": replace(OFFICIAL, guidance_input="none", omega=2.0),
+    "v head, no guidance": replace(OFFICIAL, guidance_input="none"),
+    "guided direction, told": replace(OFFICIAL, direction="guided"),
+    "predicted by other weights": replace(OFFICIAL, guidance_weights="ema"),
+    "dropped are guided too": replace(OFFICIAL, guide_dropped=True),
+}
+FIRST, SOME = torch.arange(BATCH) < 6, torch.arange(BATCH) % 3 < 1
+NONE, ALL = torch.zeros(BATCH, dtype=torch.bool), torch.ones(BATCH, dtype=torch.bool)
+BATCHES = {  # r = t, dropped, placement
+    "official": (FIRST, torch.arange(BATCH) < 2, "first"),
+    "scattered": (SOME, torch.arange(BATCH) % 4 == 0, "bernoulli"),
+    "all r = t": (ALL, torch.arange(BATCH) < 2, "bernoulli"),
+    "no r = t": (NONE, torch.arange(BATCH) < 2, "bernoulli"),
+    "nothing dropped": (FIRST, NONE, "first"),
+    "dropped beyond r = t": (FIRST, torch.arange(BATCH) < 9, "first"),
+    "all dropped": (FIRST, ALL, "first"),
+}
+
+
+def gradients(terms, net):
+    grads = torch.autograd.grad(terms.loss, list(net.parameters()), allow_unused=True)
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for g, p in zip(grads, net.parameters(), strict=True)
+        ]
+    )
+
+
+def assert_near(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * max(wanted.abs().max().item(), 1e-300))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("equal, drop, placement", BATCHES.values(), ids=BATCHES)
+def test_planned_step_is_the_whole_batch(objective, equal, drop, placement):
+    objective = replace(objective, equal_placement=placement)
+    net, (*inputs, guidance) = network(), batch(objective, equal, drop)
+    guide = None
+    if objective.guidance_weights == "ema":
+        guide = network()
+        nn.init.normal_(guide.v_final_layer.linear.weight, std=0.3)
+    plan = Planner(objective, BATCH).plan(*inputs[2:4], drop, guidance)
+    planned = imf_terms(objective, net, *inputs, guidance, plan, guide=guide)
+    whole = imf_terms(objective, net, *inputs, guidance, guide=guide)
+    order = torch.arange(BATCH) if plan.order is None else plan.order
+    assert (planned.v is None) == (planned.raw_v is None) == (objective.direction != "v_head")
+    for name in ("raw", "weight", "raw_v", "weight_v", "v_loss", "u", "v", "v_g"):
+        got, wanted = getattr(planned, name), getattr(whole, name)
+        if wanted is not None:
+            assert_near(got, wanted[order])
+    if plan.tangent_start < BATCH:
+        assert_near(planned.du_dt, whole.du_dt[order][plan.tangent_start :])
+        assert_near(planned.direction, whole.direction[order][plan.tangent_start :])
+    assert torch.equal(planned.equal, whole.equal[order])
+    assert_near(planned.loss, whole.loss)
+    assert_near(gradients(planned, net), gradients(whole, net))
+
+
+MEANFLOW = {
+    "unguided": ObjectiveConfig(),
+    "omega": ObjectiveConfig(omega=2.0),
+    "kappa": ObjectiveConfig(omega=1.0, kappa=0.5),
+    "interval": ObjectiveConfig(**MIXED),
+    "other tangent": ObjectiveConfig(**MIXED, tangent=(0.5, 1.0)),
+}
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["whole", "planned"])
+@pytest.mark.parametrize("objective", MEANFLOW.values(), ids=MEANFLOW)
+def test_meanflow_is_a_case_of_it(objective, planned):
+    equal = torch.arange(BATCH) < 9
+    net, (*inputs, _) = network(DiT), batch(objective, equal, torch.arange(BATCH) < 2)
+    plan = Planner(objective, BATCH).plan(*inputs[2:4], inputs[-1]) if planned else None
+    improved = imf_terms(objective, net, *inputs, None, plan)
+    plain = meanflow_terms(objective, net, *inputs, plan)
+    # to the last bit
+    for name in ("loss", "raw", "weight", "v_loss", "u", "du_dt", "u_tgt", "v_g"):
+        assert torch.equal(getattr(improved, name), getattr(plain, name)), name
+    assert torch.equal(gradients(improved, net), gradients(plain, net))
+
+
+def test_a_dit_takes_the_boundary_form():
+    objective = replace(OBJECTIVES["boundary, fixed guidance"])
+    net, (*inputs, _) = network(DiT), batch(objective, FIRST, torch.arange(BATCH) < 2)
+    plan = Planner(objective, BATCH).plan(*inputs[2:4], inputs[-1])
+    planned, whole = (imf_terms(objective, net, *inputs, None, p) for p in (plan, None))
+    x, e, _, t, y, _ = inputs
+    t_ = t[:, None, None, None]
+    z = ((1 - t_) * x + t_ * e)[6:]
+    assert_near(planned.direction, net(z, t[6:], t[6:], y[6:]))
+    assert_near(gradients(planned, net), gradients(whole, net))
+
+
+@pytest.mark.parametrize(
+    "name", ["official", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "boundary, told"))]
+)
+def test_compiled(name):
+    """The planned step as one graph; also the whole batch, and rows of guidance of any number."""
+    objective = OBJECTIVES.get(name, OFFICIAL)
+    net, (*inputs, guidance) = network(), batch(objective, FIRST, torch.arange(BATCH) < 2)
+    planner = Planner(objective, BATCH)
+    plans = [planner.plan(*inputs[2:4], inputs[-1], guidance), planner.example(planner.guidance_sizes[-1]), None]
+    plans = plans if name == "all" else plans[:1]
+
+    def step(plan):
+        terms = imf_terms(objective, net, *inputs, guidance, plan)
+        return terms.loss, [x for x in terms[1:] if x is not None]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for plan in plans:
+        (loss, terms), (found, others) = step(plan), compiled(plan)
+        assert_near(found, loss)
+        for got, wanted in zip(others, terms, strict=True):
+            assert torch.equal(got, wanted) if got.dtype == torch.bool else assert_near(got, wanted) is None
+        for got, wanted in zip(
+            *(torch.autograd.grad(x, net.blocks[0].attn.qkv.weight) for x in (found, loss)), strict=True
+        ):
+            assert_near(got, wanted)
+
+
+# --- passes ---
+
+
+class Counted(nn.Module):
+    """Counts the samples of each pass."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.passes = []
+
+    def forward(self, z, r, t, y, *guidance, head="u", tangents=None, tangent_start=None):
+        self.passes.append((head, len(z), 0 if tangents is None else len(tangents[0])))
+        out = (z,) * len(head)
+        return (*out, tangents[0]) if tangents else out if len(out) > 1 else z
+
+
+def passes(objective, drop):
+    net, (*inputs, guidance) = Counted(), batch(objective, torch.arange(32) < 16, drop)
+    # every other sample lies inside its interval
+    start = torch.where(torch.arange(32) % 2 == 1, 0.0, 1.5).double()
+    guidance = guidance._replace(start=start, end=torch.ones_like(start))
+    imf_terms(objective, net, *inputs, guidance, Planner(objective, 32).plan(*inputs[2:4], drop, guidance))
+    return net.passes
+
+
+def test_passes_that_a_step_needs():
+    nobody, three = torch.zeros(32, dtype=torch.bool), torch.arange(32) < 3
+    # 16 conditional rows of r < t; 16 null rows of those inside
+    assert passes(replace(OFFICIAL, label_drop=0.0), nobody)[0] == ("v", 32, 0)
+    # dropped samples need no null row: of three, one is inside; padded by one to an even number
+    assert passes(OFFICIAL, three) == [("v", 32, 0), ("uv", 32, 16)]
+    assert passes(OFFICIAL, torch.arange(32) < 12) == [("v", 26, 0), ("uv", 32, 16)]
+    assert passes(replace(OFFICIAL, guidance_input="none"), three) == [("v", 16, 0), ("uv", 32, 16)]
+    assert passes(replace(OFFICIAL, direction="boundary"), three) == [("u", 32, 0), ("u", 32, 16)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 70), st.integers(0, 2**32), st.sampled_from(list(OBJECTIVES)), st.booleans(), st.floats(0, 1))
+def test_plans_have_declared_sizes(size, seed, name, first, share):
+    placement = "first" if first else "bernoulli"
+    objective = replace(OBJECTIVES[name], equal_placement=placement, share_equal=share, label_drop=0.2)
+    planner, draws = Planner(objective, size), Draws(seed, 0, torch.arange(size))
+    r, t = draw_times(objective, draws)
+    drop, guidance = drop_mask(objective, draws.uniform(Purpose.LABEL_DROP)), draw_guidance(objective, draws, r == t)
+    plan = planner.plan(r, t, drop, guidance)
+    assert len(plan.rows) in planner.guidance_sizes and size - plan.tangent_start in planner.tangent_sizes
+    order, sample, rows = torch.arange(size) if plan.order is None else plan.order, torch.arange(size), plan.rows
+    assert (r == t)[order][: plan.tangent_start].all()
+    guided = whole_batch(objective, r, t, drop, guidance).guided[order]
+    assert torch.equal(plan.guided, guided)
+    derived, own = sample >= plan.tangent_start, plan.cond_row >= 0
+    if objective.predicts_direction:
+        assert own[derived].all()
+    if len(rows):
+        assert torch.equal(rows[plan.null_row][guided], sample[guided]) and plan.null[plan.null_row][guided].all()
+        assert torch.equal(rows[plan.cond_row][own], sample[own]) and not plan.null[plan.cond_row][own].any()
+    if objective.mixes_conditional:
+        assert ((r == t)[order] & ~drop[order])[guided & ~own].all()
+    example = planner.example(len(rows), size - plan.tangent_start)
+    assert [len(x) for x in example if x is not None] == [len(x) for x in plan if x is not None]
+
+
+# --- FLOPs ---
+
+
+def count(run) -> int:
+    """By torch's counter; of attention's backward the four products of its mathematics: flash attention computes a
+    fifth one again, which a forward pass is not charged for either.
+    """
+    products = {torch.ops.meanflow_kernels.attention_bwd: lambda do, q, *_, **__: 8 * prod(q) * q[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=products)
+    with counter, force_route(Route.TRITON):
+        run()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def flops(rows: int, **options) -> tuple[int, int]:
+    """Of a step of 32 samples with so many rows of guidance, and of F: the blocks from the input to u, of the same."""
+    # on meta no size may depend on a value: a plan of the right sizes
+    plan = Planner(OFFICIAL, 32).example(rows).to(torch.device("meta"))
+    with torch.device("meta"):
+        net = ImfDiT(**options)
+        z, t, y = torch.empty(32, 4, 32, 32), torch.empty(32), torch.empty(32, dtype=torch.long)
+    guidance = arrange_guidance(OFFICIAL, t, t, t, t > 0)
+    step = count(lambda: imf_terms(OFFICIAL, net, z, z, t, t, y, t > 0, guidance, plan).loss.backward())
+    return step, count(lambda: net(z, t, t, y))
+
+
+def flops_of_blocks(rows: int, *, depth: int, **options) -> tuple[int, int]:
+    """The same from networks of a few blocks: a count grows by the same with each block."""
+    few = [flops(rows, depth=a + b, head_depth=b, **options) for a, b in ((1, 1), (2, 1), (1, 2))]
+    return tuple(x + (depth - 9) * (shared - x) + 7 * (head - x) for x, shared, head in zip(*few, strict=True))
+
+
+BARS = {"B": (6.80, 6.82), "M": (5.80, 5.82), "L": (5.55, 5.57), "XL": (5.30, 5.32)}
+
+
+@pytest.mark.parametrize("counted", [flops_of_blocks, pytest.param(flops, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", SIZES)
+def test_flops_of_a_step(size, counted):
+    """In forwards of the batch: the mean over drawn plans of 32 and 128 samples."""
+    (none, forward), (all_rows, _) = (counted(rows, **SIZES[size]) for rows in (32, 64))
+    for samples, bar in zip((32, 128), BARS[size], strict=True):
+        planner, rows, steps = Planner(OFFICIAL, samples), 0.0, 200
+        for step in range(steps):
+            draws = Draws(0, step, torch.arange(samples))
+            r, t = draw_times(OFFICIAL, draws)
+            drop = drop_mask(OFFICIAL, draws.uniform(Purpose.LABEL_DROP))
+            rows += len(planner.plan(r, t, drop, draw_guidance(OFFICIAL, draws, r == t)).rows) / steps
+        total = (none + (rows / samples - 1) * (all_rows - none)) / forward
+        assert bar - 0.03 < total <= bar, total
+
+
+# --- draws and options ---
+
+
+def test_drawn_guidance():
+    config, draws = replace(OFFICIAL, omega_power=2.0), Draws(3, 5, torch.arange(20_000))
+    equal = torch.arange(20_000) < 10_000
+    omega, start, end = draw_guidance(config, draws, equal)
+    # the density falls with omega^-2 on [1, 8]
+    assert stats.kstest(omega, lambda w: (1 - 1 / w) / (1 - 1 / 8)).pvalue > 0.01
+    uniform = draw_guidance(OFFICIAL, draws, equal).omega.log() / torch.tensor(8.0).log()
+    assert stats.kstest(uniform, "uniform").pvalue > 0.01
+    assert (start[equal] == 0).all() and (end[equal] == 1).all()
+    assert stats.kstest(2 * start[~equal], "uniform").pvalue > 0.01
+    assert stats.kstest(2 * end[~equal] - 1, "uniform").pvalue > 0.01
+    # streams of their own: MeanFlow's draws stay
+    assert torch.equal(draws.uniform(Purpose.LABEL_DROP), Draws(3, 5, torch.arange(20_000)).uniform(Purpose.LABEL_DROP))
+    for x in (start[~equal], end[~equal]):
+        assert abs(torch.corrcoef(torch.stack([omega[~equal], x]))[0, 1]) < 0.04
+
+
+def test_options_that_do_not_go_together():
+    for options in ({"omega": 2.0}, {"kappa": 0.5}, {"guidance_end": 0.5}):
+        with pytest.raises(UserError, match="objective.guidance_input: got 'interval', wanted none where"):
+            replace(OFFICIAL, **options)
+    with pytest.raises(UserError, match="objective.omega_max: got 1.0, wanted a number above 1"):
+        replace(OFFICIAL, omega_max=1.0)
+
+
+@pytest.mark.parametrize("option", [{"direction": "boundary"}, {"direction": "v_head"}, {"guidance_input": "omega"}])
+def test_the_trainer_refuses_what_it_does_not_train(option):
+    config = runs.tiny()
+    with pytest.raises(UserError, match=f"^objective.{next(iter(option))}: got .*, wanted .*which the trainer takes"):
+        check(replace(config, objective=replace(config.objective, **option)), None)
