@@ -44,11 +44,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def overriding(choices: object, **values) -> Iterator[None]:
     """Set attributes of ``choices`` for the scope; scopes nest, the innermost holds."""
     outer = {name: getattr(choices, name) for name in values}
-    vars(choices).update(values)
+    # by setattr, which Dynamo traces in torch 2.11 too
+    for name, value in values.items():
+        setattr(choices, name, value)
     try:
         yield
     finally:
-        vars(choices).update(outer)
+        for name, value in outer.items():
+            setattr(choices, name, value)
 
 
 @contextlib.contextmanager
