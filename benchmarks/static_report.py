@@ -91,11 +91,12 @@ def problems(row: dict) -> list[str]:
 def cases(names: list[str], archs: list[int], *, full: bool) -> list[tuple]:
     """(folder, architecture, CompileCase) of every launch config of the operators ``names``.
 
-    Without ``full`` those of 16 bits alone: what models train in.
+    Without ``full`` those of 16 bits alone, what models train in; of an operator that has none, all.
     """
     packages = folders()
     every = [(name, arch, case) for name in names for arch in archs for case in packages[name].compile_cases(arch)]
-    return [(name, arch, case) for name, arch, case in every if full or case.dtype.itemsize == 2]
+    narrow = {name for name, _, case in every if case.dtype.itemsize == 2}
+    return [row for row in every if full or row[2].dtype.itemsize == 2 or row[0] not in narrow]
 
 
 def report(work: list[tuple], jobs: int) -> list[dict]:
