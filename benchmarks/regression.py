@@ -56,7 +56,9 @@ class Side:
     """A process that takes steps with the code of one revision."""
 
     def __init__(self, tree: Path, arguments: list[str]):
-        environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}"}
+        # before what is there already
+        path = [str(tree), str(tree / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
         command = [sys.executable, "-m", "benchmarks.regression", "--serve", *arguments]
         self.tree = tree
         self.process = subprocess.Popen(
