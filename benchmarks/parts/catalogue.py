@@ -141,6 +141,7 @@ CUDA_PARTS = [
         *(f"--ignore={path}" for path in ATTENTION_TESTS),
         seconds=130,
     ),  # fmt: skip
+    tests("gpu", "-m gpu", *ELSEWHERE, seconds=90),
     variant("b4-naive-compiled", "naive-compiled", 150, 16),
     # it holds each config against fp64 itself
     Part("tune", "cuda", tune(), seconds=50),
@@ -158,7 +159,6 @@ CUDA_PARTS = [
     # what the derivative adds: a quarter of the samples with r < t over none
     variant("xl2-unguided", "ours-captured", 90, 34, "--kappa 0 --against ours-eager"),
     variant("xl2-primal", "ours-captured", 90, 34, "--kappa 0 --share 0 --against ours-eager"),
-    tests("gpu", "-m gpu", *ELSEWHERE, seconds=90),
     Part("kernels-b4", "cuda", breakdown("b4", "B/4", 256, KERNELS), seconds=45, gib=16),
     variant("xl2-ours", "ours", 120, 34),
     variant("b4-ours", "ours", 80, 16),
