@@ -38,11 +38,13 @@ def last_place(exact: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * 2.0 ** (exponent - 1)
 
 
-def assert_error(x: Tensor, exact: Tensor, plain: Tensor, name: str) -> None:
-    """``x`` is at most twice as far from ``exact`` as ``plain`` (the same quantity by plain torch in x's dtype), plus
-    FLOOR in the Frobenius norm, and plus two units in the last place of the largest element in the largest error.
+def assert_error(x: Tensor, exact: Tensor, plain: Tensor | tuple[Tensor, ...], name: str) -> None:
+    """``x`` is at most twice as far from ``exact`` as ``plain`` (the same quantity by plain torch in x's dtype; where
+    there are several ways to write it, by the least exact one), plus FLOOR in the Frobenius norm, and plus two units in
+    the last place of the largest element in the largest error.
     """
-    assert x.dtype == plain.dtype and x.shape == exact.shape, f"{name}: {x.dtype} {tuple(x.shape)}"
+    plains = plain if isinstance(plain, tuple) else (plain,)
+    assert all(x.dtype == y.dtype for y in plains) and x.shape == exact.shape, f"{name}: {x.dtype} {tuple(x.shape)}"
     for norm, floor in ((relative_error, FLOOR[x.dtype]), (largest_error, 2 * last_place(exact, x.dtype))):
-        error, bar = norm(x, exact), 2 * norm(plain, exact) + floor
+        error, bar = norm(x, exact), 2 * max(norm(y, exact) for y in plains) + floor
         assert error <= bar, f"{name}: {norm.__name__} {error:.2e} > {bar:.2e}"
