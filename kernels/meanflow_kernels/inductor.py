@@ -1,6 +1,33 @@
 """What torch.compile is told of the operators before it meets them."""
 
+import hashlib
+import inspect
+
 import torch
+
+from . import dual
+
+
+def prepare_compiler() -> None:
+    """Tell torch.compile what it has to know of the operators; call it before compiling what calls them."""
+    declare_fallbacks()
+    declare_cacheable()
+
+
+def declare_cacheable() -> None:
+    """Let AOTAutograd keep compiled graphs that call the operators, for the next process to load.
+
+    It passes its cache by where a graph calls a function that it does not know, as it does :func:`forbid_gradient`,
+    since it sees the name and not the code. With the code as part of the key, a changed function is another one. A
+    function of torch.autograd (the weights' copies) is in the graph with its forward and backward, which the key has.
+    Graphs of torch.func.jvp it does not keep: they hold functions of torch's own that it does not know.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    code = hashlib.sha256(inspect.getsource(dual).encode()).hexdigest()
+    inductor.unsafe_marked_cacheable_functions |= {f"{dual.__name__}.{dual._forbid_gradient.__name__}": code}
+    functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
 def declare_fallbacks() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from meanflow_kernels.inductor import declare_fallbacks
+from meanflow_kernels.inductor import prepare_compiler
 
 from ..config import ModelConfig, RunConfig
 from ..errors import UserError, require
@@ -104,7 +104,7 @@ def make_mesh(config: RunConfig, world: World):
 
 def compile_loss(loss: nn.Module) -> None:
     """Compile the whole target computation, forward and backward, as one graph without a break."""
-    declare_fallbacks()
+    prepare_compiler()
     loss.compile(fullgraph=True, dynamic=False)
 
 

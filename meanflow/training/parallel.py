@@ -25,6 +25,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from meanflow_kernels.inductor import prepare_compiler
+
 BUCKET_MB = 100
 """Size of DDP's gradient buckets. DDP cuts a compiled objective between buckets, so that sums overlap with backward;
 torch's 25 MB would cut an XL/2 into some hundred pieces, each compiled by itself."""
@@ -55,6 +57,7 @@ def compile_blocks(net: nn.Module, backend: str = "inductor") -> None:
 
     A batch size becomes dynamic when a second one is seen: warm up with more than one.
     """
+    prepare_compiler()
     # torch's limit of 8 is too low
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_VARIANTS)
     for block in net.blocks:
