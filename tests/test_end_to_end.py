@@ -39,8 +39,11 @@ def workers(job: subprocess.Popen) -> dict[str, int]:
     return {rank: int(pid) for pid in children if (rank := rank_of(pid)) is not None}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes the Linux way")
-def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes the Linux way")
+
+
+def images_to_samples(command, tmp_path) -> tuple[Path, Path, Path]:
+    """The way up to samples that were judged while training: the run, the Inception's weights, the reference."""
     images, vae = caches.image_folder(tmp_path / "images"), caches.tiny_vae(tmp_path / "vae")
     latents, inception, run = tmp_path / "latents", tmp_path / "inception.safetensors", tmp_path / "run"
     save_file(fid_inputs.weights({name: tuple(x.shape) for name, x in Inception().state_dict().items()}), inception)
@@ -51,7 +54,7 @@ def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
     assert command("prepare_data", "verify", latents)[0] == 0
 
     data = f"--data.name latents --data.path {latents} --data.vae {vae} --train.device cpu"
-    judge = f"--evaluation.every 4 --evaluation.count 20 --evaluation.inception {inception}"
+    judge = f"--evaluation.every 4 --evaluation.count 4 --evaluation.inception {inception}"
     arguments = ["digits", "--out", str(run), *f"{MODEL} {RUN} {data} {judge}".split()]
     arguments += ["--evaluation.reference", str(latents / "reference.npz")]
     train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -81,11 +84,19 @@ def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
     assert code == 0, err
     assert np.load(tmp_path / "samples.npz")["images"].shape == (6, caches.SIZE, caches.SIZE, 3)
 
-    options = (
-        f"--count 20 --batch 8 --protocols own-data --inception {inception} --out {tmp_path / 'scores'} --device cpu"
-    )
+    return run, inception, latents / "reference.npz"
+
+
+def test_images_to_frechet_distance_with_a_fault_between(command, tmp_path):
+    images_to_samples(command, tmp_path)
+
+
+@pytest.mark.slow
+def test_images_to_scores_with_their_errors(command, tmp_path):
+    run, inception, reference = images_to_samples(command, tmp_path)
+    options = f"--count 20 --batch 8 --protocols own-data --inception {inception} --device cpu --json"
     code, said, err = command(
-        "evaluate", run, *options.split(), "--data-reference", latents / "reference.npz", "--json"
+        "evaluate", run, "--out", tmp_path / "scores", "--data-reference", reference, *options.split()
     )
     assert code == 0, err
     fid = next(iter(found(json.loads(said), "fid")))

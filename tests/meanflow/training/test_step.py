@@ -1,6 +1,7 @@
 """The step compiled and captured against the plain one, the optimizer's implementations, and failures explained."""
 
 import copy
+import functools
 import gc
 import subprocess
 import sys
@@ -58,11 +59,17 @@ def assert_same_steps(got, wanted, rtol):
         assert (gradient - gradient_wanted).norm() <= 10 * rtol * norm_wanted
 
 
-PLACEMENTS = {"first": "first", "bernoulli": pytest.param("bernoulli", marks=pytest.mark.slow)}
+COMPILED = {
+    # all but the C++ of each kernel, which costs a minute
+    "first, traced": ("first", "aot_eager"),
+    "first": pytest.param("first", "inductor", marks=pytest.mark.slow),
+    "bernoulli": pytest.param("bernoulli", "inductor", marks=pytest.mark.slow),
+}
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_compiled_step_is_the_plain_step(placement, tmp_path, capsys):
+@pytest.mark.parametrize(("placement", "backend"), COMPILED.values(), ids=COMPILED)
+def test_compiled_step_is_the_plain_step(placement, backend, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     objective = {"equal_placement": placement}
     plain, _ = steps_of(config(objective), tmp_path / "plain", 12)
     # fullgraph: a graph break raises; after the warm-up any recompilation raises
