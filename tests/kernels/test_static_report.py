@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the report compiles Triton kernels")
 from benchmarks.static.occupancy import KB, LIMITS, occupancy, resident_blocks
 from benchmarks.static.ptx import Access, global_accesses
 from benchmarks.static.sass import wgmma_loop
+from benchmarks.static_report import cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,32 +160,36 @@ def test_occupancy_by_hand(arch, registers, shared, warps, blocks):
     assert occupancy(arch, registers=registers, shared_bytes=shared, warps=warps) == blocks * warps / LIMITS[arch].warps
 
 
-def _report(tmp_path: Path, *arguments: str) -> list[dict]:
+def _report(tmp_path: Path, *arguments: str, program: tuple = ("-m", "benchmarks.static_report")) -> list[dict]:
     path = tmp_path / "report.json"
-    run = _python("-m", "benchmarks.static_report", "--json", str(path), *arguments)
+    run = _python(*program, "--json", str(path), *arguments)
     # 1: a config breaks a rule, and the tests say which
     assert run.returncode in (0, 1), run.stderr
     assert f"{len(json.loads(path.read_text()))} configs" in run.stdout
     return json.loads(path.read_text())
 
 
+HEAD_DIMS = {32, 64, 72, 96, 128}
+XL2 = {72, 1152, 4608, 256}
+"""Widths of XL/2, the largest DiT: attention's heads, the blocks, their MLPs, the times' embedding."""
+REPORT_OF_XL2 = f"""
+import sys
+from benchmarks import static_report
+cases = static_report.cases
+static_report.cases = lambda *args, **options: [row for row in cases(*args, **options) if row[2].width in {XL2}]
+sys.exit(static_report.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> list[dict]:
-    """Rows of every launch config on the architecture that most of them are tuned for."""
-    return _report(tmp_path_factory.mktemp("report"), "--arch", "sm_90")
+    """Rows of XL/2's launch configs on the architecture that most of them are tuned for."""
+    return _report(tmp_path_factory.mktemp("report"), "--arch", "sm_90", program=("-c", REPORT_OF_XL2))
 
 
 def _broken(rows: list[dict]) -> list[str]:
     columns = ("op", "arch", "dtype", "head_dim", "width", "config", "problems")
     return [" ".join(str(row[c]) for c in columns if c in row) for row in rows if row["problems"]]
-
-
-HEAD_DIMS = {32, 64, 72, 96, 128}
-
-
-def _head_dims(rows: list[dict], arch: str) -> set[int]:
-    """Of attention's launch configs for an architecture."""
-    return {row["head_dim"] for row in rows if row["folder"] == "attention" and row["arch"] == arch}
 
 
 def test_shipped_configs_keep_the_rules(shipped):
@@ -195,18 +200,26 @@ def test_report_covers_every_kernel(shipped):
     kernels = (ROOT / "kernels/meanflow_kernels").glob("*/kernel.py")
     folders = {path.parent.name for path in kernels if path.with_name("op.py").exists()}
     assert folders and {row["folder"] for row in shipped} == folders
-    assert _head_dims(shipped, "sm_90") >= HEAD_DIMS
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_report_covers_every_head_dim(arch):
+    assert {case.width for _, _, case in cases(["attention"], [arch], full=False)} >= HEAD_DIMS
 
 
 # at head dim 72 these take 8 bytes a thread of the 16-wide column tile, and were the fastest on an H200 all the same
-NARROW = {("attention", "sm_90", 72), ("attention_bwd_dq", "sm_90", 72)}
+NARROW = {("attention", 72), ("attention_bwd_dq", 72)}
+
+
+def _assert_attention_loads_sixteen_bytes(rows: list[dict]) -> None:
+    half = [row for row in rows if row["folder"] == "attention" and row["dtype"] in ("bfloat16", "float16")]
+    narrow = [row for row in half if row["head_dim"] in (64, 72) and row["narrowest_global_load_bytes"] < 16]
+    assert half and {(row["op"], row["head_dim"]) for row in narrow} == NARROW
+    assert all(row["narrowest_global_load_bytes"] == 8 for row in narrow)
 
 
 def test_attention_loads_sixteen_bytes(shipped):
-    half = [row for row in shipped if row["folder"] == "attention" and row["dtype"] in ("bfloat16", "float16")]
-    narrow = [row for row in half if row["head_dim"] in (64, 72) and row["narrowest_global_load_bytes"] < 16]
-    assert half and {(row["op"], row["arch"], row["head_dim"]) for row in narrow} == NARROW
-    assert all(row["narrowest_global_load_bytes"] == 8 for row in narrow)
+    _assert_attention_loads_sixteen_bytes(shipped)
 
 
 def test_rows_have_the_columns(shipped):
@@ -219,7 +232,7 @@ def test_rows_have_the_columns(shipped):
 def test_shared_configs_keep_the_rules_on_every_architecture(tmp_path):
     rows = _report(tmp_path, "--full")
     assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in LIMITS}
-    assert _head_dims(rows, "sm_80") >= HEAD_DIMS
     assert _broken(rows) == []
+    _assert_attention_loads_sixteen_bytes([row for row in rows if row["arch"] == "sm_90"])
     # architectures without configs of their own share those that fit 99 KB
     assert all(row["shared_bytes"] <= 99 * KB for row in rows if row["arch"] not in ("sm_80", "sm_90"))
