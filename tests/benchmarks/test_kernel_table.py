@@ -27,7 +27,6 @@ from benchmarks.counting.step_kernels import (
 from benchmarks.harness.clock import Ceilings
 from benchmarks.pages import kernel_table
 from benchmarks.workloads import step_workload
-from meanflow import config
 from meanflow.method.plan import Planner
 from meanflow.model.build import build_net
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
@@ -155,9 +154,8 @@ def test_calls_of_a_step():
     assert counted["adamw_ema"] == Counted(1, 0, adamw_ema_bytes(parameters, emas=1, copies=False))
 
 
-def test_a_real_step_on_a_cpu(tmp_path, capsys, monkeypatch):
-    # two narrow blocks and one recorded step are enough to add up
-    monkeypatch.setitem(config.DIT_SIZES, "S", (2, 64, 2))
+def test_a_real_step_on_a_cpu(narrow, tmp_path, capsys, monkeypatch):
+    # one recorded step is enough to add up
     monkeypatch.setattr(breakdown, "PROFILED_STEPS", 1)
     kernels, rows = tmp_path / "kernels.jsonl", tmp_path / "rows.jsonl"
     breakdown.main([*SMALL, "--eager", "--kernels", str(kernels), "--rows", str(rows)])

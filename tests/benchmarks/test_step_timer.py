@@ -15,6 +15,8 @@ from benchmarks.workloads.step_variants import LEFT_OUT, VARIANTS, left_out, sam
 
 SMALL = "--device cpu --model S/8 --batch 8 --precision fp32 --repeats 2".split()
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def workload(*more):
     parser = argparse.ArgumentParser()

@@ -26,6 +26,8 @@ from meanflow_kernels.adamw_ema.native import MISSING
 KERNELS = Path(native.__file__).parents[1]
 SMALL = "--device cpu --model S/8 --batch 4 --precision fp32 --repeats 2".split()
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
