@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from fresh import FORKS
 
 # a hang fails after so long; a compiler at work takes its time
 RANKS, SECONDS = 2, 240
@@ -20,14 +21,13 @@ class Ranks:
         self.start()
 
     def start(self):
-        context = torch.multiprocessing.get_context("spawn")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.pipes, self.processes = [], []
         for rank in range(RANKS):
-            here, there = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(rank, port, there), daemon=True))
+            here, there = FORKS.Pipe()
+            self.processes.append(FORKS.Process(target=serve, args=(rank, port, there), daemon=True))
             self.processes[-1].start()
             self.pipes.append(here)
 

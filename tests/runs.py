@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fresh
 from safetensors.torch import load_file
 
 from meanflow.presets import preset
@@ -44,6 +45,8 @@ def final_state(out: Path) -> dict:
 
 def train_in_process(out: Path, prelude: str = "", ranks: int = 1, restarts: int = 0, **train):
     """Train the tiny run in processes of its own, after a prelude that arranges an accident; its CompletedProcess."""
+    if ranks == 1:
+        return fresh.run_forked(program(out, prelude, **train))
     job = start_processes(out, prelude, ranks, restarts, **train)
     try:
         stdout, stderr = job.communicate(timeout=300)
@@ -52,9 +55,9 @@ def train_in_process(out: Path, prelude: str = "", ranks: int = 1, restarts: int
     return subprocess.CompletedProcess(job.args, job.returncode, stdout, stderr)
 
 
-def start_processes(out: Path, prelude: str = "", ranks: int = 1, restarts: int = 0, **train) -> subprocess.Popen:
-    """One process, or several under torchrun."""
-    program = f"""
+def program(out: Path, prelude: str = "", **train) -> str:
+    """The text of a program that trains the tiny run."""
+    return f"""
 import os, signal, sys
 RANK = int(os.environ.get("RANK", 0))
 sys.path[:0] = {[p for p in sys.path if p]!r}
@@ -72,10 +75,14 @@ OUT = Path({str(out)!r})
 sys.argv[0] = "train.py"
 run(lambda args: trainer.train(runs.tiny(**{train!r}), OUT))
 """
-    command = [sys.executable, "-c", program]
+
+
+def start_processes(out: Path, prelude: str = "", ranks: int = 1, restarts: int = 0, **train) -> subprocess.Popen:
+    """One process, or several under torchrun."""
+    command = [sys.executable, "-c", program(out, prelude, **train)]
     if ranks > 1:
         script = out.with_name(out.name + ".py")
-        script.write_text(program)
+        script.write_text(command[-1])
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         command += ["--monitor-interval", "0.2", str(script)]

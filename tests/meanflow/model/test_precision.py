@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.harness.errors import relative_error
 from benchmarks.workloads.naive import NaiveDiT
 from meanflow.config import ModelConfig
 from meanflow.method.objective import pair_jvp
 from meanflow.model.build import build_net
 
-WIDTHS = {"S": (384, 6), "XL": (1152, 16)}
+WIDTHS = {"S": (384, 6), "XL": pytest.param(1152, 16, marks=pytest.mark.slow)}
 DEPTH, BATCH = 4, 4
 
 
@@ -24,10 +25,6 @@ def network_and_inputs(width: int, heads: int):
     z, v = torch.randn(2, BATCH, 4, 32, 32, generator=generator)
     r, t = torch.rand(2, BATCH, generator=generator).sort(0).values
     return config, net, (z, r, t), (v, None, torch.ones_like(t)), torch.arange(BATCH)
-
-
-def relative_error(x, exact):
-    return ((x.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("width, heads", WIDTHS.values(), ids=WIDTHS)

@@ -114,7 +114,9 @@ def gradient_error(
 ) -> dict:
     batches = [batch(rank) for rank in range(RANKS)] if batches is None else batches
     # wide enough for DDP, whose first bucket holds 1 MB, to cut the compiled graph
-    sizes = dict(hidden_size=96, depth=1) if backend and name == "ddp" else {}
+    sizes = dict(hidden_size=96) if backend and name == "ddp" else {}
+    # each block is compiled
+    sizes |= dict(depth=1) if backend and not all_sizes else {}
     wanted = network(**sizes)
     whole_loss(MeanFlowLoss(objective, wanted), batches).backward()
     engine = Engine(name, objective, network(**sizes, checkpoint_blocks=checkpoint_blocks), backend=backend)
