@@ -9,6 +9,7 @@ from tolerances import relative_error
 
 import meanflow_kernels as ops
 from benchmarks.workloads import plain
+from meanflow_kernels import routing
 from meanflow_kernels.dual import TangentGradientError
 from meanflow_kernels.routing import Route, force_route
 
@@ -98,6 +99,30 @@ def test_primals_and_cotangents_of_stride_zero(each_route, device, name):
         grads.append([x.grad for x in leaves])
     for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() < 1e-4 * (1 + b.abs().max())
+
+
+def test_a_scope_inside_a_compiled_region_holds_there_alone(device):
+    graphs = []
+
+    def region(x):
+        with force_route(Route.REFERENCE):
+            inside = ops.silu(x)
+        return inside, ops.silu(x)
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(3, 8, device=device)
+    with force_route(Route.TRITON):
+        compiled = torch.compile(region, fullgraph=True, backend=record)
+        for y in compiled(x):
+            assert relative_error(y, F.silu(x)) < 1e-6
+    (graph,) = graphs
+    calls = [str(node.target) for node in graph.graph.nodes if "meanflow_kernels" in str(node.target)]
+    assert calls == ["meanflow_kernels.silu"]
+    # and the region leaves the choice as it was
+    assert routing._override.route is None
 
 
 @each_kernel
