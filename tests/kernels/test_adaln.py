@@ -6,8 +6,6 @@ import pytest
 import torch
 from dual_properties import (
     LAYOUTS,
-    WITH_GRADIENT,
-    WITHOUT_GRADIENT,
     Case,
     DualProperties,
     assert_as_exact,
@@ -160,19 +158,6 @@ def test_empty(each_route, device):
         primals, tangents = make(batch, length, 8, F32, F32, device)
         y, y_dot = adaln_jvp(primals, tangents)
         assert y.shape == y_dot.shape == (batch, length, 8)
-
-
-def test_opcheck(kernel_route, device):
-    ops = torch.ops.meanflow_kernels
-    primals, tangents = make(2, 1, 8, F32, F32, device)
-    leaves = tuple(x.clone().requires_grad_() for x in primals)
-    some = (tangents[0][1:], None, tangents[2][1:])
-    torch.library.opcheck(ops.adaln.default, (*primals, 1e-6, F16), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.adaln.default, (*leaves, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.adaln_jvp.default, (*primals, *some, 1, 1, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.adaln_jvp.default, (*leaves, *tangents, 0, 2, 1e-6, F32), test_utils=WITH_GRADIENT)
-    bwd = (primals[0], primals[2], primals[0], 1e-6)
-    torch.library.opcheck(ops.adaln_bwd.default, bwd, test_utils=WITHOUT_GRADIENT)
 
 
 X, V = torch.zeros(2, 3, 8), torch.zeros(2, 8)

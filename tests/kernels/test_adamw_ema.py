@@ -192,16 +192,6 @@ def test_special_values(value):
     torch.testing.assert_close(ours.copies[0], ours.params[0].bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-@needs_native
-def test_opcheck():
-    shapes = [(3, 5), (64,)]
-    p, g, m, v = ([torch.rand(s) for s in shapes] for _ in range(4))
-    emas, copies = [x.clone() for _ in range(2) for x in p], [x.bfloat16() for x in p]
-    steps, lr = [torch.tensor(3.0) for _ in p], torch.tensor(1e-3, dtype=torch.float64)
-    args = (p, g, m, v, steps, emas, copies, lr, torch.zeros(()), 0.9, 0.95, 1e-8, 0.1, [0.9, 0.99])
-    torch.library.opcheck(torch.ops.meanflow_kernels.adamw_ema.default, args)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_native_operator_refuses_what_would_be_unsafe(device):
     """An error for every argument that is not what it should be; the process goes on."""

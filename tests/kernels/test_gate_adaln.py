@@ -6,8 +6,6 @@ import pytest
 import torch
 from dual_properties import (
     LAYOUTS,
-    WITH_GRADIENT,
-    WITHOUT_GRADIENT,
     Case,
     DualProperties,
     assert_as_exact,
@@ -167,21 +165,6 @@ def test_reference_in_fp64():
     expected = torch.func.jvp(case().plain, primals, tangents)[1]
     for found, exact in zip(gate_adaln_tangent_ref(primals, tangents, eps=1e-6), expected, strict=True):
         assert relative_error(found, exact) < 1e-12
-
-
-def test_opcheck(kernel_route, device):
-    ops = torch.ops.meanflow_kernels
-    primals, tangents = make(2, 1, 8, F32, F32, F32, device)
-    leaves = tuple(x.clone().requires_grad_() for x in primals)
-    some = (tangents[0][1:], None, None, *[x[1:] for x in tangents[3:]])
-    torch.library.opcheck(ops.gate_adaln.default, (*primals, 1e-6, F16), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.gate_adaln.default, (*leaves, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.gate_adaln_jvp.default, (*primals, *some, 1, 1, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.gate_adaln_jvp.default, (*leaves, *tangents, 0, 2, 1e-6, F32), test_utils=WITH_GRADIENT)
-    x, y, gate, _, scale = primals
-    for dx_out in (x, None):
-        bwd = (x, y, gate, scale, dx_out, y, 1e-6)
-        torch.library.opcheck(ops.gate_adaln_bwd.default, bwd, test_utils=WITHOUT_GRADIENT)
 
 
 X, V = torch.zeros(2, 3, 8), torch.zeros(2, 8)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dual_properties import WITH_GRADIENT, WITHOUT_GRADIENT, Case, DualProperties, assert_as_exact, by_routes
+from dual_properties import Case, DualProperties, assert_as_exact, by_routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative_error
@@ -87,17 +87,6 @@ def test_empty(each_route, device):
     t = torch.rand(0, device=device)
     y, y_dot = timestep_embedding_jvp((t,), (t,), 8)
     assert y.shape == y_dot.shape == (0, 8)
-
-
-def test_opcheck(kernel_route, device):
-    ops = torch.ops.meanflow_kernels
-    t = torch.rand(3, device=device)
-    leaf = t.clone().requires_grad_()
-    torch.library.opcheck(ops.timestep_embedding.default, (leaf, 7, 1e4), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.timestep_embedding_jvp.default, (t, t[:2], 8, 1, 1e4), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.timestep_embedding_jvp.default, (leaf, t[:2], 8, 1, 1e4), test_utils=WITH_GRADIENT)
-    dy = torch.randn(3, 8, device=device)
-    torch.library.opcheck(ops.timestep_embedding_bwd.default, (t, dy, 1e4), test_utils=WITHOUT_GRADIENT)
 
 
 T = torch.rand(3)

@@ -1,0 +1,134 @@
+"""torch.library.opcheck of every registered operator: schema, fake tensors, autograd, and dynamic shapes in AOT."""
+
+import functools
+
+import pytest
+import torch
+from attention_inputs import make_inputs
+from dual_properties import WITH_GRADIENT, WITHOUT_GRADIENT
+
+from meanflow_kernels.adamw_ema.native import MISSING
+
+ops = torch.ops.meanflow_kernels
+F16, F32 = torch.float16, torch.float32
+
+
+def random(*sizes, device) -> list:
+    return [torch.randn(size, device=device) for size in sizes]
+
+
+def vectors(count: int, device) -> tuple:
+    """Chunks of a (B, 6 C) projection, as a DiT passes them."""
+    return torch.randn(2, 6 * 8, device=device).chunk(6, -1)[1 : 1 + count]
+
+
+def leaves(*primals) -> tuple:
+    return tuple(x.clone().requires_grad_() for x in primals)
+
+
+# of each operator's folder: its calls' arguments by name, those that opcheck may differentiate apart
+
+
+def adaln(device):
+    x, x_dot = random((2, 1, 8), (2, 1, 8), device=device)
+    primals, tangents = (x, *vectors(2, device)), (x_dot, *vectors(2, device))
+    some = (x_dot[1:], None, tangents[2][1:])
+    yield "adaln", WITHOUT_GRADIENT, (*primals, 1e-6, F16)
+    yield "adaln", WITHOUT_GRADIENT, (*leaves(*primals), 1e-6, F32)
+    yield "adaln_jvp", WITHOUT_GRADIENT, (*primals, *some, 1, 1, 1e-6, F32)
+    yield "adaln_jvp", WITH_GRADIENT, (*leaves(*primals), *tangents, 0, 2, 1e-6, F32)
+    yield "adaln_bwd", WITHOUT_GRADIENT, (x, primals[2], x, 1e-6)
+
+
+def gate_adaln(device):
+    primals, tangents = (
+        (*random((2, 1, 8), (2, 1, 8), device=device), *vectors(3, device)) for _ in range(2)
+    )  # fmt: skip
+    some = (tangents[0][1:], None, None, *[x[1:] for x in tangents[3:]])
+    x, y, gate, _, scale = primals
+    yield "gate_adaln", WITHOUT_GRADIENT, (*primals, 1e-6, F16)
+    yield "gate_adaln", WITHOUT_GRADIENT, (*leaves(*primals), 1e-6, F32)
+    yield "gate_adaln_jvp", WITHOUT_GRADIENT, (*primals, *some, 1, 1, 1e-6, F32)
+    yield "gate_adaln_jvp", WITH_GRADIENT, (*leaves(*primals), *tangents, 0, 2, 1e-6, F32)
+    for dx_out in (x, None):
+        yield "gate_adaln_bwd", WITHOUT_GRADIENT, (x, y, gate, scale, dx_out, y, 1e-6)
+
+
+def bias_gelu(device):
+    x, x_dot, bias = random((2, 3, 8), (1, 3, 8), (8,), device=device)
+    yield "bias_gelu", WITHOUT_GRADIENT, leaves(x, bias)
+    yield "bias_gelu_jvp", WITHOUT_GRADIENT, (x, bias, x_dot, 1)
+    yield "bias_gelu_jvp", WITH_GRADIENT, (*leaves(x, bias), x_dot, 1)
+    yield "bias_gelu_bwd", WITHOUT_GRADIENT, (x, bias, x)
+
+
+def silu(device):
+    (x,) = random((3, 8), device=device)
+    yield "silu", WITHOUT_GRADIENT, leaves(x)
+    yield "silu_jvp", WITHOUT_GRADIENT, (x, x[:2], 1)
+    yield "silu_jvp", WITH_GRADIENT, (*leaves(x), x[:2], 1)
+    yield "silu_bwd", WITHOUT_GRADIENT, (x, x)
+
+
+def timestep_embedding(device):
+    t, dy = random((3,), (3, 8), device=device)
+    yield "timestep_embedding", WITHOUT_GRADIENT, (*leaves(t), 7, 1e4)
+    yield "timestep_embedding_jvp", WITHOUT_GRADIENT, (t, t[:2], 8, 1, 1e4)
+    yield "timestep_embedding_jvp", WITH_GRADIENT, (*leaves(t), t[:2], 8, 1, 1e4)
+    yield "timestep_embedding_bwd", WITHOUT_GRADIENT, (t, dy, 1e4)
+
+
+def attention(device):
+    primals, tangents = make_inputs("iid", 2, 17, 33, 2, 24, F32, device)
+    some = tuple(x[1:] for x in tangents[:2])
+    o, lse = ops.attention(*primals, 0.3)
+    yield "attention", WITHOUT_GRADIENT, (*primals, 0.3)
+    yield "attention", WITH_GRADIENT, (*leaves(*primals), 0.3)
+    yield "attention_jvp", WITHOUT_GRADIENT, (*primals, *some, None, 0.3, 1)
+    yield "attention_jvp", WITH_GRADIENT, (*leaves(*primals), *tangents, 0.3, 0)
+    yield "attention_bwd", WITHOUT_GRADIENT, (o, *primals, o, lse, 0.3)
+
+
+def attention_qkv(device):
+    qkv, qkv_dot = (torch.stack(x, 2) for x in make_inputs("iid", 2, 17, 17, 2, 24, F32, device))
+    o, lse = ops.attention_qkv(qkv, 0.3)
+    yield "attention_qkv", WITHOUT_GRADIENT, (qkv, 0.3)
+    yield "attention_qkv", WITH_GRADIENT, (*leaves(qkv), 0.3)
+    yield "attention_qkv_jvp", WITHOUT_GRADIENT, (qkv, qkv_dot[1:], 0.3, 1)
+    yield "attention_qkv_jvp", WITH_GRADIENT, (*leaves(qkv), qkv_dot, 0.3, 0)
+    yield "attention_qkv_bwd", WITHOUT_GRADIENT, (o, qkv, o, lse, 0.3)
+
+
+def adamw_ema(device):
+    shapes = [(3, 5), (64,)]
+    p, g, m, v = ([torch.rand(s, device=device) for s in shapes] for _ in range(4))
+    emas, copies = [x.clone() for _ in range(2) for x in p], [x.bfloat16() for x in p]
+    steps, lr = [torch.tensor(3.0) for _ in p], torch.tensor(1e-3, dtype=torch.float64, device=device)
+    rest = (lr, torch.zeros((), device=device), 0.9, 0.95, 1e-8, 0.1, [0.9, 0.99])
+    yield "adamw_ema", WITHOUT_GRADIENT, (p, g, m, v, steps, emas, copies, *rest)
+
+
+FOLDERS = (adaln, gate_adaln, bias_gelu, silu, timestep_embedding, attention, attention_qkv, adamw_ema)
+REGISTERED = sorted(
+    name.removeprefix("meanflow_kernels::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("meanflow_kernels::")
+)
+
+
+@functools.cache
+def calls(folder, device) -> list:
+    return list(folder(device))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(kernel_route, device, name):
+    if name == "adamw_ema" and device in MISSING:
+        pytest.skip(f"no native library here: {MISSING[device]}")
+    # the longest prefix: attention_qkv_jvp is attention_qkv's
+    folder = max((f for f in FOLDERS if name.startswith(f.__name__)), key=lambda f: len(f.__name__), default=None)
+    assert folder, f"{name} has no call above"
+    found = [call for call in calls(folder, device) if call[0] == name]
+    assert found, f"{name} has no call above"
+    for _, tests, arguments in found:
+        torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=tests)
