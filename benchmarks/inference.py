@@ -47,10 +47,9 @@ from .workloads.decoders import DECODES, DTYPES, random_vae
 from .workloads.step_workload import initial_weights
 
 NETWORKS = ("eager", "compiled", "cuda-graph")
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
-"""||x - x_first|| / ||x_first||: rounding, through all layers and steps, far below any mistake's."""
-TF32_TOLERANCE = TOLERANCE["fp16"]
-"""Tolerance of fp32 on a GPU: its products round to TF32, which has fp16's digits."""
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2, "tf32": 1e-2}
+"""||x - x_first|| / ||x_first||: rounding, through all layers and steps, far below any mistake's. The products of fp32
+on a GPU round to TF32, which has fp16's digits."""
 REPEATS = {"cuda": 20, "cpu": 10}
 
 
@@ -218,8 +217,8 @@ def first_call(work: Workload, way: Way, references: dict[tuple, tuple[str, Tens
     else:
         against, wanted = references[way.group]
         difference = ((output - wanted).norm() / wanted.norm()).item()
-        tf32 = device == "cuda" and way.precision == "fp32"
-        if way.judged and not difference <= (TF32_TOLERANCE if tf32 else TOLERANCE[way.precision]):
+        rounding = "tf32" if (device, way.precision) == ("cuda", "fp32") else way.precision
+        if way.judged and not difference <= TOLERANCE[rounding]:
             raise SystemExit(
                 f"{way.scope} {way.variant}, {way.precision}: its output is {difference:.2e} off that of {against}, "
                 "nothing was timed"

@@ -1,9 +1,12 @@
 """benchmarks.inference: rows that agree with each other, outputs compared before anything is timed, reasons said."""
 
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import fresh
 import pytest
 import torch
 
@@ -102,6 +105,27 @@ def test_fp32_on_a_gpu_may_differ_by_the_rounding_of_tf32(monkeypatch, device, p
             inference.first_call(work, way, wanted)
     else:
         assert inference.first_call(work, way, wanted)["difference"] == pytest.approx(off, rel=1e-3)
+
+
+REHEARSED = """
+from types import SimpleNamespace
+import torch
+from benchmarks import inference
+inference.stamp, inference.working_memory = lambda device: 0.0, lambda call: 0
+work = SimpleNamespace(device="cuda", noise=torch.zeros(4))
+for precision in ("fp32", "bf16"):
+    for found in (2.0, float("nan")):
+        way = inference.Way("network", "compiled", precision, 1, (lambda noise: torch.full((4,), found),))
+        print(inference.first_call(work, way, {way.group: ("eager, fp32", torch.ones(4))})["difference"])
+"""
+
+
+def test_a_rehearsal_on_a_gpus_stand_in_asks_for_no_agreement():
+    # there kernels compute nothing, and any two outputs differ
+    env = fresh.environment()
+    env["PYTHONPATH"] = os.pathsep.join([str(fresh.ROOT / "tests" / "standin" / "site"), env["PYTHONPATH"]])
+    done = subprocess.run([sys.executable, "-c", REHEARSED], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["1.0", "nan", "1.0", "nan"], done.stderr
 
 
 def test_a_way_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):

@@ -1,6 +1,6 @@
 """Run a command on a GPU's stand-in: ``python tests/standin/run.py COMMAND ...`` or ``... run.py -m MODULE ...``.
 
-python tests/standin/run.py scripts/train.py digits --out /tmp/run --train.device cuda --train.cuda-graph
+python tests/standin/run.py -m benchmarks.step --model S/8 --batch 16 --compare ours-captured --repeats 3
 python tests/standin/run.py -m pytest -m gpu tests/meanflow/training/test_step.py
 STANDIN_DEVICES=2 python tests/standin/run.py -m torch.distributed.run --nproc-per-node 2 scripts/train.py ...
 

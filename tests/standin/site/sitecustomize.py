@@ -50,8 +50,8 @@ class Anything:
 
 def results_unchecked(module) -> None:
     # kernels that compute nothing leave what memory held
-    for name in {"GRADIENT_TOLERANCE", "TOLERANCE", "BOUNDS"} & vars(module).keys():
-        setattr(module, name, dict.fromkeys(getattr(module, name), Anything()))
+    (name,) = {"GRADIENT_TOLERANCE", "TOLERANCE", "BOUNDS"} & vars(module).keys()
+    setattr(module, name, dict.fromkeys(getattr(module, name), Anything()))
 
 
 TOLD = {
