@@ -30,7 +30,7 @@ from .harness import arbiter
 from .harness.arguments import BadInput, finite
 from .harness.clock import FLUSH, ColdCache, host_ms, quantiles, timed_ms, wall_ms
 from .harness.environment import clocks, environment, merge
-from .harness.operator_timer import relative_error
+from .harness.errors import FLOOR, relative_error
 from .pages.tuned_configs import line, summary
 from .tuning.ahead import Ahead
 from .tuning.subjects import Subject, subjects
@@ -40,8 +40,6 @@ ROUNDS, FEWEST = {"cuda": 40, "cpu": 1}, 5
 """Turns of the configs of a kernel, and those that are taken however long they last."""
 SHARE = 0.1
 """Largest share of --seconds that the turns of one kernel may take."""
-FLOOR = {torch.bfloat16: 8e-4, torch.float16: 1e-4, torch.float32: 1e-6}
-"""The tests' (tests/kernels/tolerances.py)."""
 
 
 LOST = ("illegal", "misaligned", "launch failure", "assert triggered")

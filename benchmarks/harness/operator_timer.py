@@ -13,6 +13,7 @@ from meanflow_kernels.counts import Work
 from . import clock
 from .arbiter import alone
 from .environment import clocks, merge
+from .errors import relative_error
 from .table import table
 
 
@@ -119,12 +120,6 @@ def _cells(row: dict) -> list[object]:
 # others, whose intermediate results may be rounded too; the tests hold the kernels to more, this keeps a wrong one off
 # the clock
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
-
-
-def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of ``exact``; infinite where ``x`` is not finite."""
-    error = ((x.double() - exact).norm() / exact.norm()).item()
-    return error if error == error else float("inf")
 
 
 def check(results: dict[str, tuple], dtype: torch.dtype, *, strict: bool) -> dict[str, float]:

@@ -117,15 +117,6 @@ def test_a_wrong_result_is_not_timed(trial):
         bar.share((torch.tensor([1.0, 2.0, float("nan")]),))
 
 
-def test_floors_are_those_of_the_kernel_tests():
-    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
-    try:
-        import tolerances
-    finally:
-        sys.path.pop(0)
-    assert tune.FLOOR.items() <= tolerances.FLOOR.items()
-
-
 def _row(table: str, shape: str, entry: str, *gain: float) -> dict:
     gains = dict(zip(("20", "50", "80"), gain, strict=True)) if gain else None
     return {"op": "f", "table": table, "shape": shape, "entry": entry, "shipped": entry == "old", "gain": gains}

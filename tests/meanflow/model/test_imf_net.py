@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.harness.errors import relative_error
 from meanflow.model import imf
 from meanflow.model.imf import ImfDiT
 
@@ -30,10 +31,6 @@ def inputs(dtype=F64, batch=BATCH):
     r, t, a, b = torch.rand(4, batch, generator=g, dtype=dtype)
     omega = 1 + 7 * torch.rand(batch, generator=g, dtype=dtype)
     return (z, torch.minimum(r, t), torch.maximum(r, t), torch.arange(batch) % 4, omega, a / 2, 0.5 + b / 2), v
-
-
-def relative_error(x, exact):
-    return ((x.double() - exact.double()).abs().max() / exact.abs().max()).item()
 
 
 def gradients(net, outputs):
