@@ -40,6 +40,7 @@ from .harness import arbiter
 from .harness.arguments import BadInput, available, finite, positive
 from .harness.clock import quantiles, stamp
 from .harness.environment import clocks, merge
+from .harness.errors import TOLERANCE
 from .harness.rows import append
 from .harness.table import table
 from .harness.turns import Reason, attempt, turns
@@ -47,9 +48,6 @@ from .workloads.decoders import DECODES, DTYPES, random_vae
 from .workloads.step_workload import initial_weights
 
 NETWORKS = ("eager", "compiled", "cuda-graph")
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2, "tf32": 1e-2}
-"""||x - x_first|| / ||x_first||: rounding, through all layers and steps, far below any mistake's. The products of fp32
-on a GPU round to TF32, which has fp16's digits."""
 REPEATS = {"cuda": 20, "cpu": 10}
 
 

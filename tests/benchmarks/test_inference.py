@@ -108,15 +108,17 @@ def test_fp32_on_a_gpu_may_differ_by_the_rounding_of_tf32(monkeypatch, device, p
 
 
 REHEARSED = """
+import runpy
 from types import SimpleNamespace
 import torch
-from benchmarks import inference
-inference.stamp, inference.working_memory = lambda device: 0.0, lambda call: 0
+# as python -m does it
+inference = runpy.run_module("benchmarks.inference", run_name="rehearsed")
+inference |= {"stamp": lambda device: 0.0, "working_memory": lambda call: 0}
 work = SimpleNamespace(device="cuda", noise=torch.zeros(4))
 for precision in ("fp32", "bf16"):
     for found in (2.0, float("nan")):
-        way = inference.Way("network", "compiled", precision, 1, (lambda noise: torch.full((4,), found),))
-        print(inference.first_call(work, way, {way.group: ("eager, fp32", torch.ones(4))})["difference"])
+        way = inference["Way"]("network", "compiled", precision, 1, (lambda noise: torch.full((4,), found),))
+        print(inference["first_call"](work, way, {way.group: ("eager, fp32", torch.ones(4))})["difference"])
 """
 
 
