@@ -9,9 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from meanflow_kernels import attention, attention_jvp
-from meanflow_kernels.attention import Backend, force_backend
+from meanflow_kernels.attention import Backend, config, force_backend
 from meanflow_kernels.attention.backends import serves
 from meanflow_kernels.counts import attention_bwd_flops, attention_flops, attention_tangent_flops
+from meanflow_kernels.launch import arch_of
+from meanflow_kernels.routing import overriding
 
 from .workloads import plain
 from .workloads.operator_variants import VARIANTS, Case, backward_of, measure
@@ -87,6 +89,26 @@ BACKENDS = {
 }
 """The backends that the tables of attention/config.py choose from."""
 
+
+def _ours_from(rows: config.Rows, case: Case) -> Callable:
+    q = case.primals[0]
+    if arch_of(q.device) != 90 or not config.serves(config.PERSISTENT, q.dtype, q.shape[-1], every=True):
+        pytest.skip("the persistent kernel is of sm_90; without it ours is Triton's")
+
+    def run():
+        with overriding(config, DUAL_90=rows):
+            return case.op_jvp(case.primals, case.tangents)
+
+    return run
+
+
+_TRITON = tuple(row for row in config.DUAL_90 if isinstance(row[2], config.AttentionConfig))
+DUALS = {
+    "ours by Triton, dual": ("dual", functools.partial(_ours_from, _TRITON)),
+    "ours persistent, dual": ("dual", functools.partial(_ours_from, ((72, 0, config.PERSISTENT), *_TRITON))),
+}
+"""The kernels that the table of the dual forward on sm_90 chooses from."""
+
 PEERS = {
     "sdpa math, func.jvp": ("dual", _sdpa_func_jvp),
     "jvp_flash_attention": ("dual", _jvp_flash_attention),
@@ -100,6 +122,9 @@ PEERS = {
 }
 
 
+ALL = VARIANTS | BACKENDS | DUALS | PEERS
+
+
 def _flops(shape: Shape) -> dict[str, int]:
     sizes = (shape.heads, shape.tokens, shape.tokens, shape.head_dim)
     primal = attention_flops(shape.batch, *sizes)
@@ -111,7 +136,7 @@ def _flops(shape: Shape) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS | BACKENDS | PEERS)
+@pytest.mark.parametrize("variant", ALL)
 @pytest.mark.parametrize("regime", ATTENTION)
 def test_attention(benchmark, timer, device, regime, variant):
     shape = size_for(device, ATTENTION[regime])
@@ -120,4 +145,4 @@ def test_attention(benchmark, timer, device, regime, variant):
     packed, packed_dot = torch.randn(size, device=device, dtype=torch.bfloat16)
     case = Case(attention, attention_jvp, plain.attention, packed.unbind(2), packed_dot.unbind(2), flops=_flops(shape))
     name = naming("attention", regime, shape, packed.dtype, variant)
-    measure(timer, benchmark, case, name, *(VARIANTS | BACKENDS | PEERS)[variant])
+    measure(timer, benchmark, case, name, *ALL[variant])

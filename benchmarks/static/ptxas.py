@@ -73,8 +73,10 @@ def inspect(case, arch: int) -> dict:
         "spill_bytes": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
         "shared_bytes": shared,
         "shared_limit_bytes": LIMITS[arch].shared_per_block,
-        "occupancy": occupancy(arch, registers=registers, shared_bytes=shared, warps=case.num_warps),
-        "dots": len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
+        # of all groups of warps
+        "occupancy": occupancy(arch, registers=registers, shared_bytes=shared, warps=kernel.metadata.num_warps),
+        # Gluon begins with wgmma's own
+        "dots": len(re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot)\b", kernel.asm.get("ttir", kernel.asm["ttgir"]))),
         "wgmma": wgmma,
         "mma": count(ptx, "mma.sync"),
         "tcgen05": count(ptx, "tcgen05.mma"),

@@ -24,7 +24,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def _loops(sass: str) -> list[list[tuple[str, str]]]:
-    """(opcode, operands) of every stretch of code that a branch closes to a loop."""
+    """(opcode, operands) of every stretch of code with wgmma that a branch closes to a loop, if it holds no other."""
     instructions, labels, found = [], {}, []
     for line in sass.splitlines():
         if match := _LABEL.match(line):
@@ -34,21 +34,27 @@ def _loops(sass: str) -> list[list[tuple[str, str]]]:
             target = _TARGET.search(match[2])
             start = labels.get(target[1]) if target and match[1].startswith("BRA") else None
             # a branch to itself is the end of a kernel
-            if start is not None and start < len(instructions) - 1:
-                found.append(instructions[start:])
-    return found
+            if start is None or start >= len(instructions) - 1:
+                continue
+            loop = instructions[start:]
+            # the inner ones end first
+            inner = any(start <= first for first, _ in found)
+            if not inner and any(op.startswith("HGMMA") for op, _ in loop):
+                found.append((start, loop))
+    return [loop for _, loop in found]
 
 
 def wgmma_loop(sass: str) -> dict[str, int]:
-    """Counts of the longest loop with wgmma; empty if there is none.
+    """Counts of the innermost loop with the most wgmma; empty if there is none.
 
     ``loop_conversions`` counts conversions of single values, at a quarter of the rate of packed ones;
     ``loop_copies_in_flight`` counts the groups of cp.async that the loop's wait leaves in flight.
     """
-    loops = [loop for loop in _loops(sass) if any(op.startswith("HGMMA") for op, _ in loop)]
+    loops = _loops(sass)
     if not loops:
         return {}
-    loop = max(loops, key=len)
+    # a wait that is moved behind the loop branches back into its middle: a longer way with as many
+    loop = max(loops, key=lambda loop: (sum(op.startswith("HGMMA") for op, _ in loop), -len(loop)))
     groups = [_GROUPS.search(operands) for op, operands in loop if op.startswith("DEPBAR")]
     return {
         "loop_instructions": len(loop),

@@ -95,6 +95,7 @@ class CompileCase:
         "num_stages": ...})``, in a process without TRITON_INTERPRET.
         """
         from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
 
         signature, constants, attrs = {}, {}, {}
         for i, param in enumerate(self.launch.kernel.params):
@@ -110,7 +111,8 @@ class CompileCase:
                 isinstance(value, int) and not param.do_not_specialize and value % 16 == 0
             ):
                 attrs[(i,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.launch.kernel, signature, constants, attrs)
+        source = GluonASTSource if self.launch.kernel.is_gluon() else ASTSource
+        return source(self.launch.kernel, signature, constants, attrs)
 
 
 def _argument_type(value: Tensor | int | float | None, plain: bool) -> str:

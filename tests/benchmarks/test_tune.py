@@ -56,7 +56,7 @@ def test_candidates_launch_different_things():
 
 
 def test_entries_are_python():
-    names = {name: getattr(config, name) for name in ("AttentionConfig", "Backend")}
+    names = {name: getattr(config, name) for name in ("AttentionConfig", "PersistentConfig", "Backend")}
     names |= {"RowConfig": RowConfig, "StripConfig": StripConfig, "TileConfig": TileConfig}
     for subject in subjects(90, "cuda"):
         for value in subject.same:

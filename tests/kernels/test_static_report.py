@@ -142,6 +142,9 @@ def test_the_loop_with_wgmma_is_counted():
         "loop_copies_in_flight": 4,
     }
     assert wgmma_loop(SASS.replace("HGMMA", "HMMA")) == {}
+    # not the loop around it
+    around = SASS.replace("\n", "\n.L_x_9:\n", 1).replace("EXIT ;", "BRA `(.L_x_9) ;")
+    assert wgmma_loop(around) == counts
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,17 @@ def test_report_covers_every_kernel(shipped):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_report_covers_every_head_dim(arch):
     assert {case.width for _, _, case in cases(["attention"], [arch], full=False)} >= HEAD_DIMS
+
+
+def test_persistent_kernel_overlaps_its_products(shipped):
+    rows = {(x["head_dim"], x["config"]): x for x in shipped if x["config"].startswith("persistent")}
+    assert rows.keys() == {(d, f"persistent s3{end}") for d in (64, 72) for end in ("", " ragged")}
+    for (head_dim, _), row in rows.items():
+        # no product waits for another but where it needs its result
+        assert not row["wgmma_serialized"] and row["loop_wgmma_waits"] == 3
+        assert row["loop_wgmma"] == {64: 24, 72: 39}[head_dim] and row["loop_conversions"] == 0
+        # twelve warps of the 64 that a multiprocessor has room for
+        assert row["occupancy"] == 12 / 64 and row["narrowest_global_load_bytes"] == 16
 
 
 # at head dim 72 these take 8 bytes a thread of the 16-wide column tile, and were the fastest on an H200 all the same

@@ -2,12 +2,15 @@
 
 Those of sm_90 compile without spills for Triton 3.6 and 3.7 and serialise no wgmma. What is believed of them: three
 stages keep a tile in flight where two keep none, 128 rows a program halve the traffic of k and v through L2, explicit
-sums spare the column of ones its way through registers, and two programs an SM hide each other's waits.
+sums spare the column of ones its way through registers, and two programs an SM hide each other's waits. The persistent
+kernel does without any wait but its barriers'.
 """
 
 from itertools import product
 
-from .config import AttentionConfig
+import torch
+
+from .config import PERSISTENT, AttentionConfig, PersistentConfig, serves
 
 
 def _tiles(block_m: int, block_n: int, num_warps: int, num_stages: int, *words: str) -> AttentionConfig:
@@ -79,9 +82,11 @@ _PLAIN_90 = {
 _COMMON = tuple(_tiles(m, n, 4, s) for m, n, s in product((32, 64), (32, 64), (2, 3)))
 
 
-def dual_candidates(arch: int, head_dim: int) -> tuple[AttentionConfig, ...]:
-    """For the forward with a tangent."""
-    return _DUAL_90.get(head_dim, ()) if arch == 90 else _COMMON
+def dual_candidates(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[AttentionConfig | PersistentConfig, ...]:
+    """For the forward with tangents of q, k and v."""
+    persistent = (PERSISTENT, PersistentConfig(2))
+    found = (*persistent, *_DUAL_90.get(head_dim, ())) if arch == 90 else _COMMON
+    return tuple(config for config in found if serves(config, dtype, head_dim, every=True))
 
 
 def plain_candidates(arch: int, head_dim: int) -> tuple[AttentionConfig, ...]:

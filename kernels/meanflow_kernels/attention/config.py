@@ -1,4 +1,4 @@
-"""Choices of attention, as data: which implementation serves a call, and the launch configs of the Triton kernels.
+"""Choices of attention, as data: which implementation serves a call, and the launch configs of our kernels.
 
 Where a comment gives milliseconds or a gain, ``benchmarks.tune`` measured it on an H200 (benchmarks/results/h200). The
 other reasons are static: registers a thread, spills and shared memory from cross-compilation, which the static report
@@ -6,6 +6,8 @@ prints for every config. A row's length is that of q.
 """
 
 import enum
+import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +81,41 @@ class AttentionConfig:
         return " ".join(words + ["summed"] * (not self.ones))
 
 
-# wgmma needs 64 rows a warp group; wide heads stay within two programs an SM
-_DUAL_90: Rows = (
+@dataclass(frozen=True)
+class PersistentConfig:
+    """The persistent kernel (persistent_kernel.py) of the dual forward on sm_90."""
+
+    num_stages: int
+    """tiles of k, k_dot, v and v_dot in flight, 64 rows each"""
+
+    def __str__(self):
+        return f"persistent s{self.num_stages}"
+
+
+PERSISTENT = PersistentConfig(3)
+
+
+def serves(config: AttentionConfig | PersistentConfig, dtype: torch.dtype, head_dim: int, *, every: bool) -> bool:
+    """Whether a config of the dual forward takes a dtype, a head dim and, ``every``, tangents of all of q, k and v."""
+    if isinstance(config, AttentionConfig):
+        return True
+    return dtype == torch.bfloat16 and head_dim in (64, 72) and every and _has_gluon()
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        triton = importlib.import_module("triton")
+        importlib.import_module(".persistent_kernel", __package__)
+    except Exception:  # Gluon is experimental: another Triton may have it otherwise, or not at all
+        return False
+    # Gluon has no interpreter
+    return not triton.knobs.runtime.interpret
+
+
+# the first row counts that holds a call and whose config serves it. wgmma needs 64 rows a warp group; wide heads stay
+# within two programs an SM
+DUAL_90: Rows = (
     # 1.05 to 1.35 times as fast as 64x64 w4 s2 (L/2, S/2): no conversion of single values, copies of a step ahead
     (64, 128, AttentionConfig(128, 32, 8, 3, packed=True)),
     # 1.10 (B/4, N 64)
@@ -162,10 +197,12 @@ _BWD_DKDV_FP32: Rows = (
 )
 
 
-def dual_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig:
-    """The config of the forward with a tangent of ``length`` queries."""
-    rows = _DUAL_FP32 if dtype == torch.float32 else _DUAL_90 if arch == 90 else _DUAL_100 if arch >= 100 else _DUAL
-    return _pick(rows, head_dim, length)
+def dual_config(
+    arch: int, dtype: torch.dtype, head_dim: int, length: int, *, every: bool = True
+) -> AttentionConfig | PersistentConfig:
+    """The config of the forward with a tangent of ``length`` queries; ``every``: of all of q, k and v."""
+    rows = _DUAL_FP32 if dtype == torch.float32 else DUAL_90 if arch == 90 else _DUAL_100 if arch >= 100 else _DUAL
+    return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=every)), head_dim, length)
 
 
 def plain_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig:

@@ -97,7 +97,7 @@ def place(L, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr, PACKED: tl.constexpr):
+def rounded(x, dtype: tl.constexpr, PACKED: tl.constexpr):
     # fp32 values of x rounded to dtype. ptxas converts value by value what is read both rounded and as fp32, on a pipe
     # of a quarter of the rate; PACKED converts by pairs (the interpreter has no inline PTX)
     if not PACKED or _INTERPRETED or dtype == tl.float32:
@@ -123,11 +123,11 @@ def _rounded(x, dtype: tl.constexpr, PACKED: tl.constexpr):
         )
 
 
-_STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "q_dot", "k_dot", "v_dot") for dim in "bh"]
+STRIDES = [f"stride_{x}_{dim}" for x in ("q", "k", "v", "q_dot", "k_dot", "v_dot") for dim in "bh"]
 
 
 # no integer is specialised: one binary serves every batch size, head count and length of a config
-@triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
+@triton.jit(do_not_specialize=[*STRIDES, "H", "M", "N"])
 def attention_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H, D)
@@ -253,7 +253,7 @@ def attention_kernel(
         if HAS_S_DOT:
             # the row sum is of the rounded products that the matrix product sees: a shift of v cancels
             # [BLOCK_M, BLOCK_N]
-            ps_dot = _rounded(p * s_dot if APART else p * (s_dot * scale), v[0].dtype, PACKED)
+            ps_dot = rounded(p * s_dot if APART else p * (s_dot * scale), v[0].dtype, PACKED)
             if not ONES:
                 l_dot_i = l_dot_i * alpha + tl.sum(ps_dot, 1)
             ps_dot = ps_dot.to(v[0].dtype)

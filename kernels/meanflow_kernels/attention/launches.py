@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..launch import Launch, strides
-from ..tiling import ceil_div, next_power_of_two
-from .config import AttentionConfig
+from ..tiling import ceil_div, multiprocessors, next_power_of_two
+from .config import AttentionConfig, PersistentConfig
 
 _SIXTEEN_BYTES = 16
 
@@ -83,20 +83,34 @@ def forward_launch(
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
     outputs: tuple[Tensor, Tensor | None, Tensor],
     scale: float,
-    config: AttentionConfig,
+    config: AttentionConfig | PersistentConfig,
 ) -> Launch:
     """The forward of :func:`aligned` primals and tangents into (o, o_dot, lse); plain where all tangents are None."""
-    from .kernel import attention_kernel
-
     (q, k, v), (q_dot, k_dot, v_dot), (o, o_dot, lse) = primals, tangents, outputs
     args, constants = _layout({"q": q, "k": k, "v": v, "q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot})
     batch, m, heads, _ = q.shape
     args |= {"o_ptr": o, "o_dot_ptr": o_dot, "lse_ptr": lse, "scale": scale, "H": heads, "M": m, "N": k.shape[1]}
+    if isinstance(config, PersistentConfig):
+        return _persistent_launch(q, args, constants, config)
+    from .kernel import attention_kernel
+
     constants |= {"HAS_Q_DOT": q_dot is not None, "HAS_K_DOT": k_dot is not None, "HAS_V_DOT": v_dot is not None}
     constants |= _shape_constants(q, k, config)
     constants |= {"USE_ONES": config.ones, "PACKED": config.packed, "SEPARATE": config.separate}
     grid = (ceil_div(m, config.block_m) * batch * heads,)
     return Launch(attention_kernel, grid, args, constants, config.num_warps, config.num_stages)
+
+
+def _persistent_launch(q: Tensor, args: dict, constants: dict, config: PersistentConfig) -> Launch:
+    from .persistent_kernel import READERS, ROWS, attention_persistent_kernel
+
+    (batch, m, heads, head_dim), rows = q.shape, READERS.value * ROWS.value
+    items = ceil_div(m, rows) * batch * heads
+    constants |= {"D": head_dim, "STAGES": config.num_stages}
+    constants |= {"EVEN_M": m % rows == 0, "EVEN_N": args["N"] % ROWS.value == 0}
+    grid = (min(items, multiprocessors(q.device)),)
+    # four warps a group; Triton adds the other groups' to the first's
+    return Launch(attention_persistent_kernel, grid, args | {"items": items}, constants, 4, config.num_stages)
 
 
 def backward_launches(

@@ -16,7 +16,7 @@ from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gra
 from ..launch import CompileCase, arch_of
 from ..routing import runs_kernel
 from .backends import attention_backward, attention_forward, empty_outputs
-from .config import BESIDE, FORWARD, backward_configs, dual_config, plain_config
+from .config import BESIDE, FORWARD, PERSISTENT, backward_configs, dual_config, plain_config, serves
 from .launches import aligned, backward_launches, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
@@ -77,7 +77,8 @@ def _launch_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: i
     check_interpreted("q", q)
     o, o_dot, lse = _empty_dual(q, tangents)
     n = o_dot.shape[0]
-    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
+    every = all(x is not None for x in tangents)
+    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1], every=every)
     rows = slice(tangent_start, tangent_start + n)
     forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
     for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
@@ -216,7 +217,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
 
 
 def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
-    """The dual and plain forward and both backward kernels of one head dim."""
+    """The dual forwards, the plain one and both backward kernels of one head dim."""
     qkv = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta")
     q, k, v = qkv.unbind(2)
     o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
@@ -224,11 +225,17 @@ def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -
     def case(op, config, launch):
         return CompileCase(op, f"{config}{' ragged' if length % 2 else ''}", dtype, head_dim, launch)
 
-    dual, plain = dual_config(arch, dtype, head_dim, length), plain_config(arch, dtype, head_dim, length)
+    plain = plain_config(arch, dtype, head_dim, length)
+    duals = [dual_config(arch, dtype, head_dim, length, every=every) for every in (True, False)]
+    # no table has it yet
+    duals += [PERSISTENT] if arch == 90 and serves(PERSISTENT, dtype, head_dim, every=True) else []
     configs = backward_configs(arch, dtype, head_dim, length)
     dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, torch.empty_like(qkv).unbind(2), 1.0, configs)
     return [
-        case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)),
+        *(
+            case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual))
+            for dual in dict.fromkeys(duals)
+        ),
         case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
         case("attention_bwd_dq", configs[0], dq),
         case("attention_bwd_dkdv", configs[1], dkdv),
