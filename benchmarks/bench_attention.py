@@ -90,24 +90,27 @@ BACKENDS = {
 """The backends that the tables of attention/config.py choose from."""
 
 
-def _ours_from(rows: config.Rows, case: Case) -> Callable:
+def _ours_from(call: str, table: str, rows: config.Rows, case: Case) -> Callable:
     q = case.primals[0]
     if arch_of(q.device) != 90 or not config.serves(config.PERSISTENT, q.dtype, q.shape[-1], every=True):
-        pytest.skip("the persistent kernel is of sm_90; without it ours is Triton's")
+        pytest.skip("the persistent kernel is of sm_90; without it ours is the one in tiles")
+    build = VARIANTS["ours" if call == "dual" else "ours, primal"][1](case)
 
     def run():
-        with overriding(config, DUAL_90=rows):
-            return case.op_jvp(case.primals, case.tangents)
+        with overriding(config, **{table: rows}), force_backend(forward=Backend.TRITON):
+            return build()
 
     return run
 
 
-_TRITON = tuple(row for row in config.DUAL_90 if isinstance(row[2], config.AttentionConfig))
-DUALS = {
-    "ours by Triton, dual": ("dual", functools.partial(_ours_from, _TRITON)),
-    "ours persistent, dual": ("dual", functools.partial(_ours_from, ((72, 0, config.PERSISTENT), *_TRITON))),
-}
-"""The kernels that the table of the dual forward on sm_90 chooses from."""
+def _kernels(call: str, table: str) -> dict[str, tuple[str, Callable]]:
+    tiles = tuple(row for row in getattr(config, table) if isinstance(row[2], config.AttentionConfig))
+    rows = {"in tiles": tiles, "persistent": ((72, 0, config.PERSISTENT), *tiles)}
+    return {f"ours {kind}, {call}": (call, functools.partial(_ours_from, call, table, x)) for kind, x in rows.items()}
+
+
+KERNELS = _kernels("dual", "DUAL_90") | _kernels("primal", "PLAIN_90")
+"""Our kernels that the tables of sm_90 choose from."""
 
 PEERS = {
     "sdpa math, func.jvp": ("dual", _sdpa_func_jvp),
@@ -122,7 +125,7 @@ PEERS = {
 }
 
 
-ALL = VARIANTS | BACKENDS | DUALS | PEERS
+ALL = VARIANTS | BACKENDS | KERNELS | PEERS
 
 
 def _flops(shape: Shape) -> dict[str, int]:

@@ -73,7 +73,8 @@ def inspect(case, arch: int) -> dict:
         "spill_bytes": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
         "shared_bytes": shared,
         "shared_limit_bytes": LIMITS[arch].shared_per_block,
-        # of all groups of warps
+        # of all groups, where they are specialised
+        "num_warps": kernel.metadata.num_warps,
         "occupancy": occupancy(arch, registers=registers, shared_bytes=shared, warps=kernel.metadata.num_warps),
         # Gluon begins with wgmma's own
         "dots": len(re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot)\b", kernel.asm.get("ttir", kernel.asm["ttgir"]))),

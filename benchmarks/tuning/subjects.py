@@ -124,7 +124,8 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
     beside = functools.partial(forward, beside=True)
     both = functools.partial(trials.attention, shipped=dual, dual=True)
     backward = functools.partial(trials.attention_bwd, shipped=triton)
-    duals, singles = attention_candidates.dual_candidates(arch, half, d), attention_candidates.plain_candidates(arch, d)
+    duals = attention_candidates.dual_candidates(arch, half, d)
+    singles = attention_candidates.plain_candidates(arch, half, d)
     pairs = attention_candidates.backward_candidates(arch)
 
     def library(table):

@@ -1,5 +1,6 @@
 """The persistent kernel of sm_90 against fp64, and which calls go to it. Gluon has no interpreter: it runs on a GPU."""
 
+import contextlib
 import importlib
 import sys
 
@@ -9,8 +10,8 @@ from attention_inputs import HARD, exact_jvp, make_inputs, plain_attention
 from tolerances import assert_error, relative_error
 
 from meanflow_kernels import attention_jvp
-from meanflow_kernels.attention import config
-from meanflow_kernels.attention.config import PERSISTENT, AttentionConfig, PersistentConfig, dual_config
+from meanflow_kernels.attention import Backend, config, force_backend
+from meanflow_kernels.attention.config import PERSISTENT, AttentionConfig, PersistentConfig, dual_config, plain_config
 from meanflow_kernels.attention.launches import forward_launch
 from meanflow_kernels.launch import arch_of
 from meanflow_kernels.routing import overriding
@@ -19,10 +20,18 @@ BF16 = torch.bfloat16
 ops = torch.ops.meanflow_kernels
 
 
+@contextlib.contextmanager
+def forced(choice):
+    """Every call that ``choice`` serves goes to it."""
+    tables = {name: ((72, 0, choice), *getattr(config, name)) for name in ("DUAL_90", "PLAIN_90")}
+    with overriding(config, **tables), force_backend(forward=Backend.TRITON):
+        yield
+
+
 @pytest.fixture
 def persistent():
     """Every call that the persistent kernel serves goes to it."""
-    with overriding(config, DUAL_90=((72, 0, PERSISTENT), *config.DUAL_90)):
+    with forced(PERSISTENT):
         yield
 
 
@@ -32,7 +41,8 @@ def hopper(persistent, poisoned_empty):
     arch = arch_of(torch.device("cuda"))
     if arch != 90:
         pytest.skip(f"the persistent kernel is of sm_90, this is sm_{arch}")
-    assert dual_config(arch, BF16, 64, 1) == dual_config(arch, BF16, 72, 1) == PERSISTENT
+    for choose in (dual_config, plain_config):
+        assert choose(arch, BF16, 64, 1) == choose(arch, BF16, 72, 1) == PERSISTENT
 
 
 #           why                                  B   M     N    H
@@ -54,13 +64,16 @@ REGIMES = {
 def _check(primals, tangents):
     q, k = (x.double() for x in primals[:2])
     o, o_dot, lse = ops.attention_jvp(*primals, *tangents, q.shape[-1] ** -0.5, 0)
+    o_alone, lse_alone = ops.attention(*primals, q.shape[-1] ** -0.5)
     exact, plain = exact_jvp(primals, tangents), torch.func.jvp(plain_attention, primals, tangents)
     assert o.is_contiguous() and o_dot.is_contiguous()
     assert_error(o, exact[0], plain[0], "o")
     assert_error(o_dot, exact[1], plain[1], "o_dot")
+    assert_error(o_alone, exact[0], plain[0], "o of the plain op")
     # the scores are of products that are exact in fp32, and their sum is in fp32
     s = torch.einsum("bmhd,bnhd->bhmn", q, k) * q.shape[-1] ** -0.5
-    assert lse.dtype == torch.float32 and (lse.double() - s.logsumexp(-1)).abs().max() < 1e-4
+    for x in (lse, lse_alone):
+        assert x.dtype == torch.float32 and (x.double() - s.logsumexp(-1)).abs().max() < 1e-4
 
 
 @pytest.mark.gpu
@@ -87,7 +100,7 @@ def test_every_input_is_read_by_its_own_strides(head_dim, stages, hopper):
     whole = torch.randn(b, length, h, head_dim, device="cuda", dtype=BF16)
     padded = torch.randn(b, length, h, head_dim + 8, device="cuda", dtype=BF16)[..., :head_dim]
     primals, tangents = (packed[:, :, 1], heads_first, whole), (padded, packed[:, :, 0], heads_first.flip(0))
-    with overriding(config, DUAL_90=((72, 0, PersistentConfig(stages)), *config.DUAL_90)):
+    with forced(PersistentConfig(stages)):
         _check(primals, tangents)
 
 
@@ -98,6 +111,7 @@ def test_a_slice_of_the_batch_carries_the_tangent(head_dim, hopper):
     o, o_dot = attention_jvp(primals, tuple(x[2:3] for x in tangents), tangent_start=2)
     whole, whole_dot = attention_jvp(primals, tangents)
     assert torch.equal(o[2:3], whole[2:3]) and torch.equal(o_dot, whole_dot[2:3])
+    # the other samples by the plain form: the same sums, in another order at most
     assert relative_error(o, whole) < 4e-3
 
 
@@ -132,12 +146,14 @@ def test_captured_and_compiled_it_gives_the_same(head_dim, hopper):
 
 def test_what_it_does_not_serve_goes_to_triton(persistent, monkeypatch):
     monkeypatch.setattr(config, "_has_gluon", lambda: True)
-    assert dual_config(90, BF16, 64, 256) == dual_config(90, BF16, 72, 17) == PERSISTENT
-    for call in (80, BF16, 64), (100, BF16, 64), (90, torch.float16, 64), (90, torch.float32, 72), (90, BF16, 56):
-        assert isinstance(dual_config(*call, 256), AttentionConfig), call
+    for choose in (dual_config, plain_config):
+        assert choose(90, BF16, 64, 256) == choose(90, BF16, 72, 17) == PERSISTENT
+        for call in (80, BF16, 64), (100, BF16, 64), (90, torch.float16, 64), (90, torch.float32, 72), (90, BF16, 56):
+            assert isinstance(choose(*call, 256), AttentionConfig), call
     assert isinstance(dual_config(90, BF16, 64, 256, every=False), AttentionConfig)
     monkeypatch.setattr(config, "_has_gluon", lambda: False)
-    assert isinstance(dual_config(90, BF16, 64, 256), AttentionConfig)
+    for choose in (dual_config, plain_config):
+        assert isinstance(choose(90, BF16, 64, 256), AttentionConfig)
 
 
 def test_a_triton_without_this_gluon_is_no_error(monkeypatch):

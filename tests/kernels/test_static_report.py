@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import fresh
@@ -211,12 +212,17 @@ def test_report_covers_every_head_dim(arch):
 
 
 def test_persistent_kernel_overlaps_its_products(shipped):
-    rows = {(x["head_dim"], x["config"]): x for x in shipped if x["config"].startswith("persistent")}
-    assert rows.keys() == {(d, f"persistent s3{end}") for d in (64, 72) for end in ("", " ragged")}
-    for (head_dim, _), row in rows.items():
+    rows = {
+        (x["op"], x["head_dim"], x["config"].endswith("ragged")): x
+        for x in shipped
+        if x["config"].startswith("persistent")
+    }
+    assert rows.keys() == set(product(("attention_jvp", "attention"), (64, 72), (False, True)))
+    products = {("attention_jvp", 64): 24, ("attention_jvp", 72): 39, ("attention", 64): 8, ("attention", 72): 13}
+    for (op, head_dim, _), row in rows.items():
         # no product waits for another but where it needs its result
-        assert not row["wgmma_serialized"] and row["loop_wgmma_waits"] == 3
-        assert row["loop_wgmma"] == {64: 24, 72: 39}[head_dim] and row["loop_conversions"] == 0
+        assert not row["wgmma_serialized"] and row["loop_wgmma_waits"] == (3 if op == "attention_jvp" else 2)
+        assert row["loop_wgmma"] == products[op, head_dim] and row["loop_conversions"] == 0
         # twelve warps of the 64 that a multiprocessor has room for
         assert row["occupancy"] == 12 / 64 and row["narrowest_global_load_bytes"] == 16
 

@@ -83,10 +83,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class PersistentConfig:
-    """The persistent kernel (persistent_kernel.py) of the dual forward on sm_90."""
+    """The persistent kernel (persistent_kernel.py) of the forward on sm_90."""
 
     num_stages: int
-    """tiles of k, k_dot, v and v_dot in flight, 64 rows each"""
+    """tiles of k and v, and of their tangents, in flight, 64 rows each"""
 
     def __str__(self):
         return f"persistent s{self.num_stages}"
@@ -96,7 +96,9 @@ PERSISTENT = PersistentConfig(3)
 
 
 def serves(config: AttentionConfig | PersistentConfig, dtype: torch.dtype, head_dim: int, *, every: bool) -> bool:
-    """Whether a config of the dual forward takes a dtype, a head dim and, ``every``, tangents of all of q, k and v."""
+    """Whether a config of the forward takes a dtype, a head dim, and tangents of all of q, k and v or of none
+    (``every``), or of some.
+    """
     if isinstance(config, AttentionConfig):
         return True
     return dtype == torch.bfloat16 and head_dim in (64, 72) and every and _has_gluon()
@@ -113,8 +115,8 @@ def _has_gluon() -> bool:
     return not triton.knobs.runtime.interpret
 
 
-# the first row counts that holds a call and whose config serves it. wgmma needs 64 rows a warp group; wide heads stay
-# within two programs an SM
+# wgmma needs 64 rows a warp group; wide heads stay within two programs an SM. Here the first row counts that holds a
+# call and whose config serves it
 DUAL_90: Rows = (
     # 1.05 to 1.35 times as fast as 64x64 w4 s2 (L/2, S/2): no conversion of single values, copies of a step ahead
     (64, 128, AttentionConfig(128, 32, 8, 3, packed=True)),
@@ -125,7 +127,7 @@ DUAL_90: Rows = (
     (80, 0, AttentionConfig(64, 64, 4, 2)),
     (128, 0, AttentionConfig(64, 32, 4, 2)),
 )
-_PLAIN_90: Rows = (
+PLAIN_90: Rows = (
     # 1.07 times as fast as 64x128 w4 s2 at N 256 (L/2, S/2), 1.65 at N 64 (B/4)
     (64, 0, AttentionConfig(64, 64, 4, 3)),
     # 1.22 (XL/2)
@@ -205,10 +207,10 @@ def dual_config(
     return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=every)), head_dim, length)
 
 
-def plain_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig:
+def plain_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig | PersistentConfig:
     """The config of the forward without a tangent of ``length`` queries."""
-    rows = _PLAIN_FP32 if dtype == torch.float32 else _PLAIN_90 if arch == 90 else _PLAIN
-    return _pick(rows, head_dim, length)
+    rows = _PLAIN_FP32 if dtype == torch.float32 else PLAIN_90 if arch == 90 else _PLAIN
+    return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=True)), head_dim, length)
 
 
 def backward_configs(
