@@ -143,9 +143,11 @@ def test_the_loop_with_wgmma_is_counted():
         "loop_copies_in_flight": 4,
     }
     assert wgmma_loop(SASS.replace("HGMMA", "HMMA")) == {}
-    # not the loop around it
-    around = SASS.replace("\n", "\n.L_x_9:\n", 1).replace("EXIT ;", "BRA `(.L_x_9) ;")
-    assert wgmma_loop(around) == counts
+    # neither the loop around it, which has one more, nor a wait behind it that branches back into its middle
+    product = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;"
+    around = SASS.replace("\n", "\n.L_x_9:\n", 1).replace("EXIT ;", f"{product}\n BRA `(.L_x_9) ;")
+    behind = SASS.replace("EXIT ;", "NOP ;\n NOP ;\n NOP ;\n BRA `(.L_x_1) ;")
+    assert wgmma_loop(around) == wgmma_loop(behind) == counts
 
 
 @pytest.mark.parametrize(
