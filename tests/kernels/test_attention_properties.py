@@ -8,7 +8,13 @@ from attention_inputs import make_inputs, plain_attention
 from dual_properties import Case, DualProperties
 
 from meanflow_kernels import attention, attention_jvp
-from meanflow_kernels.attention.config import AttentionConfig, backward_configs, dual_config, plain_config
+from meanflow_kernels.attention.config import (
+    AttentionConfig,
+    PersistentConfig,
+    backward_configs,
+    dual_config,
+    plain_config,
+)
 from meanflow_kernels.attention.launches import column_tiles, forward_launch
 from meanflow_kernels.routing import Route, force_route
 
@@ -75,7 +81,7 @@ def test_every_architecture_has_a_config(arch, dtype):
         for length in (1, 64, 256, 65536):
             call = (arch, dtype, head_dim, length)
             for config in (dual_config(*call), plain_config(*call), *backward_configs(*call)):
-                assert isinstance(config, AttentionConfig)
+                assert isinstance(config, AttentionConfig | PersistentConfig)
 
 
 ops = torch.ops.meanflow_kernels
