@@ -204,13 +204,19 @@ def dual_config(
 ) -> AttentionConfig | PersistentConfig:
     """The config of the forward with a tangent of ``length`` queries; ``every``: of all of q, k and v."""
     rows = _DUAL_FP32 if dtype == torch.float32 else DUAL_90 if arch == 90 else _DUAL_100 if arch >= 100 else _DUAL
-    return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=every)), head_dim, length)
+    return _pick_served(rows, dtype, head_dim, length, every)
 
 
-def plain_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig | PersistentConfig:
-    """The config of the forward without a tangent of ``length`` queries."""
+def plain_config(
+    arch: int, dtype: torch.dtype, head_dim: int, length: int, *, every: bool = True
+) -> AttentionConfig | PersistentConfig:
+    """The config of the forward without a tangent of ``length`` queries; without ``every`` one that serves any call."""
     rows = _PLAIN_FP32 if dtype == torch.float32 else PLAIN_90 if arch == 90 else _PLAIN
-    return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=True)), head_dim, length)
+    return _pick_served(rows, dtype, head_dim, length, every)
+
+
+def _pick_served(rows: Rows, dtype: torch.dtype, head_dim: int, length: int, every: bool) -> Any:
+    return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=every)), head_dim, length)
 
 
 def backward_configs(

@@ -225,8 +225,10 @@ def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -
     def case(op, config, launch):
         return CompileCase(op, f"{config}{' ragged' if length % 2 else ''}", dtype, head_dim, launch)
 
-    duals = [dual_config(arch, dtype, head_dim, length, every=every) for every in (True, False)]
-    plains = [plain_config(arch, dtype, head_dim, length)]
+    duals, plains = (
+        [choose(arch, dtype, head_dim, length, every=every) for every in (True, False)]
+        for choose in (dual_config, plain_config)
+    )
     if arch == 90 and serves(PERSISTENT, dtype, head_dim, every=True):
         # a candidate, whose barriers and products only a compiler shows without a GPU
         duals, plains = [*duals, PERSISTENT], [*plains, PERSISTENT]
