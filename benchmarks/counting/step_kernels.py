@@ -48,7 +48,7 @@ KINDS = {  # a kernel's or operator's name tells its kind; the first that matche
 PYTHON = "Python"
 TRANSFERS = ("memset", "memcpy")
 
-POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "timestep_embedding")
+POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "swiglu", "timestep_embedding")
 OPERATORS = {  # by the name of a share: the kernels or operators that serve it; the first that matches
     # ours, and those of each library that may serve it
     "attention_bwd": (

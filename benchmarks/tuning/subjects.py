@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -26,8 +27,10 @@ from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import candidates as gate_adaln_candidates
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.launch import CompileCase, Launch
+from meanflow_kernels.swiglu import candidates as swiglu_candidates
+from meanflow_kernels.swiglu import op as swiglu_op
 
-from ..workloads.shapes import MODELS, Shape
+from ..workloads.shapes import IMF, MODELS, Shape
 from . import trials
 from .trials import Trial
 
@@ -151,11 +154,15 @@ ROWS = {
     "adaln": (adaln_op, trials.adaln, trials.adaln_bwd, adaln_candidates),
     "bias_gelu": (bias_gelu_op, trials.bias_gelu, trials.bias_gelu_bwd, bias_gelu_candidates),
 }
+IMF_ROWS = {
+    "swiglu": (swiglu_op, trials.swiglu, trials.swiglu_bwd, swiglu_candidates),
+}
+"""The operators of improved MeanFlow's transformer alone."""
 
 
 def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterable[Subject]:
-    module, forward, backward, candidates = ROWS[op]
-    base = SHAPES[model]
+    module, forward, backward, candidates = (ROWS | IMF_ROWS)[op]
+    base = (SHAPES | IMF)[model]
     shape, more = size_for(device, base), size_for(device, replace(base, batch=base.batch + base.batch // 4))
     single, dual = functools.partial(forward, n=0), functools.partial(forward, n=max(1, shape.batch // 4))
     sums = functools.partial(trials.sums, backward=backward, config=module.BACKWARD)
@@ -165,7 +172,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
         (f"{op}_bwd", "backward", shape, "BACKWARD", backward),
         (f"{op}_bwd sums", "backward", shape, "SUMS", sums),
     ):
-        # adaln runs twice a step, and has no candidates for its sums
+        # adaln runs twice a step, and has no candidates for its sums; swiglu has no sums
         if found := getattr(candidates, f"{table}_CANDIDATES", ()):
             place = f"{op}/config.py, {table}"
             yield _subject(name, model, network_pass, size, half, place, getattr(module, table), found, build)
@@ -182,12 +189,14 @@ def subjects(arch: int, device: str) -> list[Subject]:
     """All subjects for an architecture, the most valuable first; tiny ones on a CPU."""
     # the interpreter's bf16 is wrong
     half = torch.bfloat16 if device == "cuda" else torch.float16
-    models = list(SHAPES) if device == "cuda" else ["XL/2"]
+    models, imf = (list(shapes) if device == "cuda" else list(shapes)[:1] for shapes in (SHAPES, IMF))
     found = []
     for model in models:
         found += _attention_subjects(model, arch, half, device)
-        for op in ROWS:
+    for names, ops in ((models, ROWS), (imf, IMF_ROWS)):
+        for model, op in itertools.product(names, ops):
             found += _row_subjects(op, model, half, device)
+    models += imf
 
     def rank(subject: Subject) -> tuple[int, ...]:
         first = subject.op in ORDER and subject.model != "S/2"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from meanflow.model.imf import padded
 from meanflow_kernels.adaln import op as adaln_op
 from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
 from meanflow_kernels.attention.config import FORWARD, AttentionConfig, Backend
@@ -18,6 +19,7 @@ from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.launch import Launch
 from meanflow_kernels.partials import sum_partials
+from meanflow_kernels.swiglu import op as swiglu_op
 
 from ..workloads import plain
 from ..workloads.shapes import Shape
@@ -160,6 +162,34 @@ def bias_gelu_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
         return bias_gelu_op.backward_launches(x, bias, dy, *outputs, config)
 
     return Trial(launches, outputs, functools.partial(_gradients, functools.partial(plain.bias_gelu), (x, bias), (dy,)))
+
+
+def _products(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """A packed product of the MLP, and a tensor like its SwiGLU."""
+    x = torch.randn(shape.batch, shape.tokens, 2 * padded(shape.width * 8 // 3), device=device).to(half)
+    return x, torch.randn(x[..., ::2].shape, device=device).to(half)
+
+
+def swiglu(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    x, like_y = _products(shape, half, device)
+    tangents = _last(_products(shape, half, device), n)[:1]
+    y, *y_dot = outputs = _empty(like_y, *_last((like_y,), n))
+
+    def launches(config):
+        dots = (*tangents, *y_dot) if n else (None, None)
+        return (swiglu_op.forward_launch(x, y, *dots, shape.batch - n, config),)
+
+    return Trial(launches, outputs, functools.partial(_results, functools.partial(plain.swiglu), (x,), tangents))
+
+
+def swiglu_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    x, dy = _products(shape, half, device)
+    outputs = _empty(x)
+
+    def launches(config):
+        return (swiglu_op.backward_launch(x, dy, *outputs, config),)
+
+    return Trial(launches, outputs, functools.partial(_gradients, functools.partial(plain.swiglu), (x,), (dy,)))
 
 
 def sums(shape: Shape, half: torch.dtype, device: str, *, backward: Callable, config: object) -> Trial:

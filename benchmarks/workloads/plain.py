@@ -27,6 +27,12 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a) b of x = a | b."""
+    a, b = x.chunk(2, -1)
+    return torch.nn.functional.silu(a) * b
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Math attention, (B, N, H, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -29,6 +29,12 @@ MODELS = {
 }
 """The largest model of the paper, and the one of its ablations: batch 256 on eight GPUs and on one."""
 
+IMF = {
+    "iMF-XL/2": Shape(batch=32, tokens=276, heads=16, head_dim=64),
+    "iMF-B/2": Shape(batch=64, tokens=276, heads=12, head_dim=64),
+}
+"""Improved MeanFlow's transformers, both widths: 256 patches behind 20 tokens of conditions."""
+
 ATTENTION = {
     "hd64": Shape(batch=256, tokens=256, heads=16, head_dim=64),
     "hd72": Shape(batch=256, tokens=256, heads=16, head_dim=72),
@@ -44,7 +50,7 @@ def size_for(device: str, shape: Shape) -> Shape:
 
 def naming(op: str, label: str, shape: Shape, dtype: torch.dtype, variant: str) -> dict:
     """The columns of a row that say what was timed; ``label`` is the model's name or the regime's."""
-    if shape not in (*MODELS.values(), *ATTENTION.values()):
+    if shape not in (*MODELS.values(), *IMF.values(), *ATTENTION.values()):
         label = f"tiny {label}"
     columns = {"op": op, "shape": f"{label} {shape}", "dtype": str(dtype).removeprefix("torch."), "variant": variant}
     return columns | asdict(shape) | {"width": shape.width}

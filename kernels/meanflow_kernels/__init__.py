@@ -8,6 +8,7 @@ from .gate_adaln import gate_adaln, gate_adaln_jvp
 from .linear import linear, linear_jvp
 from .routing import Route, force_route
 from .silu import silu, silu_jvp
+from .swiglu import swiglu, swiglu_jvp
 from .timestep_embedding import timestep_embedding, timestep_embedding_jvp
 
 # last: it registers the FLOPs of the operators above
@@ -32,6 +33,8 @@ __all__ = [
     "linear_jvp",
     "silu",
     "silu_jvp",
+    "swiglu",
+    "swiglu_jvp",
     "timestep_embedding",
     "timestep_embedding_jvp",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import breakdown, inference, projection, regression, report, scaling, step
+from benchmarks.counting import step_kernels
 from benchmarks.counting.accounts import account
 from benchmarks.counting.step_kernels import activities, kind_of
 from benchmarks.harness.environment import merge
@@ -128,7 +129,7 @@ def test_kernels_have_kinds():
         ],
         # a cast or a product in the name of Inductor's is what was fused, not what it does
         "pointwise": [
-            *(name for op in ("adaln", "gate_adaln", "bias_gelu", "silu", "timestep_embedding") for name in ours(op)),
+            *(name for op in (*step_kernels.POINTWISE, "silu") for name in ours(op)),
             "triton_poi_fused_add_3",
             "triton_red_fused__to_copy_native_layer_norm_view_7",
             "aten::mul",

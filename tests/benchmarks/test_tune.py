@@ -1,6 +1,7 @@
 """The tuner: what it would sweep, that it refuses what is wrong, and what follows from its rows."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -15,11 +16,13 @@ pytest.importorskip("triton", reason="the tuner launches Triton kernels")
 
 from benchmarks import tune
 from benchmarks.pages.tuned_configs import entries
-from benchmarks.tuning.subjects import SHAPES, subjects
+from benchmarks.tuning.subjects import IMF_ROWS, SHAPES, subjects
 from benchmarks.tuning.trials import Trial
+from benchmarks.workloads.shapes import IMF
 from meanflow_kernels.attention import config
 from meanflow_kernels.bias_gelu.config import StripConfig
 from meanflow_kernels.rows.config import RowConfig
+from meanflow_kernels.swiglu.config import FlatConfig
 from meanflow_kernels.tiling import TileConfig
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +38,11 @@ def test_every_operator_is_listed_at_every_model(capsys):
     assert tune.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     ops = {"attention", "attention_jvp", "attention_bwd", "gate_adaln_jvp", "bias_gelu_bwd", "adaln_bwd"}
-    for op in ops:
-        for model in SHAPES:
-            found = [line for line in lines if line.startswith(f"{op} {model} ")]
-            # the shipped config and at least two others
-            assert found and all(line.partition(": ")[2].count(";") >= 2 for line in found), (op, model)
+    imf = {name for op in IMF_ROWS for name in (op, f"{op}_jvp", f"{op}_bwd")}
+    for op, model in [*itertools.product(ops, SHAPES), *itertools.product(imf, IMF)]:
+        found = [line for line in lines if line.startswith(f"{op} {model} ")]
+        # the shipped config and at least two others
+        assert found and all(line.partition(": ")[2].count(";") >= 2 for line in found), (op, model)
     assert any("SDPA cuDNN; SDPA flash" in line for line in lines)
     # the XL/2 step's attention with a tangent is worth most
     assert lines[0].startswith("attention_jvp XL/2 ")
@@ -57,7 +60,7 @@ def test_candidates_launch_different_things():
 
 def test_entries_are_python():
     names = {name: getattr(config, name) for name in ("AttentionConfig", "PersistentConfig", "Backend")}
-    names |= {"RowConfig": RowConfig, "StripConfig": StripConfig, "TileConfig": TileConfig}
+    names |= {"RowConfig": RowConfig, "StripConfig": StripConfig, "TileConfig": TileConfig, "FlatConfig": FlatConfig}
     for subject in subjects(90, "cuda"):
         for value in subject.same:
             assert eval(subject.entry(value), names) == value
@@ -69,7 +72,7 @@ def test_an_unknown_kernel_is_refused(capsys):
     assert "OP: got attentoin, wants some of attention_jvp, attention" in capsys.readouterr().err
 
 
-OPS = ("attention_jvp", "attention_bwd library", "gate_adaln_bwd", "bias_gelu_bwd sums")
+OPS = ("attention_jvp", "attention_bwd library", "gate_adaln_bwd", "bias_gelu_bwd sums", "swiglu_bwd")
 
 
 def test_a_run(tmp_path, capsys):

@@ -90,6 +90,7 @@ PLAIN_OPS = SimpleNamespace(
     gate_adaln=plain_ops.gate_adaln,
     linear=F.linear,
     silu=F.silu,
+    swiglu=plain_ops.swiglu,
     timestep_embedding=plain_ops.timestep_embedding,
 )
 

@@ -45,6 +45,7 @@ results = [
     *mk.gate_adaln_jvp(*zip_pairs(x, y, gate, shift, scale)),
     mk.bias_gelu_jvp(*zip_pairs(hidden), bias),
     mk.silu_jvp(*zip_pairs(hidden)),
+    mk.swiglu_jvp(*zip_pairs(hidden)),
     mk.linear_jvp(*zip_pairs(hidden), weight),
     mk.timestep_embedding_jvp(*zip_pairs(t), 16),
 ]

@@ -28,6 +28,7 @@ OPS = {
     "gate_adaln": (ops.gate_adaln, plain.gate_adaln, (ROW, ROW, VECTOR, VECTOR, VECTOR)),
     "linear": (ops.linear, F.linear, (ROW, (8, 32), (8,))),
     "silu": (ops.silu, F.silu, (ROW,)),
+    "swiglu": (ops.swiglu, plain.swiglu, (ROW,)),
     "timestep_embedding": (embedding, lambda t: plain.timestep_embedding(t, 8), ((3,),)),
 }
 # linear is torch's own product on both

@@ -1,5 +1,5 @@
 """The swiglu operator."""
 
-from .op import swiglu, swiglu_jvp
+from .op import compile_cases, swiglu, swiglu_jvp
 
-__all__ = ["swiglu", "swiglu_jvp"]
+__all__ = ["swiglu", "swiglu_jvp", "compile_cases"]
