@@ -27,6 +27,8 @@ from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import candidates as gate_adaln_candidates
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.launch import CompileCase, Launch
+from meanflow_kernels.rmsnorm import candidates as rmsnorm_candidates
+from meanflow_kernels.rmsnorm import op as rmsnorm_op
 from meanflow_kernels.swiglu import candidates as swiglu_candidates
 from meanflow_kernels.swiglu import op as swiglu_op
 
@@ -155,6 +157,7 @@ ROWS = {
     "bias_gelu": (bias_gelu_op, trials.bias_gelu, trials.bias_gelu_bwd, bias_gelu_candidates),
 }
 IMF_ROWS = {
+    "rmsnorm": (rmsnorm_op, trials.rmsnorm, trials.rmsnorm_bwd, rmsnorm_candidates),
     "swiglu": (swiglu_op, trials.swiglu, trials.swiglu_bwd, swiglu_candidates),
 }
 """The operators of improved MeanFlow's transformer alone."""

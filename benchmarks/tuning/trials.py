@@ -19,6 +19,7 @@ from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.launch import Launch
 from meanflow_kernels.partials import sum_partials
+from meanflow_kernels.rmsnorm import op as rmsnorm_op
 from meanflow_kernels.swiglu import op as swiglu_op
 
 from ..workloads import plain
@@ -162,6 +163,38 @@ def bias_gelu_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
         return bias_gelu_op.backward_launches(x, bias, dy, *outputs, config)
 
     return Trial(launches, outputs, functools.partial(_gradients, functools.partial(plain.bias_gelu), (x, bias), (dy,)))
+
+
+def _parameters(width: int, count: int, device: str) -> list[Tensor]:
+    """Vectors (width,) in fp32, as weights of norms and gates are kept."""
+    return list(torch.randn(count, width, device=device))
+
+
+def rmsnorm(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    x, like_y, *_ = _row_inputs(shape, half, device)
+    (weight,) = _parameters(shape.width, 1, device)
+    tangents = _last(_row_inputs(shape, half, device)[:1], n)
+    y, *y_dot = outputs = _empty(like_y, *_last((like_y,), n))
+
+    def launches(config):
+        dots = (*tangents, *y_dot) if n else (None, None)
+        return (rmsnorm_op.forward_launch(x, weight, y, *dots, shape.batch - n, EPS, config),)
+
+    # a parameter: it has no tangent
+    fn = functools.partial(lambda x, **options: plain.rmsnorm(x, weight, **options), out_dtype=half)
+    return Trial(launches, outputs, functools.partial(_results, fn, (x,), tangents))
+
+
+def rmsnorm_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    x, dy, *_ = _row_inputs(shape, half, device)
+    inputs = x, weight = (x, *_parameters(shape.width, 1, device))
+    outputs = _empty(*inputs)
+
+    def launches(config):
+        return rmsnorm_op.backward_launches(x, weight, dy, *outputs, EPS, config)
+
+    fn = functools.partial(plain.rmsnorm, out_dtype=half)
+    return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, (dy,)))
 
 
 def _products(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, Tensor]:

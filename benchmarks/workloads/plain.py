@@ -27,6 +27,12 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
+def rmsnorm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """weight x / sqrt(mean(x^2) + 1e-6)."""
+    y = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.to(x.dtype)
+    return y.to(out_dtype or x.dtype)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(a) b of x = a | b."""
     a, b = x.chunk(2, -1)

@@ -6,6 +6,7 @@ from .bias_gelu import bias_gelu, bias_gelu_jvp
 from .dual import TangentGradientError
 from .gate_adaln import gate_adaln, gate_adaln_jvp
 from .linear import linear, linear_jvp
+from .rmsnorm import rmsnorm, rmsnorm_jvp
 from .routing import Route, force_route
 from .silu import silu, silu_jvp
 from .swiglu import swiglu, swiglu_jvp
@@ -31,6 +32,8 @@ __all__ = [
     "gate_adaln_jvp",
     "linear",
     "linear_jvp",
+    "rmsnorm",
+    "rmsnorm_jvp",
     "silu",
     "silu_jvp",
     "swiglu",

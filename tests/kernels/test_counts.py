@@ -19,6 +19,7 @@ from meanflow_kernels import (
     gate_adaln_jvp,
     linear,
     linear_jvp,
+    rmsnorm_jvp,
     silu_jvp,
     swiglu_jvp,
     timestep_embedding_jvp,
@@ -119,6 +120,7 @@ def test_pointwise_operators_count_no_products(place):
         adaln_jvp((x, *vectors[:2]), (x_dot, *vectors[2:4]))
         gate_adaln_jvp((x, x, *vectors[:3]), (x_dot, x_dot, *vectors[3:]))
         bias_gelu_jvp((x,), (x_dot,), vectors[0][0])
+        rmsnorm_jvp((x,), (x_dot,), vectors[0][0])
         silu_jvp((x,), (x_dot,))
         swiglu_jvp((x,), (x_dot,))
         timestep_embedding_jvp((t,), (t,), 64)

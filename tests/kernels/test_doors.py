@@ -89,6 +89,7 @@ PLAIN_OPS = SimpleNamespace(
     bias_gelu=plain_ops.bias_gelu,
     gate_adaln=plain_ops.gate_adaln,
     linear=F.linear,
+    rmsnorm=plain_ops.rmsnorm,
     silu=F.silu,
     swiglu=plain_ops.swiglu,
     timestep_embedding=plain_ops.timestep_embedding,

@@ -54,7 +54,7 @@ def inputs(batch, length, width, stream, branch, vectors, device):
 
 
 @pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
-def test_as_exact_as_plain_torch(reference_route, device, regime):
+def test_as_exact_as_plain_torch(each_route, device, regime):
     *shape, out = regime
     primals, tangents, vectors = inputs(*shape, device)
     assert_as_exact(case(out), primals, tangents, extra=vectors)

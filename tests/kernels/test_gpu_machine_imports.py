@@ -44,6 +44,7 @@ results = [
     mk.adaln_jvp(*zip_pairs(x, shift, scale)),
     *mk.gate_adaln_jvp(*zip_pairs(x, y, gate, shift, scale)),
     mk.bias_gelu_jvp(*zip_pairs(hidden), bias),
+    mk.rmsnorm_jvp(*zip_pairs(x), bias),
     mk.silu_jvp(*zip_pairs(hidden)),
     mk.swiglu_jvp(*zip_pairs(hidden)),
     mk.linear_jvp(*zip_pairs(hidden), weight),

@@ -1,11 +1,27 @@
 """rmsnorm: both doors against fp64, in every regime of widths, lengths and dtypes."""
 
+import dataclasses
+
 import pytest
 import torch
-from dual_properties import LAYOUTS, Case, DualProperties, assert_as_exact, strided
+from dual_properties import (
+    LAYOUTS,
+    WITH_GRADIENT,
+    WITHOUT_GRADIENT,
+    Case,
+    DualProperties,
+    assert_as_exact,
+    by_routes,
+    strided,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerances import relative_error
 
-from meanflow_kernels.rmsnorm import rmsnorm, rmsnorm_jvp
+from benchmarks.workloads.plain import rmsnorm as plain_rmsnorm
+from meanflow_kernels import rmsnorm, rmsnorm_jvp
+from meanflow_kernels.rmsnorm import op as module
+from meanflow_kernels.rmsnorm.config import FORWARD, SUMS
 from meanflow_kernels.rmsnorm.reference import rmsnorm_ref, rmsnorm_tangent_ref
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
@@ -17,8 +33,8 @@ def case(out_dtype=None, weight=None):
     bound = () if weight is None else (weight,)
 
     def plain(x, weight):
-        h = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.to(x.dtype)
-        return h if x.dtype == F64 else h.to(out_dtype or x.dtype)
+        # what is exact is not rounded
+        return plain_rmsnorm(x, weight, out_dtype=None if x.dtype == F64 else out_dtype)
 
     return Case(
         op=lambda x, *w: rmsnorm(x, *(bound or w), out_dtype=out_dtype),
@@ -42,6 +58,12 @@ REGIMES = {
     "one token": (3, 1, 64, F32, F16, F16),
     "odd width": (2, 3, 77, F16, F32, F16),
     "two columns": (2, 2, 2, F32, F32, F32),
+    "beyond one warp": (1, 2, 1300, F32, F32, F32),
+}
+GPU_REGIMES = {
+    f"{width} x {length}, {'stream ' + str(stream)[6:]}": (3, length, width, stream, F32, BF16)
+    for width, length in ((768, 276), (1024, 276), (1024, 17))
+    for stream in (F32, BF16)
 }
 
 
@@ -50,21 +72,68 @@ def inputs(batch, length, width, stream, weights, device):
     return x, x_dot, torch.randn(width, device=device).to(weights)
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
-def test_as_exact_as_plain_torch(reference_route, device, regime):
+def test_as_exact_as_plain_torch(each_route, device, regime):
+    check(regime, device)
+
+
+def check(regime, device):
     *shape, out = regime
     x, x_dot, weight = inputs(*shape, device)
     assert_as_exact(case(out), (x,), (x_dot,), extra=(weight,))
     assert_as_exact(case(out), (x,), (x_dot[-1:],), extra=(weight,), start=len(x) - 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_stride(each_route, device, layout):
-    x, x_dot, weight = inputs(2, 3, 8, F32, F32, device)
-    x, x_dot = strided(layout, x, x_dot)
-    found = rmsnorm_jvp((x,), (x_dot,), weight)
-    expected = rmsnorm_jvp((x.contiguous(),), (x_dot.contiguous(),), weight)
-    assert all(relative_error(y, z) < 1e-6 for y, z in zip(found, expected, strict=True))
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("regime", GPU_REGIMES.values(), ids=GPU_REGIMES)
+def test_kernel_on_the_gpu(kernel_route, device, regime):
+    check(regime, device)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("length", "rows"), [(17, 8), (8, 4)])
+def test_a_program_takes_several_rows(kernel_route, device, monkeypatch, length, rows):
+    config = dataclasses.replace(FORWARD, fewest_rows=rows, most_rows=rows, stages=2)
+    monkeypatch.setattr(module, "FORWARD", config)
+    monkeypatch.setattr(module, "BACKWARD", config)
+    check((2, length, 40, F32, F32, F32), device)
+
+
+def test_the_weight_sums_over_all_samples(kernel_route, device, monkeypatch):
+    # 24 rows leave 24 partial sums: three rounds
+    one = dataclasses.replace(FORWARD, fewest_rows=1, most_rows=1)
+    monkeypatch.setattr(module, "BACKWARD", one)
+    monkeypatch.setattr(module, "SUMS", dataclasses.replace(SUMS, block_r=8))
+    x, dy, weight = inputs(3, 8, 40, F32, F32, device)
+    _, dweight = torch.ops.meanflow_kernels.rmsnorm_bwd(x, weight, dy, 1e-6)
+    assert relative_error(dweight, (dy * rmsnorm(x, torch.ones_like(weight))).sum((0, 1))) < 1e-6
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_shape_and_stride(device, data):
+    # a norm of fewer columns may cancel, and both routes' rounding with it: REGIMES have those, beside plain torch
+    batch, length, width = (data.draw(st.integers(*bounds)) for bounds in ((1, 3), (1, 3), (8, 40)))
+    x, x_dot, weight = inputs(batch, length, width, F32, F32, device)
+    x, x_dot = strided(data.draw(st.sampled_from(LAYOUTS)), x, x_dot)
+    weight = torch.stack([weight, weight], 1)[:, 0]
+    n = data.draw(st.integers(1, batch))
+    start = data.draw(st.integers(0, batch - n))
+    x_dot = x_dot[start : start + n]
+    reference, kernel = by_routes(lambda: rmsnorm_jvp((x,), (x_dot,), weight, tangent_start=start))
+    for expected, found in zip(reference, kernel, strict=True):
+        assert relative_error(found, expected) < 2e-6
+
+
+def test_strided_arguments_are_read_in_place():
+    # the last tokens of a sequence, as a network's end takes them
+    x, x_dot, weight = (a[:, 2:] if a.dim() > 1 else a for a in inputs(2, 5, 64, F32, F32, "cpu"))
+    y = torch.empty(2, 3, 64)
+    launch = module.forward_launch(x, weight, y, x_dot, y, 0, 1e-6)
+    assert launch.args["x_ptr"] is x and launch.args["x_dot_ptr"] is x_dot and launch.args["weight_ptr"] is weight
+    assert launch.args["stride_x_b"] * launch.constexprs["ALIGN"] == 5 * 64 and launch.constexprs["ALIGN"] == 16
 
 
 def test_reference_in_fp64():
@@ -81,6 +150,24 @@ def test_an_empty_batch(each_route, device):
     x, weight = torch.zeros(0, 3, 8, device=device), torch.ones(8, device=device)
     y, y_dot = rmsnorm_jvp((x,), (x,), weight)
     assert y.shape == y_dot.shape == (0, 3, 8)
+
+
+def test_opcheck(kernel_route, device):
+    ops = torch.ops.meanflow_kernels
+    x, x_dot, weight = inputs(2, 1, 8, F32, F32, device)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    torch.library.opcheck(ops.rmsnorm.default, (x, weight, 1e-6, F16), test_utils=WITHOUT_GRADIENT)
+    torch.library.opcheck(ops.rmsnorm.default, (*leaves, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
+    some = (x, weight, x_dot[1:], 1, 1e-6, F16)
+    torch.library.opcheck(ops.rmsnorm_jvp.default, some, test_utils=WITHOUT_GRADIENT)
+    torch.library.opcheck(ops.rmsnorm_jvp.default, (*leaves, x_dot, 0, 1e-6, F32), test_utils=WITH_GRADIENT)
+    torch.library.opcheck(ops.rmsnorm_bwd.default, (x, weight, x, 1e-6), test_utils=WITHOUT_GRADIENT)
+
+
+def test_the_kernel_takes_no_fp64_and_no_empty_row(kernel_route):
+    for name, arguments in (("x", (X.double(), W)), ("weight", (X, W.double())), ("x", (X[..., :0], W[:0]))):
+        with pytest.raises(ValueError, match=rf"^{name}: got .*, wanted .*; "):
+            rmsnorm(*arguments)
 
 
 X, W = torch.zeros(2, 3, 8), torch.ones(8)

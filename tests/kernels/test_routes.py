@@ -18,6 +18,11 @@ def embedding(t):
     return ops.timestep_embedding(t, 8)
 
 
+def normed(x):
+    # a weight that is no input: it has no tangent
+    return ops.rmsnorm(x, torch.full_like(x[0, 0], 0.5))
+
+
 ROW, VECTOR = (3, 5, 32), (3, 32)
 # an operator, the same in plain torch, and the shapes of its inputs
 OPS = {
@@ -27,6 +32,7 @@ OPS = {
     "bias_gelu": (ops.bias_gelu, plain.bias_gelu, (ROW, (32,))),
     "gate_adaln": (ops.gate_adaln, plain.gate_adaln, (ROW, ROW, VECTOR, VECTOR, VECTOR)),
     "linear": (ops.linear, F.linear, (ROW, (8, 32), (8,))),
+    "rmsnorm": (normed, lambda x: plain.rmsnorm(x, torch.full_like(x[0, 0], 0.5)), (ROW,)),
     "silu": (ops.silu, F.silu, (ROW,)),
     "swiglu": (ops.swiglu, plain.swiglu, (ROW,)),
     "timestep_embedding": (embedding, lambda t: plain.timestep_embedding(t, 8), ((3,),)),

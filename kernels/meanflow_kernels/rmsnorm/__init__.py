@@ -1,5 +1,5 @@
 """The rmsnorm operator."""
 
-from .op import rmsnorm, rmsnorm_jvp
+from .op import compile_cases, rmsnorm, rmsnorm_jvp
 
-__all__ = ["rmsnorm", "rmsnorm_jvp"]
+__all__ = ["rmsnorm", "rmsnorm_jvp", "compile_cases"]

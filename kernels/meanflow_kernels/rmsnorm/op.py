@@ -1,29 +1,152 @@
-"""RMSNorm on (primal, tangent) pairs: checks and public functions. Every device runs the reference."""
+"""RMSNorm on (primal, tangent) pairs: checks, launches, registration, public functions."""
 
 import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
-from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
-from ..transforms import check_transforms
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
+from ..rows.config import RowConfig
+from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch
+from ..tiling import TileConfig
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import rmsnorm_ref, rmsnorm_tangent_ref
+
+_NAMES = ("x", "weight")
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
     check_shape("x", x, (None, None, None), "(B, L, C)")
     check_shape("weight", weight, (x.shape[2],), "(C,)")
-    check_alike(("x", "weight"), (x, weight), dtype=False)
-    for name, tensor in (("x", x), ("weight", weight)):
+    check_alike(_NAMES, (x, weight), dtype=False)
+    for name, tensor in zip(_NAMES, (x, weight), strict=True):
         check_real(name, tensor)
     check_parameter("weight", weight)
-    check_transforms(x)
+
+
+def forward_launch(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    tangent_start: int,
+    eps: float,
+    config: RowConfig = FORWARD,
+) -> Launch:
+    """y of x and weight, and y_dot of the samples from tangent_start on, where it is not None."""
+    from .kernel import _rmsnorm_kernel
+
+    return row_launch(
+        _rmsnorm_kernel,
+        config,
+        rows={"x": x, "x_dot": x_dot},
+        vectors={},
+        contiguous={"weight": weight.contiguous(), "y": y, "y_dot": y_dot},
+        scalars={"tangent_start": tangent_start, "tangent_samples": 0 if y_dot is None else y_dot.shape[0], "eps": eps},
+    )
+
+
+def backward_launches(
+    x, weight, dy, dx, dweight, eps: float, config: RowConfig = BACKWARD, sums_config: TileConfig = SUMS
+) -> tuple[Launch, Launch]:
+    """dx and each program's sums, then dweight from those."""
+    from ..partials import sum_partials
+    from .kernel import _rmsnorm_bwd_kernel
+
+    partial = partial_sums(1, x, config)
+    first = row_launch(
+        _rmsnorm_bwd_kernel,
+        config,
+        rows={"x": x, "dy": dy},
+        vectors={},
+        contiguous={"weight": weight.contiguous(), "dx": dx, "partial": partial},
+        scalars={"eps": eps},
+    )
+    return first, sum_partials(partial, [dweight[None]], sums_config)
+
+
+@torch.library.custom_op("meanflow_kernels::rmsnorm", mutates_args=())
+def _rmsnorm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    forward_launch(x, weight, y, None, None, 0, eps, FORWARD).run()
+    return y
+
+
+@_rmsnorm.register_fake
+def _(x, weight, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::rmsnorm_jvp", mutates_args=())
+def _rmsnorm_jvp(
+    x: Tensor, weight: Tensor, x_dot: Tensor, tangent_start: int, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    y, y_dot = x.new_empty(x.shape, dtype=out_dtype), x_dot.new_empty(x_dot.shape, dtype=out_dtype)
+    forward_launch(x, weight, y, x_dot, y_dot, tangent_start, eps, FORWARD).run()
+    return y, y_dot
+
+
+@_rmsnorm_jvp.register_fake
+def _(x, weight, x_dot, tangent_start, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x_dot.new_empty(x_dot.shape, dtype=out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::rmsnorm_bwd", mutates_args=())
+def _rmsnorm_bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    for launch in backward_launches(x, weight, dy, dx, dweight, eps, BACKWARD, SUMS):
+        launch.run()
+    return dx, dweight
+
+
+@_rmsnorm_bwd.register_fake
+def _(x, weight, dy, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    # the tangent is neither saved nor differentiated
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2])
+    ctx.eps, ctx.inputs = inputs[-2], len(inputs)
+
+
+def _differentiate(ctx, dy, dy_dot=None):
+    refuse_tangent_gradient(dy_dot)
+    grads = (None, None)
+    if dy is not None:
+        grads = last(*torch.ops.meanflow_kernels.rmsnorm_bwd(*ctx.saved_tensors, dy, ctx.eps))
+    return (*grads, *[None] * (ctx.inputs - 2))
+
+
+_rmsnorm.register_autograd(_differentiate, setup_context=_save)
+_rmsnorm_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
+    weight = x.new_empty(x.shape[2])
+    backward, sums = backward_launches(x, weight, y, x, weight, 1e-6)
+    return {
+        "rmsnorm": forward_launch(x, weight, y, None, None, 0, 1e-6),
+        "rmsnorm_jvp": forward_launch(x, weight, y, x, y, 0, 1e-6),
+        "rmsnorm_bwd": backward,
+        "rmsnorm_bwd sums": sums,
+    }
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every launch config, for cross-compilation; one for all architectures."""
+    return row_cases(_launches, IMF_WIDTHS)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None) -> Tensor:
     """y = weight x / sqrt(mean(x^2) + eps), the mean over C (Zhang & Sennrich, arXiv 1910.07467).
 
     Args:
-        x: (B, L, C), any strides. Statistics are fp32 whatever its dtype (fp64 where x is fp64).
+        x: (B, L, C), any strides; one whose last is not 1 is copied. Statistics are fp32 whatever its dtype (fp64 where
+            x is fp64, which runs the reference alone).
         weight: (C,), a parameter, of any dtype: it has no tangent.
         eps: added to the mean square. out_dtype: dtype of y, default x's.
 
@@ -35,10 +158,14 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, out_dtype: torch.dt
     """
     _check(x, weight)
     out_dtype = out_dtype or x.dtype
+    kernel = runs_kernel(x)
     primals, tangents = unpack(x)
     if not absent(tangents):
         return pack(*rmsnorm_jvp(primals, tangents, weight, eps=eps, out_dtype=out_dtype))
-    return rmsnorm_ref(*once(*primals, weight), eps=eps).to(out_dtype)
+    if not kernel:
+        return rmsnorm_ref(*once(*primals, weight), eps=eps).to(out_dtype)
+    check_kernel_row(x, _NAMES, (x, weight), out_dtype)
+    return torch.ops.meanflow_kernels.rmsnorm(*primals, weight, eps, out_dtype)
 
 
 def rmsnorm_jvp(
@@ -70,6 +197,9 @@ def rmsnorm_jvp(
     _check(x, weight)
     tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
     out_dtype = out_dtype or x.dtype
+    if runs_kernel(x):
+        check_kernel_row(x, _NAMES, (x, weight), out_dtype)
+        return torch.ops.meanflow_kernels.rmsnorm_jvp(x, weight, x_dot, tangent_start, eps, out_dtype)
     with torch.no_grad():
         y_dot = rmsnorm_tangent_ref(*tangent_rows(primals, tangents, tangent_start), weight, x_dot, eps=eps).to(
             out_dtype

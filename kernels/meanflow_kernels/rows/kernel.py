@@ -158,6 +158,23 @@ def normalise_along(x, g, eps, C: tl.constexpr):
 
 
 @triton.jit
+def rms_normalise(x, eps, C: tl.constexpr):
+    """x_hat = x rstd, with rstd = 1 / sqrt(mean(x^2) + eps)."""
+    return times(x, tl.rsqrt(tl.sum(add_tiles(mul_rows(x, x))) / C + eps))
+
+
+@triton.jit
+def rms_normalise_along(x, g, eps, C: tl.constexpr):
+    """:func:`rms_normalise`, and its derivative along g, symmetric too: rstd (g - x_hat mean(x_hat g))."""
+    rstd = tl.rsqrt(tl.sum(add_tiles(mul_rows(x, x))) / C + eps)
+    x_hat, along = times(x, rstd), rstd * tl.sum(add_tiles(mul_rows(x, g))) / C
+    row = ()
+    for i in tl.static_range(len(g)):
+        row += (rstd * (g[i] - x_hat[i] * along),)
+    return x_hat, row
+
+
+@triton.jit
 def modulate(x_hat, shift_row, scale_row, C: tl.constexpr):
     """y = x_hat (1 + scale) + shift of one row."""
     TILE: tl.constexpr = x_hat[0].shape[0]

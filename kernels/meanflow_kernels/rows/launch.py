@@ -32,7 +32,7 @@ def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, .
         check_kernel_dtype(name, tensor)
     check_kernel_dtype("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"))
     if x.shape[-1] == 0:
-        fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a LayerNorm needs a column")
+        fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a norm needs a column")
 
 
 def dense_rows(x: Tensor | None) -> Tensor | None:
@@ -97,13 +97,19 @@ def partial_sums(count: int, x: Tensor, config: RowConfig) -> Tensor:
     return torch.empty(count, _shares(x, config)[0], x.shape[2], dtype=torch.float32, device=x.device)
 
 
-def row_cases(launches: Callable[[Tensor, Tensor, Tensor], dict[str, Launch]]) -> list[CompileCase]:
-    """Cases of cross-compilation at the widths of the DiT family, of a fp32 stream, a bf16 branch and bf16 vectors.
+DIT_WIDTHS = (384, 768, 1024, 1152)
+IMF_WIDTHS = (768, 1024)
+
+
+def row_cases(
+    launches: Callable[[Tensor, Tensor, Tensor], dict[str, Launch]], widths: tuple[int, ...] = DIT_WIDTHS
+) -> list[CompileCase]:
+    """Cases of cross-compilation at the widths of a family, of a fp32 stream, a bf16 branch and bf16 vectors.
 
     launches: makes an operator's launches by name, from a stream (B, L, C), a branch (B, L, C) and a vector (B, C).
     """
     cases = []
-    for width in (384, 768, 1024, 1152):
+    for width in widths:
         x = torch.empty(32, 256, width, device="meta")
         y, vector = x.bfloat16(), torch.empty(32, 6 * width, dtype=torch.bfloat16, device="meta")[:, :width]
         for op, case in launches(x, y, vector).items():
