@@ -38,7 +38,7 @@ class Part:
 
 
 PYTEST = "-m pytest -q -rs -p no:cacheprovider"
-OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding", "rmsnorm", "swiglu")
+OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding", "rmsnorm", "gate_rmsnorm", "swiglu")
 RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
 """The paper's Table 4: the batch on one GPU, a part of 256."""
 TINY = "--precision fp32 --kappa 0.5 --seconds 15"

@@ -26,6 +26,8 @@ from meanflow_kernels.bias_gelu import candidates as bias_gelu_candidates
 from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import candidates as gate_adaln_candidates
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
+from meanflow_kernels.gate_rmsnorm import candidates as gate_rmsnorm_candidates
+from meanflow_kernels.gate_rmsnorm import op as gate_rmsnorm_op
 from meanflow_kernels.launch import CompileCase, Launch
 from meanflow_kernels.rmsnorm import candidates as rmsnorm_candidates
 from meanflow_kernels.rmsnorm import op as rmsnorm_op
@@ -157,6 +159,7 @@ ROWS = {
     "bias_gelu": (bias_gelu_op, trials.bias_gelu, trials.bias_gelu_bwd, bias_gelu_candidates),
 }
 IMF_ROWS = {
+    "gate_rmsnorm": (gate_rmsnorm_op, trials.gate_rmsnorm, trials.gate_rmsnorm_bwd, gate_rmsnorm_candidates),
     "rmsnorm": (rmsnorm_op, trials.rmsnorm, trials.rmsnorm_bwd, rmsnorm_candidates),
     "swiglu": (swiglu_op, trials.swiglu, trials.swiglu_bwd, swiglu_candidates),
 }

@@ -17,6 +17,7 @@ from meanflow_kernels.attention.launches import backward_launches, forward_launc
 from meanflow_kernels.attention.reference import attention_ref
 from meanflow_kernels.bias_gelu import op as bias_gelu_op
 from meanflow_kernels.gate_adaln import op as gate_adaln_op
+from meanflow_kernels.gate_rmsnorm import op as gate_rmsnorm_op
 from meanflow_kernels.launch import Launch
 from meanflow_kernels.partials import sum_partials
 from meanflow_kernels.rmsnorm import op as rmsnorm_op
@@ -195,6 +196,34 @@ def rmsnorm_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
 
     fn = functools.partial(plain.rmsnorm, out_dtype=half)
     return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, (dy,)))
+
+
+def gate_rmsnorm(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    primals, parameters = _row_inputs(shape, half, device)[:2], _parameters(shape.width, 2, device)
+    tangents = _last(_row_inputs(shape, half, device)[:2], n)
+    out, out_dot = _empty(*primals), _empty(*_last(primals, n))
+
+    def launches(config):
+        pairs, dots = (primals, tangents) if n else (primals, (None, None)), out_dot or (None, None)
+        return (gate_rmsnorm_op.forward_launch(*pairs, *parameters, out, dots, shape.batch - n, EPS, config),)
+
+    fn = functools.partial(lambda x, y, **options: plain.gate_rmsnorm(x, y, *parameters, **options), out_dtype=half)
+    return Trial(launches, (*out, *out_dot), functools.partial(_results, fn, primals, tangents))
+
+
+def gate_rmsnorm_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    x, y, *_ = _row_inputs(shape, half, device)
+    inputs = (x, y, gate, weight) = (x, y, *_parameters(shape.width, 2, device))
+    dx_out, dh, *_ = _row_inputs(shape, half, device)
+    x_out = x + gate * y
+    dx, dy, *sums = outputs = _empty(*inputs)
+
+    def launches(config):
+        tensors = (x_out, y, gate, weight, dx_out, dh, dx, dy)
+        return gate_rmsnorm_op.backward_launches(*tensors, sums, EPS, config)
+
+    fn = functools.partial(plain.gate_rmsnorm, out_dtype=half)
+    return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, (dx_out, dh)))
 
 
 def _products(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,14 @@ def rmsnorm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None) 
     return y.to(out_dtype or x.dtype)
 
 
+def gate_rmsnorm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum x + gate y, and rmsnorm of it."""
+    x = x + (gate * y).to(x.dtype)
+    return x, rmsnorm(x, weight, out_dtype=out_dtype)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(a) b of x = a | b."""
     a, b = x.chunk(2, -1)

@@ -5,6 +5,7 @@ from .attention import attention, attention_jvp, attention_qkv, attention_qkv_jv
 from .bias_gelu import bias_gelu, bias_gelu_jvp
 from .dual import TangentGradientError
 from .gate_adaln import gate_adaln, gate_adaln_jvp
+from .gate_rmsnorm import gate_rmsnorm, gate_rmsnorm_jvp
 from .linear import linear, linear_jvp
 from .rmsnorm import rmsnorm, rmsnorm_jvp
 from .routing import Route, force_route
@@ -30,6 +31,8 @@ __all__ = [
     "force_route",
     "gate_adaln",
     "gate_adaln_jvp",
+    "gate_rmsnorm",
+    "gate_rmsnorm_jvp",
     "linear",
     "linear_jvp",
     "rmsnorm",

@@ -17,6 +17,7 @@ from meanflow_kernels import (
     attention_jvp,
     bias_gelu_jvp,
     gate_adaln_jvp,
+    gate_rmsnorm_jvp,
     linear,
     linear_jvp,
     rmsnorm_jvp,
@@ -119,6 +120,7 @@ def test_pointwise_operators_count_no_products(place):
     def run():
         adaln_jvp((x, *vectors[:2]), (x_dot, *vectors[2:4]))
         gate_adaln_jvp((x, x, *vectors[:3]), (x_dot, x_dot, *vectors[3:]))
+        gate_rmsnorm_jvp((x, x), (x_dot, x_dot), vectors[0][0], vectors[0][0])
         bias_gelu_jvp((x,), (x_dot,), vectors[0][0])
         rmsnorm_jvp((x,), (x_dot,), vectors[0][0])
         silu_jvp((x,), (x_dot,))

@@ -88,6 +88,7 @@ PLAIN_OPS = SimpleNamespace(
     attention=plain_ops.attention,
     bias_gelu=plain_ops.bias_gelu,
     gate_adaln=plain_ops.gate_adaln,
+    gate_rmsnorm=plain_ops.gate_rmsnorm,
     linear=F.linear,
     rmsnorm=plain_ops.rmsnorm,
     silu=F.silu,

@@ -43,6 +43,7 @@ results = [
     mk.attention_qkv_jvp(*zip_pairs(pair(2, 8, 3, 2, 16))),
     mk.adaln_jvp(*zip_pairs(x, shift, scale)),
     *mk.gate_adaln_jvp(*zip_pairs(x, y, gate, shift, scale)),
+    *mk.gate_rmsnorm_jvp(*zip_pairs(x, y), bias, bias),
     mk.bias_gelu_jvp(*zip_pairs(hidden), bias),
     mk.rmsnorm_jvp(*zip_pairs(x), bias),
     mk.silu_jvp(*zip_pairs(hidden)),
@@ -50,7 +51,7 @@ results = [
     mk.linear_jvp(*zip_pairs(hidden), weight),
     mk.timestep_embedding_jvp(*zip_pairs(t), 16),
 ]
-assert len(results) == len([name for name in mk.__all__ if name.endswith("_jvp")]) + 1
+assert len(results) == len([name for name in mk.__all__ if name.endswith("_jvp")]) + 2
 assert all(tensor.isfinite().all() for result in results for tensor in result)
 """
 

@@ -18,9 +18,9 @@ def embedding(t):
     return ops.timestep_embedding(t, 8)
 
 
-def normed(x):
-    # a weight that is no input: it has no tangent
-    return ops.rmsnorm(x, torch.full_like(x[0, 0], 0.5))
+def halves(x):
+    """Parameters that are no inputs: they have no tangents."""
+    return (torch.full_like(x[0, 0], 0.5),) * 2
 
 
 ROW, VECTOR = (3, 5, 32), (3, 32)
@@ -31,8 +31,13 @@ OPS = {
     "attention_qkv": (ops.attention_qkv, lambda qkv: plain.attention(*qkv.unbind(2)), ((3, 5, 3, 2, 16),)),
     "bias_gelu": (ops.bias_gelu, plain.bias_gelu, (ROW, (32,))),
     "gate_adaln": (ops.gate_adaln, plain.gate_adaln, (ROW, ROW, VECTOR, VECTOR, VECTOR)),
+    "gate_rmsnorm": (
+        lambda x, y: ops.gate_rmsnorm(x, y, *halves(x)),
+        lambda x, y: plain.gate_rmsnorm(x, y, *halves(x)),
+        (ROW, ROW),
+    ),
     "linear": (ops.linear, F.linear, (ROW, (8, 32), (8,))),
-    "rmsnorm": (normed, lambda x: plain.rmsnorm(x, torch.full_like(x[0, 0], 0.5)), (ROW,)),
+    "rmsnorm": (lambda x: ops.rmsnorm(x, halves(x)[0]), lambda x: plain.rmsnorm(x, halves(x)[0]), (ROW,)),
     "silu": (ops.silu, F.silu, (ROW,)),
     "swiglu": (ops.swiglu, plain.swiglu, (ROW,)),
     "timestep_embedding": (embedding, lambda t: plain.timestep_embedding(t, 8), ((3,),)),

@@ -16,21 +16,9 @@ from ..rows.kernel import (
     rows_of_program,
     store_partial,
     store_row,
+    sum_tangent,
     zero_row,
 )
-
-
-@triton.jit
-def _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C: tl.constexpr, TILE: tl.constexpr):
-    """x_dot + gate_dot y + gate y_dot of one row; absent terms cost nothing."""
-    out_dot = zero_row(C, TILE)
-    if x_dot_row is not None:
-        out_dot = load_row(x_dot_row, C, TILE)
-    if gate_dot_row is not None:
-        out_dot = add_rows(out_dot, mul_rows(load_row(gate_dot_row, C, TILE), y))
-    if y_dot_row is not None:
-        out_dot = add_rows(out_dot, mul_rows(gate, load_row(y_dot_row, C, TILE)))
-    return out_dot
 
 
 @triton.jit
@@ -70,7 +58,7 @@ def _gate_adaln_rows(
             # before the first exchange between threads, so that all four rows are on their way at once
             x_dot_row = row_at(x_dot_ptr, l * stride_x_dot_l, ALIGN)
             y_dot_row = row_at(y_dot_ptr, l * stride_y_dot_l, ALIGN)
-            x_dot = _sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C, TILE)
+            x_dot = sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C, TILE)
             store_row(row_at(x_out_dot_ptr, l, C), x_dot, C)
         # x_out = x + gate y
         x = add_rows(x, mul_rows(gate, y))

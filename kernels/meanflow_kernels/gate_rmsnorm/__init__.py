@@ -1,5 +1,5 @@
 """The gate_rmsnorm operator."""
 
-from .op import gate_rmsnorm, gate_rmsnorm_jvp
+from .op import compile_cases, gate_rmsnorm, gate_rmsnorm_jvp
 
-__all__ = ["gate_rmsnorm", "gate_rmsnorm_jvp"]
+__all__ = ["gate_rmsnorm", "gate_rmsnorm_jvp", "compile_cases"]

@@ -1,14 +1,16 @@
-"""Gated residual + the next rmsnorm on (primal, tangent) pairs: checks and public functions.
-
-Every device runs the reference.
-"""
+"""Gated residual + the next rmsnorm on (primal, tangent) pairs: checks, launches, registration, public functions."""
 
 import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
-from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
-from ..transforms import check_transforms
+from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..launch import CompileCase, Launch
+from ..routing import runs_kernel
+from ..rows.config import RowConfig
+from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch
+from ..tiling import TileConfig
+from .config import BACKWARD, FORWARD, SUMS
 from .reference import gate_rmsnorm_ref, gate_rmsnorm_tangent_ref
 
 _NAMES = ("x", "y", "gate", "weight")
@@ -24,7 +26,156 @@ def _check(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor) -> None:
     check_alike(_NAMES, tensors, dtype=False)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         check_real(name, tensor)
-    check_transforms(x)
+
+
+def forward_launch(
+    primals: tuple,
+    tangents: tuple,
+    gate: Tensor,
+    weight: Tensor,
+    out: tuple,
+    out_dot: tuple,
+    tangent_start: int,
+    eps: float,
+    config: RowConfig = FORWARD,
+) -> Launch:
+    """out = (x_out, h) of the primals (x, y); out_dot, unless (None, None), of the samples from tangent_start on."""
+    from .kernel import _gate_rmsnorm_kernel
+
+    return row_launch(
+        _gate_rmsnorm_kernel,
+        config,
+        rows=dict(zip(("x", "y", "x_dot", "y_dot"), (*primals, *tangents), strict=True)),
+        vectors={},
+        contiguous={"gate": gate.contiguous(), "weight": weight.contiguous()}
+        | dict(zip(("x_out", "h", "x_out_dot", "h_dot"), (*out, *out_dot), strict=True)),
+        scalars={
+            "tangent_start": tangent_start,
+            "tangent_samples": 0 if out_dot[1] is None else out_dot[1].shape[0],
+            "eps": eps,
+        },
+    )
+
+
+def backward_launches(
+    x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, config: RowConfig = BACKWARD, sums_config: TileConfig = SUMS
+) -> tuple[Launch, Launch]:
+    """dx, dy and each program's sums, then sums = [dgate, dweight] from those."""
+    from ..partials import sum_partials
+    from .kernel import _gate_rmsnorm_bwd_kernel
+
+    partial = partial_sums(2, x_out, config)
+    contiguous = {"x_out": x_out, "gate": gate.contiguous(), "weight": weight.contiguous()}
+    first = row_launch(
+        _gate_rmsnorm_bwd_kernel,
+        config,
+        rows={"y": y, "dx_out": dx_out, "dh": dh},
+        vectors={},
+        contiguous=contiguous | {"dx": dx, "dy": dy, "partial": partial},
+        scalars={"eps": eps},
+    )
+    return first, sum_partials(partial, [total[None] for total in sums], sums_config)
+
+
+def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x_out in x's dtype and h in out_dtype, for so many samples."""
+    shape = (samples, *x.shape[1:])
+    return x.new_empty(shape), x.new_empty(shape, dtype=out_dtype)
+
+
+def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Room for the gradients of x (or x_out), y, gate and weight."""
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+@torch.library.custom_op("meanflow_kernels::gate_rmsnorm", mutates_args=())
+def _gate_rmsnorm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out = _outputs(x, x.shape[0], out_dtype)
+    forward_launch((x, y), (None, None), gate, weight, out, (None, None), 0, eps, FORWARD).run()
+    return out
+
+
+@_gate_rmsnorm.register_fake
+def _(x, y, gate, weight, eps, out_dtype):
+    return _outputs(x, x.shape[0], out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::gate_rmsnorm_jvp", mutates_args=())
+def _gate_rmsnorm_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    tangent_start: int,
+    tangent_samples: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
+    forward_launch((x, y), (x_dot, y_dot), gate, weight, out, out_dot, tangent_start, eps, FORWARD).run()
+    return *out, *out_dot
+
+
+@_gate_rmsnorm_jvp.register_fake
+def _(x, y, gate, weight, x_dot, y_dot, tangent_start, tangent_samples, eps, out_dtype):
+    return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
+
+
+@torch.library.custom_op("meanflow_kernels::gate_rmsnorm_bwd", mutates_args=())
+def _gate_rmsnorm_bwd(
+    x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, dx_out: Tensor | None, dh: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dy, *sums = grads = _gradients(x_out, y, gate, weight)
+    for launch in backward_launches(x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS):
+        launch.run()
+    return grads
+
+
+@_gate_rmsnorm_bwd.register_fake
+def _(x_out, y, gate, weight, dx_out, dh, eps):
+    return _gradients(x_out, y, gate, weight)
+
+
+def _save(ctx, inputs, output):
+    # x_out serves in x's place: the next layer keeps it anyhow. Tangents are neither saved nor differentiated
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], *inputs[1:4])
+    ctx.h_dtype, ctx.eps, ctx.inputs = output[1].dtype, inputs[-2], len(inputs)
+
+
+def _differentiate(ctx, dx_out, dh, *cotangents):
+    refuse_tangent_gradient(*cotangents)
+    grads = (None,) * 4
+    if dx_out is not None or dh is not None:
+        x_out, *parameters = ctx.saved_tensors
+        # the residual alone was used: rare enough to pay for zeros
+        dh = x_out.new_zeros(x_out.shape, dtype=ctx.h_dtype) if dh is None else dh
+        grads = last(*torch.ops.meanflow_kernels.gate_rmsnorm_bwd(x_out, *parameters, dx_out, dh, ctx.eps))
+    return (*grads, *[None] * (ctx.inputs - 4))
+
+
+_gate_rmsnorm.register_autograd(_differentiate, setup_context=_save)
+_gate_rmsnorm_jvp.register_autograd(_differentiate, setup_context=_save)
+
+
+def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
+    pair, none, parameter = (x, y), (None, None), x.new_empty(x.shape[2])
+    backward, sums = backward_launches(x, y, parameter, parameter, x, y, x, y, [parameter] * 2, 1e-6)
+    return {
+        "gate_rmsnorm": forward_launch(pair, none, parameter, parameter, pair, none, 0, 1e-6),
+        "gate_rmsnorm_jvp": forward_launch(pair, pair, parameter, parameter, pair, pair, 0, 1e-6),
+        "gate_rmsnorm_bwd": backward,
+        "gate_rmsnorm_bwd sums": sums,
+    }
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every launch config, for cross-compilation; one for all architectures."""
+    return row_cases(_launches, IMF_WIDTHS)
 
 
 def gate_rmsnorm(
@@ -33,7 +184,8 @@ def gate_rmsnorm(
     """x_out = x + gate y, and h = rmsnorm(x_out): a branch's end and the next one's beginning.
 
     Args:
-        x: the residual stream (B, L, C). y: the branch (B, L, C), of a dtype of its own. Any strides.
+        x: the residual stream (B, L, C). y: the branch (B, L, C), of a dtype of its own. Any strides; one whose last is
+            not 1 is copied.
         gate: (C,), the same for every sample. weight: (C,), of the norm. Parameters, of any dtype: no tangents.
         eps: added to the mean square. out_dtype: dtype of h, default x's.
 
@@ -46,12 +198,16 @@ def gate_rmsnorm(
     """
     _check(x, y, gate, weight)
     out_dtype = out_dtype or x.dtype
+    kernel = runs_kernel(x)
     primals, tangents = unpack(x, y)
     if not absent(tangents):
         (x_out, h), (x_out_dot, h_dot) = gate_rmsnorm_jvp(primals, tangents, gate, weight, eps=eps, out_dtype=out_dtype)
         return pack(x_out, x_out_dot), pack(h, h_dot)
-    x_out, h = gate_rmsnorm_ref(*once(*primals, gate, weight), eps=eps)
-    return x_out.to(x.dtype), h.to(out_dtype)
+    if not kernel:
+        x_out, h = gate_rmsnorm_ref(*once(*primals, gate, weight), eps=eps)
+        return x_out.to(x.dtype), h.to(out_dtype)
+    check_kernel_row(x, _NAMES, (x, y, gate, weight), out_dtype)
+    return torch.ops.meanflow_kernels.gate_rmsnorm(*primals, gate, weight, eps, out_dtype)
 
 
 def gate_rmsnorm_jvp(
@@ -83,8 +239,13 @@ def gate_rmsnorm_jvp(
     if absent(tangents):
         return gate_rmsnorm(*primals, gate, weight, eps=eps, out_dtype=out_dtype), (None, None)
     _check(*primals, gate, weight)
-    tangent_start, _ = check_tangents(_NAMES[:2], primals, tangents, tangent_start)
+    tangent_start, n = check_tangents(_NAMES[:2], primals, tangents, tangent_start)
     x_dtype, out_dtype = primals[0].dtype, out_dtype or primals[0].dtype
+    if runs_kernel(primals[0]):
+        check_kernel_row(primals[0], _NAMES, (*primals, gate, weight), out_dtype)
+        operands = (*primals, gate, weight, *tangents, tangent_start, n, eps, out_dtype)
+        x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_rmsnorm_jvp(*operands)
+        return (x_out, h), (x_out_dot, h_dot)
     x_out, h = gate_rmsnorm_ref(*once(*primals, gate, weight), eps=eps)
     with torch.no_grad():
         rows = tangent_rows(primals, tangents, tangent_start)

@@ -202,6 +202,19 @@ def modulate_tangent(x_hat, x_hat_dot, scale_row, shift_dot_row, scale_dot_row, 
 
 
 @triton.jit
+def sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C: tl.constexpr, TILE: tl.constexpr):
+    """x_dot + gate_dot y + gate y_dot of one row, the tangent of x + gate y; absent terms cost nothing."""
+    out_dot = zero_row(C, TILE)
+    if x_dot_row is not None:
+        out_dot = load_row(x_dot_row, C, TILE)
+    if gate_dot_row is not None:
+        out_dot = add_rows(out_dot, mul_rows(load_row(gate_dot_row, C, TILE), y))
+    if y_dot_row is not None:
+        out_dot = add_rows(out_dot, mul_rows(gate, load_row(y_dot_row, C, TILE)))
+    return out_dot
+
+
+@triton.jit
 def load_factor(scale_row, C: tl.constexpr, TILE: tl.constexpr):
     """1 + scale."""
     row = ()
