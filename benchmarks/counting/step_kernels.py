@@ -27,6 +27,7 @@ from meanflow_kernels.bias_gelu import op as bias_gelu
 from meanflow_kernels.counts import moved_bytes
 from meanflow_kernels.gate_adaln import op as gate_adaln
 from meanflow_kernels.gate_rmsnorm import op as gate_rmsnorm
+from meanflow_kernels.qk_rope import op as qk_rope
 from meanflow_kernels.rmsnorm import op as rmsnorm
 
 from ..harness.clock import Ceilings
@@ -50,7 +51,7 @@ KINDS = {  # a kernel's or operator's name tells its kind; the first that matche
 PYTHON = "Python"
 TRANSFERS = ("memset", "memcpy")
 
-POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "rmsnorm", "gate_rmsnorm", "swiglu", "timestep_embedding")
+POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "rmsnorm", "gate_rmsnorm", "qk_rope", "swiglu", "timestep_embedding")
 OPERATORS = {  # by the name of a share: the kernels or operators that serve it; the first that matches
     # ours, and those of each library that may serve it
     "attention_bwd": (
@@ -74,6 +75,7 @@ SECOND_STAGES: dict[str, Callable] = {
     "gate_adaln_bwd": lambda args, out: gate_adaln.backward_launches(*args[:6], *out[:2], [*out[3:], out[2]], args[6]),
     "bias_gelu_bwd": lambda args, out: bias_gelu.backward_launches(*args, *out),
     "gate_rmsnorm_bwd": lambda args, out: gate_rmsnorm.backward_launches(*args[:6], *out[:2], out[2:], args[6]),
+    "qk_rope_bwd": lambda args, out: qk_rope.backward_launches(args[0], args[1:5], args[5:7], out[0], out[1:], args[7]),
     "rmsnorm_bwd": lambda args, out: rmsnorm.backward_launches(*args[:3], *out, args[3]),
 }
 """Builds the two launches of a backward call from its arguments and results: the second adds up the first's sums."""

@@ -29,6 +29,8 @@ from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.gate_rmsnorm import candidates as gate_rmsnorm_candidates
 from meanflow_kernels.gate_rmsnorm import op as gate_rmsnorm_op
 from meanflow_kernels.launch import CompileCase, Launch
+from meanflow_kernels.qk_rope import candidates as qk_rope_candidates
+from meanflow_kernels.qk_rope import op as qk_rope_op
 from meanflow_kernels.rmsnorm import candidates as rmsnorm_candidates
 from meanflow_kernels.rmsnorm import op as rmsnorm_op
 from meanflow_kernels.swiglu import candidates as swiglu_candidates
@@ -160,6 +162,7 @@ ROWS = {
 }
 IMF_ROWS = {
     "gate_rmsnorm": (gate_rmsnorm_op, trials.gate_rmsnorm, trials.gate_rmsnorm_bwd, gate_rmsnorm_candidates),
+    "qk_rope": (qk_rope_op, trials.qk_rope, trials.qk_rope_bwd, qk_rope_candidates),
     "rmsnorm": (rmsnorm_op, trials.rmsnorm, trials.rmsnorm_bwd, rmsnorm_candidates),
     "swiglu": (swiglu_op, trials.swiglu, trials.swiglu_bwd, swiglu_candidates),
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from meanflow.model.imf import padded
+from meanflow.model.imf import padded, rope_table
 from meanflow_kernels.adaln import op as adaln_op
 from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
 from meanflow_kernels.attention.config import FORWARD, AttentionConfig, Backend
@@ -20,6 +20,7 @@ from meanflow_kernels.gate_adaln import op as gate_adaln_op
 from meanflow_kernels.gate_rmsnorm import op as gate_rmsnorm_op
 from meanflow_kernels.launch import Launch
 from meanflow_kernels.partials import sum_partials
+from meanflow_kernels.qk_rope import op as qk_rope_op
 from meanflow_kernels.rmsnorm import op as rmsnorm_op
 from meanflow_kernels.swiglu import op as swiglu_op
 
@@ -224,6 +225,41 @@ def gate_rmsnorm_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
 
     fn = functools.partial(plain.gate_rmsnorm, out_dtype=half)
     return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, (dx_out, dh)))
+
+
+def _queries(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Queries and keys within a packed projection; two weights, and the table of their rotations."""
+    size = (shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+    table = rope_table(shape.tokens, shape.head_dim, dtype=torch.float32, device=torch.device(device))
+    return torch.randn(size, device=device).to(half)[:, :, :2], (*_parameters(shape.head_dim, 2, device), *table)
+
+
+def qk_rope(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
+    qk, parameters = _queries(shape, half, device)
+    tangents = _last(_queries(shape, half, device)[:1], n)
+    out, out_dot = _empty(*qk.unbind(2)), _empty(*_last(qk.unbind(2), n))
+
+    def launches(config):
+        dots = (*tangents, out_dot) if n else (None, (None, None))
+        return (qk_rope_op.forward_launch(qk, parameters, out, *dots, shape.batch - n, EPS, config),)
+
+    def fn(qk):
+        return plain.qk_rope(qk, *(x.to(torch.promote_types(qk.dtype, x.dtype)) for x in parameters))
+
+    return Trial(launches, (*out, *out_dot), functools.partial(_results, functools.partial(fn), (qk,), tangents))
+
+
+def qk_rope_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
+    qk, parameters = _queries(shape, half, device)
+    cotangents = _queries(shape, half, device)[0].unbind(2)
+    inputs = (qk, *parameters[:2])
+    dqk, *sums = outputs = _empty(*inputs)
+
+    def launches(config):
+        return qk_rope_op.backward_launches(qk, parameters, cotangents, dqk, tuple(sums), EPS, config)
+
+    fn = functools.partial(lambda *xs: plain.qk_rope(*xs, *(x.to(xs[1].dtype) for x in parameters[2:])))
+    return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, cotangents))
 
 
 def _products(shape: Shape, half: torch.dtype, device: str) -> tuple[Tensor, Tensor]:

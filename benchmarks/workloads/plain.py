@@ -41,6 +41,18 @@ def gate_rmsnorm(
     return x, rmsnorm(x, weight, out_dtype=out_dtype)
 
 
+def qk_rope(qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each after its norm, rotated as complex numbers."""
+
+    def one(x: Tensor, weight: Tensor) -> Tensor:
+        pairs = rmsnorm(x, weight).to(cos.dtype).unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)[:, None]
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+    q, k = qk.unbind(2)
+    return one(q, q_weight), one(k, k_weight)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(a) b of x = a | b."""
     a, b = x.chunk(2, -1)

@@ -7,6 +7,7 @@ from .dual import TangentGradientError
 from .gate_adaln import gate_adaln, gate_adaln_jvp
 from .gate_rmsnorm import gate_rmsnorm, gate_rmsnorm_jvp
 from .linear import linear, linear_jvp
+from .qk_rope import qk_rope, qk_rope_jvp
 from .rmsnorm import rmsnorm, rmsnorm_jvp
 from .routing import Route, force_route
 from .silu import silu, silu_jvp
@@ -35,6 +36,8 @@ __all__ = [
     "gate_rmsnorm_jvp",
     "linear",
     "linear_jvp",
+    "qk_rope",
+    "qk_rope_jvp",
     "rmsnorm",
     "rmsnorm_jvp",
     "silu",

@@ -66,7 +66,17 @@ def moved_bytes(read: Iterable[Tensor | object], written: Iterable[Tensor | obje
     return sum(x.numel() * x.element_size() for x in [*read, *written] if isinstance(x, Tensor))
 
 
-_POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "rmsnorm", "gate_rmsnorm", "silu", "swiglu", "timestep_embedding")
+_POINTWISE = (
+    "adaln",
+    "gate_adaln",
+    "bias_gelu",
+    "rmsnorm",
+    "gate_rmsnorm",
+    "qk_rope",
+    "silu",
+    "swiglu",
+    "timestep_embedding",
+)
 
 
 @register_flop_formula(_ops.attention)

@@ -13,12 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from meanflow_kernels import attention_jvp
+from meanflow_kernels import attention_jvp, gate_rmsnorm_jvp, qk_rope_jvp, rmsnorm_jvp, swiglu_jvp
 from meanflow_kernels.dual import forbid_gradient
-from meanflow_kernels.gate_rmsnorm import gate_rmsnorm_jvp
-from meanflow_kernels.qk_rope import qk_rope_jvp
-from meanflow_kernels.rmsnorm import rmsnorm_jvp
-from meanflow_kernels.swiglu import swiglu_jvp
 
 from .dit import LabelEmbedder, PatchEmbed, Residual, TimestepEmbedder, checkpointed, unpatchify
 from .pairs import Dual, Linear, apply_dual
@@ -65,9 +61,11 @@ class Attention(nn.Module):
     def forward(self, x: Dual, cos: Tensor, sin: Tensor) -> Dual:
         """x (B, L, C), cos and sin (L, D / 2) of the rotations -> (B, L, C)."""
         qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
+        # one split: its backward puts the gradient of the projection together in one pass
+        qk, v = qkv.split((2, 1), 2)
         weights = {"q_weight": self.q_norm, "k_weight": self.k_norm}
-        q, k = apply_dual(qk_rope_jvp, qkv, **weights, cos=cos, sin=sin)  # (B, L, H, D)
-        o = apply_dual(attention_jvp, q, k, qkv.map(lambda a: a[:, :, 2]))  # (B, L, H, D)
+        q, k = apply_dual(qk_rope_jvp, qk, **weights, cos=cos, sin=sin)  # (B, L, H, D)
+        o = apply_dual(attention_jvp, q, k, v.map(lambda a: a.squeeze(2)))  # (B, L, H, D)
         return self.proj(o.map(lambda a: a.flatten(2)))
 
 

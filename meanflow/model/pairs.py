@@ -1,5 +1,6 @@
 """Tensors with their tangents, and the layers that compute on such pairs."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +26,12 @@ class Dual(NamedTuple):
         """Cast both."""
         return self.map(lambda x: x.to(dtype))
 
-    def split(self, parts: int) -> list["Dual"]:
-        """Cut both into equal parts along the last dimension."""
-        tangents = [None] * parts if self.tangent is None else self.tangent.chunk(parts, -1)
-        pairs = zip(self.primal.chunk(parts, -1), tangents, strict=True)
-        return [Dual(x, x_dot, self.tangent_start) for x, x_dot in pairs]
+    def split(self, parts: int | Sequence[int], dim: int = -1) -> list["Dual"]:
+        """Cut both along a dimension into so many equal parts, or into parts of these sizes."""
+        cut = torch.chunk if isinstance(parts, int) else torch.split
+        primals = cut(self.primal, parts, dim)
+        tangents = [None] * len(primals) if self.tangent is None else cut(self.tangent, parts, dim)
+        return [Dual(x, x_dot, self.tangent_start) for x, x_dot in zip(primals, tangents, strict=True)]
 
     def __add__(self, other: "Dual") -> "Dual":
         if self.tangent is None or other.tangent is None:

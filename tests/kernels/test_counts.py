@@ -20,6 +20,7 @@ from meanflow_kernels import (
     gate_rmsnorm_jvp,
     linear,
     linear_jvp,
+    qk_rope_jvp,
     rmsnorm_jvp,
     silu_jvp,
     swiglu_jvp,
@@ -114,7 +115,7 @@ def test_linear(place):
 
 def test_pointwise_operators_count_no_products(place):
     x, x_dot = torch.randn(2, 2, 16, 64, device=place).unbind()
-    vectors = torch.randn(6, 2, 64, device=place).unbind()
+    vectors = torch.randn(6, 2, 64, device=place)
     t = torch.rand(2, device=place)
 
     def run():
@@ -122,6 +123,8 @@ def test_pointwise_operators_count_no_products(place):
         gate_adaln_jvp((x, x, *vectors[:3]), (x_dot, x_dot, *vectors[3:]))
         gate_rmsnorm_jvp((x, x), (x_dot, x_dot), vectors[0][0], vectors[0][0])
         bias_gelu_jvp((x,), (x_dot,), vectors[0][0])
+        qk = x.view(2, 16, 2, 2, 16)
+        qk_rope_jvp((qk,), (qk,), *vectors[:2, 0, :16], *vectors[:2, :1, :8].expand(2, 16, 8))
         rmsnorm_jvp((x,), (x_dot,), vectors[0][0])
         silu_jvp((x,), (x_dot,))
         swiglu_jvp((x,), (x_dot,))

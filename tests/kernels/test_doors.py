@@ -90,6 +90,7 @@ PLAIN_OPS = SimpleNamespace(
     gate_adaln=plain_ops.gate_adaln,
     gate_rmsnorm=plain_ops.gate_rmsnorm,
     linear=F.linear,
+    qk_rope=plain_ops.qk_rope,
     rmsnorm=plain_ops.rmsnorm,
     silu=F.silu,
     swiglu=plain_ops.swiglu,

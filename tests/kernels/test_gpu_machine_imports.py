@@ -45,13 +45,14 @@ results = [
     *mk.gate_adaln_jvp(*zip_pairs(x, y, gate, shift, scale)),
     *mk.gate_rmsnorm_jvp(*zip_pairs(x, y), bias, bias),
     mk.bias_gelu_jvp(*zip_pairs(hidden), bias),
+    *mk.qk_rope_jvp(*zip_pairs(pair(2, 8, 2, 2, 16)), *torch.randn(2, 16), *torch.randn(2, 8, 8)),
     mk.rmsnorm_jvp(*zip_pairs(x), bias),
     mk.silu_jvp(*zip_pairs(hidden)),
     mk.swiglu_jvp(*zip_pairs(hidden)),
     mk.linear_jvp(*zip_pairs(hidden), weight),
     mk.timestep_embedding_jvp(*zip_pairs(t), 16),
 ]
-assert len(results) == len([name for name in mk.__all__ if name.endswith("_jvp")]) + 2
+assert len(results) == len([name for name in mk.__all__ if name.endswith("_jvp")]) + 3
 assert all(tensor.isfinite().all() for result in results for tensor in result)
 """
 

@@ -23,7 +23,13 @@ def halves(x):
     return (torch.full_like(x[0, 0], 0.5),) * 2
 
 
-ROW, VECTOR = (3, 5, 32), (3, 32)
+def rotation(qk):
+    """Weights of the norms, cos and sin: no inputs either."""
+    angles = torch.arange(4.0, device=qk.device) / torch.arange(1.0, 6.0, device=qk.device)[:, None]
+    return torch.full_like(angles[0].repeat(2), 0.5), torch.ones_like(angles[0].repeat(2)), angles.cos(), angles.sin()
+
+
+ROW, VECTOR, QUERIES = (3, 5, 32), (3, 32), (3, 5, 2, 2, 8)
 # an operator, the same in plain torch, and the shapes of its inputs
 OPS = {
     "adaln": (ops.adaln, plain.adaln, (ROW, VECTOR, VECTOR)),
@@ -37,6 +43,7 @@ OPS = {
         (ROW, ROW),
     ),
     "linear": (ops.linear, F.linear, (ROW, (8, 32), (8,))),
+    "qk_rope": (lambda qk: ops.qk_rope(qk, *rotation(qk)), lambda qk: plain.qk_rope(qk, *rotation(qk)), (QUERIES,)),
     "rmsnorm": (lambda x: ops.rmsnorm(x, halves(x)[0]), lambda x: plain.rmsnorm(x, halves(x)[0]), (ROW,)),
     "silu": (ops.silu, F.silu, (ROW,)),
     "swiglu": (ops.swiglu, plain.swiglu, (ROW,)),
@@ -65,7 +72,7 @@ def pairs(name, device):
 def test_numbers_that_have_no_derivative_are_refused(each_route, device, name, dtype):
     op, _, shapes = OPS[name]
     with pytest.raises(
-        ValueError, match=r"^(x|t|q|qkv): got torch\..*, wanted bfloat16, float16, float32 or float64; "
+        ValueError, match=r"^(x|t|q|qk|qkv): got torch\..*, wanted bfloat16, float16, float32 or float64; "
     ):
         op(*(torch.ones(shape, device=device).to(dtype) for shape in shapes))
 

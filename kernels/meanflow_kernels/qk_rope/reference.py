@@ -15,24 +15,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def qk_rope_ref(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, eps: float
+    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """qkv (B, L, 3, H, D), weights (D,), cos and sin (L, D / 2) -> q and k (B, L, H, D), not yet rounded.
+    """qk (B, L, 2, H, D), weights (D,), cos and sin (L, D / 2) -> q and k (B, L, H, D), not yet rounded.
 
     q = R rmsnorm(q) with R the rotation of columns (2 i, 2 i + 1) by the angle of i, which is linear.
     """
-    qkv, cos, sin = upcast(qkv, cos, sin)
-    q, k, _ = qkv.unbind(2)
+    qk, cos, sin = upcast(qk, cos, sin)
+    q, k = qk.unbind(2)
     q, k = rmsnorm_ref(q, q_weight, eps=eps), rmsnorm_ref(k, k_weight, eps=eps)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def qk_rope_tangent_ref(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, qkv_dot: Tensor, *, eps: float
+    qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, qk_dot: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Tangents of both results of :func:`qk_rope_ref`: the rotated tangents of the norms."""
-    qkv, cos, sin, qkv_dot = upcast(qkv, cos, sin, qkv_dot)
-    (q, k, _), (q_dot, k_dot, _) = qkv.unbind(2), qkv_dot.unbind(2)
+    qk, cos, sin, qk_dot = upcast(qk, cos, sin, qk_dot)
+    (q, k), (q_dot, k_dot) = qk.unbind(2), qk_dot.unbind(2)
     q_dot = rmsnorm_tangent_ref(q, q_weight, q_dot, eps=eps)
     k_dot = rmsnorm_tangent_ref(k, k_weight, k_dot, eps=eps)
     return _rotate(q_dot, cos, sin), _rotate(k_dot, cos, sin)

@@ -57,13 +57,14 @@ def row_launch(
     vectors: dict[str, Tensor | None],
     contiguous: dict[str, Tensor | None],
     scalars: dict[str, int | float],
+    tile: dict[str, int] | None = None,
 ) -> Launch:
     """One launch over the rows of samples.
 
     Args:
         kernel: its parameters are named `{tensor}_ptr`, `stride_{tensor}_b`, `stride_{tensor}_l`, or as a scalar is.
         rows: strided (B, L, C) tensors; the first is present and gives the grid. vectors: strided (B, C) tensors.
-        contiguous: tensors without strides.
+        contiguous: tensors without strides. tile: the kernel's constants in the place of C and TILE.
     """
     rows = {name: dense_rows(x) for name, x in rows.items()}
     vectors = {name: dense_rows(x) for name, x in vectors.items()}
@@ -75,6 +76,7 @@ def row_launch(
     unit = math.gcd(UNIT, *steps.values())
     x = next(iter(rows.values()))
     width = x.shape[2]
+    tile = tile or {"C": width, "TILE": config.tile(width)}
     programs, rows_per_program = _shares(x, config)
     return Launch(
         kernel=kernel,
@@ -86,15 +88,18 @@ def row_launch(
             "rows_per_program": rows_per_program,
             **scalars,
         },
-        constexprs={"C": width, "TILE": config.tile(width), "ALIGN": unit, "STAGES": config.stages},
+        constexprs={**tile, "ALIGN": unit, "STAGES": config.stages},
         num_warps=config.num_warps(width),
         num_stages=config.stages,
     )
 
 
-def partial_sums(count: int, x: Tensor, config: RowConfig) -> Tensor:
-    """Room for `count` fp32 sums over the rows of each program, (count, programs, C), for x (B, L, C)."""
-    return torch.empty(count, _shares(x, config)[0], x.shape[2], dtype=torch.float32, device=x.device)
+def partial_sums(count: int, x: Tensor, config: RowConfig, width: int | None = None) -> Tensor:
+    """Room for `count` fp32 sums over the rows of each program, (count, programs, width), for x (B, L, C); width is C
+    unless it is given.
+    """
+    shape = (count, _shares(x, config)[0], x.shape[2] if width is None else width)
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 DIT_WIDTHS = (384, 768, 1024, 1152)

@@ -197,18 +197,18 @@ def test_a_rotation_by_a_view_of_complex_numbers_would_lose_them(monkeypatch):
         turned = x.contiguous().view(torch.complex64) * torch.complex(cos, sin)[:, None]
         return turned.view(torch.float32)
 
-    def rope(qkv, q_weight, k_weight, cos, sin):
+    def rope(qk, q_weight, k_weight, cos, sin):
         norms = (
             rope_reference.rmsnorm_ref(x, w, eps=1e-6)
-            for x, w in zip(qkv.unbind(2), (q_weight, k_weight), strict=False)
+            for x, w in zip(qk.unbind(2), (q_weight, k_weight), strict=True)
         )
         return tuple(by_view(x, cos, sin) for x in norms)
 
     def trap(primals, tangents, **options):
-        (qkv,), (qkv_dot,) = primals, tangents
-        if qkv_dot is None:
-            return rope(qkv, **options), (None, None)
-        return torch.func.jvp(lambda x: rope(x, **options), (qkv,), (qkv_dot,))
+        (qk,), (qk_dot,) = primals, tangents
+        if qk_dot is None:
+            return rope(qk, **options), (None, None)
+        return torch.func.jvp(lambda x: rope(x, **options), (qk,), (qk_dot,))
 
     monkeypatch.setattr(imf, "qk_rope_jvp", trap)
     # forward it is the same
