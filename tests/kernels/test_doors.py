@@ -105,7 +105,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.ops, self.heads, self.width = ops, heads, width
         shapes = {"mod": (6 * width, width), "qkv": (3 * width, width), "out": (width, width), "up": (2 * width, width)}
-        shapes |= {"down": (width, 2 * width)}
+        shapes |= {"down": (width, 2 * width), "w2": (width, width), "gate": (width,), "norm": (width,)}
+        shapes |= {"q_norm": (width // heads,), "k_norm": (width // heads,)}
         self.weights = nn.ParameterDict({name: 0.2 * torch.randn(shape) for name, shape in shapes.items()})
         self.bias = nn.Parameter(torch.randn(2 * width))
 
@@ -116,7 +117,15 @@ class Transformer(nn.Module):
         q, k, v = ops.linear(ops.adaln(x, shift, scale), w["qkv"]).unflatten(-1, (3, self.heads, -1)).unbind(2)
         y = ops.linear(ops.attention(q, k, v).flatten(2), w["out"])
         x, h = ops.gate_adaln(x, y, gate, shift2, scale2)
-        return x + gate2[:, None] * ops.linear(ops.bias_gelu(ops.linear(h, w["up"]), self.bias), w["down"])
+        x = x + gate2[:, None] * ops.linear(ops.bias_gelu(ops.linear(h, w["up"]), self.bias), w["down"])
+        # and improved MeanFlow's block, with the same weights
+        qkv = ops.linear(ops.rmsnorm(x, 1 + w["norm"]), w["qkv"]).unflatten(-1, (3, self.heads, -1))
+        qk, v = qkv.split((2, 1), 2)
+        angles = torch.arange(x.shape[1] * qkv.shape[-1] // 2, device=x.device).view(x.shape[1], -1) / 9
+        q, k = ops.qk_rope(qk, 1 + w["q_norm"], 1 + w["k_norm"], angles.cos(), angles.sin())
+        y = ops.linear(ops.attention(q, k, v.squeeze(2)).flatten(2), w["out"])
+        x, h = ops.gate_rmsnorm(x, y, w["gate"], 1 + w["norm"])
+        return x + ops.linear(ops.swiglu(ops.linear(h, w["up"])), w["w2"])
 
 
 @pytest.mark.parametrize("backend", (None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))

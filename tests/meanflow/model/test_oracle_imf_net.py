@@ -12,6 +12,7 @@ from meanflow.model import dit, imf
 from meanflow.model.imf import SIZES, ImfDiT
 from meanflow_kernels import attention_jvp, timestep_embedding_jvp
 from meanflow_kernels.qk_rope import reference as rope_reference
+from meanflow_kernels.routing import Route, force_route
 
 NETWORKS = oracle.networks()
 F64 = torch.float64
@@ -45,6 +46,25 @@ def test_outputs_and_derivative(name, mode, jvp):
     outputs = jvp(oracle.network(name, oracle.MODES[mode]), args, v)
     for key, got, kind in zip(("u", "v", "du_dt"), outputs, ("u", "u", "derived"), strict=True):
         oracle.assert_close(got, data[f"{mode}/{key}"], mode, kind, key)
+
+
+@pytest.mark.slow
+def test_by_the_kernels():
+    """One sample, interpreted where there is no GPU: the official numbers, and the gradients of the reference route."""
+    data, args, v = inputs("imf_net_oddmlp", torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = oracle.network("imf_net_oddmlp", torch.float32).to(device)
+    args, v, grads = [x[:1].to(device) for x in args], v[:1].to(device), []
+    for route in (Route.REFERENCE, Route.TRITON):
+        net.zero_grad()
+        with force_route(route):
+            outputs = by_pairs(net, args, v)
+            sum(x.square().sum() for x in outputs[:2]).backward()
+        for key, got, kind in zip(("u", "v", "du_dt"), outputs, ("u", "u", "derived"), strict=True):
+            oracle.assert_close(got.cpu(), data[f"f32/{key}"][:1], "f32", kind, key)
+        grads.append({name: p.grad.clone() for name, p in net.named_parameters()})
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -199,8 +219,7 @@ def test_a_rotation_by_a_view_of_complex_numbers_would_lose_them(monkeypatch):
 
     def rope(qk, q_weight, k_weight, cos, sin):
         norms = (
-            rope_reference.rmsnorm_ref(x, w, eps=1e-6)
-            for x, w in zip(qk.unbind(2), (q_weight, k_weight), strict=True)
+            rope_reference.rmsnorm_ref(x, w, eps=1e-6) for x, w in zip(qk.unbind(2), (q_weight, k_weight), strict=True)
         )
         return tuple(by_view(x, cos, sin) for x in norms)
 
