@@ -129,10 +129,11 @@ def _(x, y, gate, weight, x_dot, y_dot, tangent_start, tangent_samples, eps, out
 def _gate_rmsnorm_bwd(
     x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, dx_out: Tensor | None, dh: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dy, *sums = grads = _gradients(x_out, y, gate, weight)
+    dx, dy, dgate, dweight = _gradients(x_out, y, gate, weight)
+    sums = [dgate, dweight]
     for launch in backward_launches(x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS):
         launch.run()
-    return grads
+    return dx, dy, dgate, dweight
 
 
 @_gate_rmsnorm_bwd.register_fake

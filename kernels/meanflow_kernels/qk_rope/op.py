@@ -162,12 +162,11 @@ def _(qk, q_weight, k_weight, cos, sin, qk_dot, tangent_start, eps):
 def _qk_rope_bwd(
     qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dqk, *sums = grads = _gradients(qk, q_weight, k_weight)
-    for launch in backward_launches(
-        qk, (q_weight, k_weight, cos, sin), (dq, dk), dqk, tuple(sums), eps, BACKWARD, SUMS
-    ):
+    dqk, dq_weight, dk_weight = _gradients(qk, q_weight, k_weight)
+    parameters, sums = (q_weight, k_weight, cos, sin), (dq_weight, dk_weight)
+    for launch in backward_launches(qk, parameters, (dq, dk), dqk, sums, eps, BACKWARD, SUMS):
         launch.run()
-    return grads
+    return dqk, dq_weight, dk_weight
 
 
 @_qk_rope_bwd.register_fake

@@ -36,7 +36,7 @@ def _rmsnorm_rows(
 ):
     for l in tl.range(first, end, num_stages=STAGES):
         # x_hat = rstd x, x_hat_dot = rstd (x_dot - x_hat mean(x_hat x_dot))
-        x = load_row(row_at(x_ptr, l * stride_x_l, ALIGN), C, TILE)
+        x, weight = load_row(row_at(x_ptr, l * stride_x_l, ALIGN), C, TILE), load_row(weight_ptr, C, TILE)
         if y_dot_ptr is None:
             x_hat = rms_normalise(x, eps, C)
         else:
@@ -44,7 +44,6 @@ def _rmsnorm_rows(
             x_dot = load_row(row_at(x_dot_ptr, l * stride_x_dot_l, ALIGN), C, TILE)
             x_hat, x_hat_dot = rms_normalise_along(x, x_dot, eps, C)
         # y = weight x_hat, y_dot = weight x_hat_dot
-        weight = load_row(weight_ptr, C, TILE)
         store_row(row_at(y_ptr, l, C), mul_rows(weight, x_hat), C)
         if y_dot_ptr is not None:
             store_row(row_at(y_dot_ptr, l, C), mul_rows(weight, x_hat_dot), C)
