@@ -95,7 +95,8 @@ def tests(name: str, *arguments: str, seconds: int) -> Part:
 ATTENTION = {"tests": ("tests-attention",), "needs": ("pytest_benchmark",)}
 OTHERS = {"tests": ("tests-operators",), "needs": ("pytest_benchmark",)}
 ATTENTION_TESTS = [
-    f"tests/kernels/test_attention{what}.py" for what in ("", "_backends", "_backward", "_properties", "_qkv")
+    f"tests/kernels/test_attention{what}.py"
+    for what in ("", "_backends", "_backward", "_persistent", "_properties", "_qkv")
 ]
 ELSEWHERE = [
     *(
