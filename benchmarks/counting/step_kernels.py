@@ -72,7 +72,9 @@ OPERATORS = {  # by the name of a share: the kernels or operators that serve it;
 
 SECOND_STAGES: dict[str, Callable] = {
     "adaln_bwd": lambda args, out: adaln.backward_launches(*args[:3], *out, args[3]),
-    "gate_adaln_bwd": lambda args, out: gate_adaln.backward_launches(*args[:6], *out[:2], [*out[3:], out[2]], args[6]),
+    "gate_adaln_bwd": lambda args, out: gate_adaln.backward_launches(
+        *args[:7], *out[:2], [*out[3:5], out[2]], out[5], args[7]
+    ),
     "bias_gelu_bwd": lambda args, out: bias_gelu.backward_launches(*args, *out),
     "gate_rmsnorm_bwd": lambda args, out: gate_rmsnorm.backward_launches(*args[:6], *out[:2], out[2:], args[6]),
     "qk_rope_bwd": lambda args, out: qk_rope.backward_launches(args[0], args[1:5], args[5:7], out[0], out[1:], args[7]),

@@ -21,14 +21,13 @@ _BITS = re.compile(r"\d+$")
 
 def _compile(case, source, arch: int) -> tuple[triton.compiler.CompiledKernel, str]:
     """The compiled kernel, and what ptxas -v said while it was compiled."""
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     log = io.StringIO()
     # a fresh cache: a kernel out of Triton's own cache would come without the words of ptxas
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = cache
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
-            kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.launch.options)
     return kernel, log.getvalue()
 
 

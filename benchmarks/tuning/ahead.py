@@ -59,8 +59,8 @@ def compile_one(arch: int, device: str, index: int, config: int) -> str | None:
     _take_place(arch)
     try:
         for launch in _trial(arch, device, index).launches(_subjects(arch, device)[index].configs[config]):
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            launch.kernel.run(**launch.args, **launch.constexprs, **options, grid=launch.grid, warmup=True)
+            arguments = launch.args | launch.constexprs | launch.options
+            launch.kernel.run(**arguments, grid=launch.grid, warmup=True)
     except Exception as error:  # the worker goes on with the next
         return f"does not compile: {_first_line(error)}"
     return None

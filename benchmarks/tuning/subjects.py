@@ -105,7 +105,7 @@ class Subject:
 def _signature(launches: Iterable[Launch]) -> tuple:
     """A key that is equal for equal launches on the same tensors."""
     return tuple(
-        (x.kernel, x.grid, x.num_warps, x.num_stages, *x.constexprs.items())
+        (x.kernel, x.grid, *x.options.items(), *x.constexprs.items())
         + tuple(value for value in x.args.values() if not isinstance(value, torch.Tensor))
         for x in launches
     )
@@ -225,6 +225,6 @@ def compile_cases(arch: int) -> list[tuple[str, int, CompileCase]]:
         for config in filter(subject.compiles, subject.configs):
             for launch in trial.launches(config):
                 case = CompileCase(subject.op, repr(config), subject.half, size, launch)
-                key = case.source().hash(), launch.num_warps, launch.num_stages
+                key = case.source().hash(), *launch.options.items()
                 found.setdefault(key, (folder, arch, case))
     return list(found.values())

@@ -115,25 +115,27 @@ def adaln_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
 def gate_adaln(shape: Shape, half: torch.dtype, device: str, *, n: int) -> Trial:
     primals = _row_inputs(shape, half, device)
     tangents = _last(_row_inputs(shape, half, device), n)
+    bias = torch.randn(shape.width, device=device)
     out, out_dot = _empty(*primals[:2]), _empty(*_last(primals[:2], n))
 
     def launches(config):
         dots = (tangents, out, out_dot) if n else ((None,) * 5, out, (None, None))
-        return (gate_adaln_op.forward_launch(primals, *dots, shape.batch - n, EPS, config),)
+        return (gate_adaln_op.forward_launch(primals, bias, *dots, shape.batch - n, EPS, config),)
 
-    fn = functools.partial(plain.gate_adaln, out_dtype=half)
+    fn = functools.partial(plain.gate_adaln, bias=bias, out_dtype=half)
     return Trial(launches, (*out, *out_dot), functools.partial(_results, fn, primals, tangents))
 
 
 def gate_adaln_bwd(shape: Shape, half: torch.dtype, device: str) -> Trial:
-    inputs = x, y, gate, _, scale = _row_inputs(shape, half, device)
+    inputs = x, y, gate, _, scale, bias = (*_row_inputs(shape, half, device), torch.randn(shape.width, device=device))
     dx_out, dh, *_ = _row_inputs(shape, half, device)
-    x_out = x + gate[:, None].float() * y
-    dx, dy, dgate, dshift, dscale = outputs = _empty(*inputs)
+    x_out = x + gate[:, None].float() * (y + bias)
+    dx, dy, dgate, dshift, dscale, dbias = outputs = _empty(*inputs)
 
     def launches(config):
         sums = [dshift, dscale, dgate]
-        return gate_adaln_op.backward_launches(x_out, y, gate, scale, dx_out, dh, dx, dy, sums, EPS, config)
+        results = (dx, dy, sums, dbias)
+        return gate_adaln_op.backward_launches(x_out, y, gate, scale, bias, dx_out, dh, *results, EPS, config)
 
     fn = functools.partial(plain.gate_adaln, out_dtype=half)
     return Trial(launches, outputs, functools.partial(_gradients, fn, inputs, (dx_out, dh)))

@@ -15,9 +15,17 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, out_dtype: torch.dtype | N
 
 
 def gate_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + gate y, and adaln of it."""
+    """The sum x + gate (y + bias), and adaln of it."""
+    y = y if bias is None else y + bias.to(y.dtype)
     x = x + (gate[:, None] * y).to(x.dtype)
     return x, adaln(x, shift, scale, out_dtype=out_dtype)
 

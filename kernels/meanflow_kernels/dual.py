@@ -132,7 +132,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        return tuple(x.view_as(x) for x in inputs)
+        return tuple(None if x is None else x.view_as(x) for x in inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +150,9 @@ def last(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def once(*inputs: *Inputs) -> tuple[*Inputs]:
     """The inputs of a reference that is differentiable once, as its kernel is. A compiled one is so by itself."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(tracked(x) for x in inputs)):
+    if torch.compiler.is_compiling() or not (
+        torch.is_grad_enabled() and any(x is not None and tracked(x) for x in inputs)
+    ):
         return inputs
     return _Once.apply(*inputs)
 

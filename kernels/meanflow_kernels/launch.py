@@ -44,6 +44,14 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """of a thread; None leaves them to the compiler"""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self):
         """Launch on the device of the tensors; CPU tensors need Triton's interpreter.
@@ -63,8 +71,7 @@ class Launch:
                 "of triton to run it in the interpreter, or use force_route(Route.REFERENCE)"
             )
         with torch.cuda.device_of(x):
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            return self.kernel[self.grid](**self.args, **self.constexprs, **options)
+            return self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,8 @@ class CompileCase:
     def source(self):
         """Triton's ASTSource, specialised as its launcher does: aligned pointers, integers divisible by 16 or 1.
 
-        For ``triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options={"num_warps": ...,
-        "num_stages": ...})``, in a process without TRITON_INTERPRET.
+        For ``triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options=case.launch.options)``, in a
+        process without TRITON_INTERPRET.
         """
         from triton.compiler import ASTSource
         from triton.experimental.gluon._runtime import GluonASTSource

@@ -118,11 +118,12 @@ def test_calls_and_bytes_of_operators():
     with OperatorCalls() as calls:
         x + x
         for _ in range(2):
-            ops.gate_adaln_jvp(x, y, *[vector] * 3, x[:n], y[:n], *[vector[:n]] * 3, b - n, n, 1e-6, torch.bfloat16)
+            primals, tangents = (x, y, *[vector] * 3), (x[:n], y[:n], *[vector[:n]] * 3)
+            ops.gate_adaln_jvp(*primals, x[0, 0], *tangents, b - n, n, 1e-6, torch.bfloat16)
         ops.bias_gelu_bwd(y[:1, :1], vector[0], y[:1, :1])
     rows, tangents = b * length * c, n * length * c
-    # x and x_out fp32, y and h bf16, three vectors; the tangent's alike
-    dual = (4 + 4 + 2 + 2) * (rows + tangents) + 3 * 2 * c * (b + n)
+    # x and x_out fp32, y and h bf16, three vectors; the tangent's alike; and a bias in fp32
+    dual = (4 + 4 + 2 + 2) * (rows + tangents) + 3 * 2 * c * (b + n) + 4 * c
     assert calls.found["gate_adaln_jvp"] == Counted(2, 0, 2 * dual)
     # x, dy and dx of one row, bias and dbias
     assert calls.found["bias_gelu_bwd"] == Counted(1, 0, 2 * 5 * c)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from dual_properties import (
     LAYOUTS,
     Case,
@@ -20,7 +21,7 @@ from tolerances import relative_error
 from benchmarks.workloads.plain import gate_adaln as plain_gate_adaln
 from meanflow_kernels import adaln, gate_adaln, gate_adaln_jvp
 from meanflow_kernels.gate_adaln import op as module
-from meanflow_kernels.gate_adaln.config import FORWARD
+from meanflow_kernels.gate_adaln.config import FORWARD, SUMS
 from meanflow_kernels.gate_adaln.reference import gate_adaln_ref, gate_adaln_tangent_ref
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
@@ -37,24 +38,31 @@ def make(batch, length, width, stream, branch, vectors, device):
     return one(), one()
 
 
-def case(out_dtype=None):
-    """gate_adaln with its out_dtype bound."""
+def case(out_dtype=None, bias=None):
+    """gate_adaln with its out_dtype bound, and its bias unless one follows the primals."""
 
-    def plain(*primals):
+    def plain(*inputs):
         # what is exact is not rounded
-        exact = primals[0].dtype == torch.float64
-        return plain_gate_adaln(*primals, out_dtype=None if exact else out_dtype)
+        exact = inputs[0].dtype == torch.float64
+        return plain_gate_adaln(*inputs, out_dtype=None if exact else out_dtype)
+
+    def op_jvp(primals, tangents, bias=bias, **options):
+        return gate_adaln_jvp(primals, tangents, bias=bias, out_dtype=out_dtype, **options)
 
     return Case(
-        op=lambda *primals: gate_adaln(*primals, out_dtype=out_dtype),
-        op_jvp=lambda primals, tangents, **options: gate_adaln_jvp(primals, tangents, out_dtype=out_dtype, **options),
-        plain=plain,
+        op=lambda *primals: gate_adaln(*primals, bias=bias, out_dtype=out_dtype),
+        op_jvp=op_jvp,
+        plain=plain if bias is None else lambda *primals, bias=bias: plain(*primals, bias),
         make=lambda device: make(3, 1, 24, F32, F32, F32, device),
     )
 
 
 class TestProperties(DualProperties):
     case = case()
+
+
+class TestPropertiesWithBias(DualProperties):
+    case = case(bias=torch.linspace(-2, 2, 24, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # one row a regime: B, L, C, dtype of x, of y, of the vectors, of h
@@ -85,6 +93,46 @@ def check(batch, length, width, stream, branch, vectors, out, device, **options)
 @pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
 def test_as_exact_as_plain_torch(each_route, device, regime):
     check(*regime, device)
+
+
+# samples, tokens, width, dtypes of stream, branch, vectors and h, of the bias
+BIASED = {
+    "xl width, mixed as in training": (2, 3, 1152, F32, F16, F16, F16, F32),
+    "a program's sums of several rows": (3, 33, 40, F32, F32, F32, F32, F32),
+    "odd width, bias in fp16": (2, 3, 77, F16, F16, F16, F16, F16),
+    "one sample": (1, 5, 600, F32, F32, F32, F32, F32),
+}
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("regime", BIASED.values(), ids=BIASED)
+def test_with_a_bias_as_exact_as_plain_torch(each_route, device, regime):
+    *rest, bias_dtype = regime
+    check(*rest, device, extra=(torch.randn(rest[2], device=device).to(bias_dtype),))
+
+
+@pytest.mark.parametrize("samples", (1, 3, 40))
+def test_the_sum_over_samples_is_cut_into_strips(kernel_route, device, monkeypatch, samples):
+    monkeypatch.setattr(module, "SUMS", dataclasses.replace(SUMS, block_r=2, block_c=64))
+    (x, y, gate, _, scale), _ = make(samples, 17, 77, F32, F32, F32, device)
+    backward = torch.ops.meanflow_kernels.gate_adaln_bwd
+    _, dy, *_, dbias = backward(x, y, gate, scale, torch.randn(77, device=device), x, y, 1e-6)
+    assert relative_error(dbias, dy.double().sum((0, 1))) < 1e-6
+
+
+def test_the_bias_carries_its_tangent_in_forward_mode(each_route, device):
+    primals, tangents = make(2, 3, 24, F32, F32, F32, device)
+    bias, bias_dot = torch.randn(2, 24, device=device)
+    for some in ((None, tangents[1]), (None, None), tangents[:2]):
+        with forward_ad.dual_level():
+            pairs = zip((*primals, bias), (*some, *[None] * 3, bias_dot), strict=True)
+            *duals, bias_dual = (x if x_dot is None else forward_ad.make_dual(x, x_dot) for x, x_dot in pairs)
+            found = gate_adaln(*duals, bias=bias_dual)
+            expected = plain_gate_adaln(*duals, bias_dual)
+            for y, exact in zip(found, expected, strict=True):
+                assert relative_error(forward_ad.unpack_dual(y).tangent, forward_ad.unpack_dual(exact).tangent) < 1e-6
+            with pytest.raises(ValueError, match="^bias: got a tensor with a forward-mode tangent"):
+                gate_adaln_jvp(primals, tangents, bias=bias_dual)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -151,7 +199,7 @@ def test_any_shape_and_stride(device, data):
 def test_strided_arguments_are_read_in_place():
     primals, tangents = make(2, 3, 64, F32, F16, F16, "cpu")
     x, h = torch.empty(2, 3, 64), torch.empty(2, 3, 64, dtype=F16)
-    launch = module.forward_launch(primals, (None, *tangents[1:]), (x, h), (x, h), 0, 1e-6)
+    launch = module.forward_launch(primals, None, (None, *tangents[1:]), (x, h), (x, h), 0, 1e-6)
     for name, tensor in zip(("x", "y", "gate", "shift", "scale"), primals, strict=True):
         assert launch.args[f"{name}_ptr"] is tensor
     assert launch.args["x_dot_ptr"] is None and launch.args["y_dot_ptr"] is tangents[1]
@@ -161,10 +209,13 @@ def test_strided_arguments_are_read_in_place():
 def test_reference_in_fp64():
     primals, tangents = make(2, 2, 5, *[torch.float64] * 3, "cpu")
     leaves = tuple(x.clone().requires_grad_() for x in primals)
-    assert torch.autograd.gradcheck(lambda *xs: gate_adaln_ref(*xs, eps=1e-6), leaves, check_forward_ad=True)
-    expected = torch.func.jvp(case().plain, primals, tangents)[1]
-    for found, exact in zip(gate_adaln_tangent_ref(primals, tangents, eps=1e-6), expected, strict=True):
-        assert relative_error(found, exact) < 1e-12
+    biases = (None, torch.randn(5, dtype=torch.float64, requires_grad=True))
+    for bias in biases:
+        inputs = (*leaves, bias)
+        assert torch.autograd.gradcheck(lambda *xs: gate_adaln_ref(*xs, eps=1e-6), inputs, check_forward_ad=True)
+        expected = torch.func.jvp(lambda *xs, bias=bias: plain_gate_adaln(*xs, bias), primals, tangents)[1]
+        for found, exact in zip(gate_adaln_tangent_ref(primals, tangents, bias, eps=1e-6), expected, strict=True):
+            assert relative_error(found, exact) < 1e-12
 
 
 X, V = torch.zeros(2, 3, 8), torch.zeros(2, 8)
@@ -177,6 +228,16 @@ BAD = [
     ("scale", (X, X, V, V, V.half())),
     ("y", (X, X.double(), V, V, V)),
 ]
+
+
+BAD_BIASES = (torch.zeros(7), torch.zeros(2, 8), torch.zeros(8, device="meta"), torch.zeros(8).double(), V[0].long())
+
+
+@pytest.mark.parametrize("bias", BAD_BIASES, ids=str)
+def test_a_wrong_bias_raises(kernel_route, bias):
+    for call in (gate_adaln, lambda *xs, bias: gate_adaln_jvp(xs, (X, *[None] * 4), bias=bias)):
+        with pytest.raises(ValueError, match=r"^bias: got .*, wanted .*; "):
+            call(X, X, V, V, V, bias=bias)
 
 
 @pytest.mark.parametrize(("name", "primals"), BAD)

@@ -28,6 +28,7 @@ def _gate_adaln_rows(
     gate_row,  # (C,)
     shift_row,  # (C,)
     scale_row,  # (C,)
+    bias_ptr,  # (C,) or None
     x_out_ptr,  # (L, C)
     h_ptr,  # (L, C)
     x_dot_ptr,  # (L, C) or None
@@ -53,14 +54,16 @@ def _gate_adaln_rows(
         y = load_row(row_at(y_ptr, l * stride_y_l, ALIGN), C, TILE)
         gate = load_row(gate_row, C, TILE)
         x = load_row(row_at(x_ptr, l * stride_x_l, ALIGN), C, TILE)
-        # x_out_dot = x_dot + gate_dot y + gate y_dot
+        if bias_ptr is not None:
+            y = add_rows(y, load_row(bias_ptr, C, TILE))
+        # x_out_dot = x_dot + gate_dot (y + bias) + gate y_dot
         if h_dot_ptr is not None:
             # before the first exchange between threads, so that all four rows are on their way at once
             x_dot_row = row_at(x_dot_ptr, l * stride_x_dot_l, ALIGN)
             y_dot_row = row_at(y_dot_ptr, l * stride_y_dot_l, ALIGN)
             x_dot = sum_tangent(x_dot_row, y_dot_row, gate_dot_row, y, gate, C, TILE)
             store_row(row_at(x_out_dot_ptr, l, C), x_dot, C)
-        # x_out = x + gate y
+        # x_out = x + gate (y + bias)
         x = add_rows(x, mul_rows(gate, y))
         store_row(row_at(x_out_ptr, l, C), x, C)
         # x_hat = rstd (x_out - mean(x_out))
@@ -84,6 +87,7 @@ def _gate_adaln_kernel(
     gate_ptr,  # (B, C)
     shift_ptr,  # (B, C)
     scale_ptr,  # (B, C)
+    bias_ptr,  # (C,), or None
     x_out_ptr,  # (B, L, C), contiguous
     h_ptr,  # (B, L, C), contiguous
     x_dot_ptr,  # (n, L, C) or None; the tangents of samples tangent_start to tangent_start + n
@@ -133,7 +137,7 @@ def _gate_adaln_kernel(
     scale_dot_row = row_at(scale_dot_ptr, b_dot * stride_scale_dot_b, ALIGN)
     x_out_dot_ptr = row_at(x_out_dot_ptr, b_dot * L, C)
     h_dot_ptr = row_at(h_dot_ptr, b_dot * L, C)
-    primal = (x_ptr, y_ptr, gate_row, shift_row, scale_row, x_out_ptr, h_ptr)
+    primal = (x_ptr, y_ptr, gate_row, shift_row, scale_row, bias_ptr, x_out_ptr, h_ptr)
     share = (stride_x_l, stride_y_l, stride_x_dot_l, stride_y_dot_l, first, end)
     # a loop of its own for samples without a tangent: they pay nothing for those that have one
     if h_dot_ptr is not None and (b_dot >= 0) & (b_dot < tangent_samples):
@@ -163,11 +167,12 @@ def _gate_adaln_bwd_kernel(
     y_ptr,  # (B, L, C)
     gate_ptr,  # (B, C)
     scale_ptr,  # (B, C)
+    bias_ptr,  # (C,), or None
     dx_out_ptr,  # (B, L, C), or None where nothing but h was used
     dh_ptr,  # (B, L, C)
     dx_ptr,  # (B, L, C), contiguous
     dy_ptr,  # (B, L, C), contiguous
-    partial_ptr,  # (3, programs, C), fp32: sums over a program's rows for dshift, dscale, dgate
+    partial_ptr,  # (3 or 4, programs, C), fp32: sums over a program's rows for dshift, dscale, dgate and dbias
     stride_y_b,
     stride_y_l,
     stride_gate_b,
@@ -189,6 +194,7 @@ def _gate_adaln_bwd_kernel(
     gate = load_row(row_at(gate_ptr, b * stride_gate_b, ALIGN), C, TILE)
     factor = load_factor(row_at(scale_ptr, b * stride_scale_b, ALIGN), C, TILE)
     dshift, dscale, dgate = zero_row(C, TILE), zero_row(C, TILE), zero_row(C, TILE)
+    dx_sum = zero_row(C, TILE)
     for l in tl.range(first, end, num_stages=STAGES):
         x_out = load_row(row_at(x_out_ptr, b * L + l, C), C, TILE)
         dh = load_row(row_at(dh_ptr, b * stride_dh_b + l * stride_dh_l, ALIGN), C, TILE)
@@ -199,11 +205,16 @@ def _gate_adaln_bwd_kernel(
         dscale = add_rows(dscale, mul_rows(dh, x_hat))
         if dx_out_ptr is not None:
             dx = add_rows(dx, load_row(row_at(dx_out_ptr, b * stride_dx_out_b + l * stride_dx_out_l, ALIGN), C, TILE))
-        # dgate = sum_l y dx, dy = gate dx
+        # dgate = sum_l (y + bias) dx, dy = gate dx, dbias = sum_l dy
         y = load_row(row_at(y_ptr, b * stride_y_b + l * stride_y_l, ALIGN), C, TILE)
         dgate = add_rows(dgate, mul_rows(y, dx))
+        if bias_ptr is not None:
+            dx_sum = add_rows(dx_sum, dx)
         store_row(row_at(dx_ptr, b * L + l, C), dx, C)
         store_row(row_at(dy_ptr, b * L + l, C), mul_rows(gate, dx), C)
     store_partial(partial_ptr, 0, dshift, C)
     store_partial(partial_ptr, 1, dscale, C)
+    if bias_ptr is not None:
+        dgate = add_rows(dgate, mul_rows(load_row(bias_ptr, C, TILE), dx_sum))
+        store_partial(partial_ptr, 3, mul_rows(gate, dx_sum), C)
     store_partial(partial_ptr, 2, dgate, C)

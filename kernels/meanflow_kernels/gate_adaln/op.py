@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_real, check_shape, check_tangents
+from ..checks import check_alike, check_kernel_dtype, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
 from ..routing import runs_kernel
@@ -16,16 +16,27 @@ from .reference import gate_adaln_ref, gate_adaln_tangent_ref
 _NAMES = ("x", "y", "gate", "shift", "scale")
 
 
-def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> None:
+def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     check_shape("x", x, (None, None, None), "(B, L, C)")
     check_shape("y", y, tuple(x.shape), "x's shape (B, L, C)")
     check_alike(("x", "y"), (x, y), dtype=False)
     check_vectors(x, _NAMES[2:], (gate, shift, scale))
     check_real("y", y)
+    if bias is not None:
+        check_shape("bias", bias, (x.shape[2],), "(C,)")
+        check_alike(("x", "bias"), (x, bias), dtype=False)
+        check_real("bias", bias)
+
+
+def _check_kernel(primals: tuple, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    check_kernel_row(primals[0], _NAMES, primals, out_dtype)
+    if bias is not None:
+        check_kernel_dtype("bias", bias)
 
 
 def forward_launch(
     primals: tuple,
+    bias: Tensor | None,
     tangents: tuple,
     out: tuple,
     out_dot: tuple,
@@ -43,7 +54,8 @@ def forward_launch(
         config,
         rows={name: named[name] for name in rows},
         vectors={name: vector for name, vector in named.items() if name not in rows},
-        contiguous=dict(zip(("x_out", "h", "x_out_dot", "h_dot"), (*out, *out_dot), strict=True)),
+        contiguous=dict(zip(("x_out", "h", "x_out_dot", "h_dot"), (*out, *out_dot), strict=True))
+        | {"bias": None if bias is None else bias.contiguous()},
         scalars={
             "tangent_start": tangent_start,
             "tangent_samples": 0 if out_dot[1] is None else out_dot[1].shape[0],
@@ -53,22 +65,36 @@ def forward_launch(
 
 
 def backward_launches(
-    x_out, y, gate, scale, dx_out, dh, dx, dy, sums, eps, config: RowConfig = BACKWARD, sums_config: TileConfig = SUMS
+    x_out,
+    y,
+    gate,
+    scale,
+    bias,
+    dx_out,
+    dh,
+    dx,
+    dy,
+    sums,
+    dbias,
+    eps,
+    config: RowConfig = BACKWARD,
+    sums_config: TileConfig = SUMS,
 ) -> tuple[Launch, Launch]:
-    """dx, dy and each program's sums, then sums = [dshift, dscale, dgate] from those."""
+    """dx, dy and each program's sums, then sums = [dshift, dscale, dgate], and dbias, from those."""
     from ..partials import sum_partials
     from .kernel import _gate_adaln_bwd_kernel
 
-    partial = partial_sums(3, x_out, config)
+    partial = partial_sums(3 if bias is None else 4, x_out, config)
     first = row_launch(
         _gate_adaln_bwd_kernel,
         config,
         rows={"y": y, "dx_out": dx_out, "dh": dh},
         vectors={"gate": gate, "scale": scale},
-        contiguous={"x_out": x_out, "dx": dx, "dy": dy, "partial": partial},
+        contiguous={"x_out": x_out, "dx": dx, "dy": dy, "partial": partial}
+        | {"bias": None if bias is None else bias.contiguous()},
         scalars={"eps": eps},
     )
-    return first, sum_partials(partial, sums, sums_config)
+    return first, sum_partials(partial, sums, sums_config, None if bias is None else dbias)
 
 
 def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,15 +105,22 @@ def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, T
 
 @torch.library.custom_op("meanflow_kernels::gate_adaln", mutates_args=())
 def _gate_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(x, x.shape[0], out_dtype)
-    forward_launch((x, y, gate, shift, scale), (None,) * 5, out, (None, None), 0, eps, FORWARD).run()
+    forward_launch((x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, FORWARD).run()
     return out
 
 
 @_gate_adaln.register_fake
-def _(x, y, gate, shift, scale, eps, out_dtype):
+def _(x, y, gate, shift, scale, bias, eps, out_dtype):
     return _outputs(x, x.shape[0], out_dtype)
 
 
@@ -98,6 +131,7 @@ def _gate_adaln_jvp(
     gate: Tensor,
     shift: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     x_dot: Tensor | None,
     y_dot: Tensor | None,
     gate_dot: Tensor | None,
@@ -110,7 +144,7 @@ def _gate_adaln_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
     primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    forward_launch(primals, tangents, out, out_dot, tangent_start, eps, FORWARD).run()
+    forward_launch(primals, bias, tangents, out, out_dot, tangent_start, eps, FORWARD).run()
     return *out, *out_dot
 
 
@@ -122,38 +156,52 @@ def _(x, *operands):
 
 @torch.library.custom_op("meanflow_kernels::gate_adaln_bwd", mutates_args=())
 def _gate_adaln_bwd(
-    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, dx_out: Tensor | None, dh: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dy = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
-    dshift, dscale, dgate = (gate.new_empty(gate.shape) for _ in range(3))
+    x_out: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dx_out: Tensor | None,
+    dh: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dy, dgate, dshift, dscale, dbias = _gradients(x_out, y, gate, bias)
     sums = [dshift, dscale, dgate]
-    for launch in backward_launches(x_out, y, gate, scale, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS):
+    inputs = (x_out, y, gate, scale, bias, dx_out, dh)
+    for launch in backward_launches(*inputs, dx, dy, sums, dbias, eps, BACKWARD, SUMS):
         launch.run()
-    return dx, dy, dgate, dshift, dscale
+    return dx, dy, dgate, dshift, dscale, dbias
+
+
+def _gradients(x_out: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Room for dx, dy, dgate, dshift, dscale and dbias, which is empty without a bias."""
+    rows, dbias = (x_out.new_empty(x_out.shape), y.new_empty(y.shape)), y.new_empty(0)
+    return *rows, *[gate.new_empty(gate.shape) for _ in range(3)], dbias if bias is None else bias.new_empty(bias.shape)
 
 
 @_gate_adaln_bwd.register_fake
-def _(x_out, y, gate, scale, dx_out, dh, eps):
-    return x_out.new_empty(x_out.shape), y.new_empty(y.shape), *[gate.new_empty(gate.shape) for _ in range(3)]
+def _(x_out, y, gate, scale, bias, dx_out, dh, eps):
+    return _gradients(x_out, y, gate, bias)
 
 
 def _save(ctx, inputs, output):
     # x_out serves in x's place: the next layer keeps it anyhow. Tangents are neither saved nor differentiated
-    _, y, gate, _, scale, *_ = inputs
+    _, y, gate, _, scale, bias, *_ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], y, gate, scale)
+    ctx.save_for_backward(output[0], y, gate, scale, bias)
     ctx.h_dtype, ctx.eps, ctx.inputs = output[1].dtype, inputs[-2], len(inputs)
 
 
 def _differentiate(ctx, dx_out, dh, *cotangents):
     refuse_tangent_gradient(*cotangents)
-    grads = (None,) * 5
+    grads = (None,) * 6
     if dx_out is not None or dh is not None:
-        x_out, y, gate, scale = ctx.saved_tensors
+        x_out, y, gate, scale, bias = ctx.saved_tensors
         # the residual alone was used: rare enough to pay for zeros
         dh = x_out.new_zeros(x_out.shape, dtype=ctx.h_dtype) if dh is None else dh
-        grads = last(*torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, dx_out, dh, ctx.eps))
-    return (*grads, *[None] * (ctx.inputs - 5))
+        *grads, dbias = torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, bias, dx_out, dh, ctx.eps)
+        grads = last(*grads, None if bias is None else dbias)
+    return (*grads, *[None] * (ctx.inputs - 6))
 
 
 _gate_adaln.register_autograd(_differentiate, setup_context=_save)
@@ -162,10 +210,12 @@ _gate_adaln_jvp.register_autograd(_differentiate, setup_context=_save)
 
 def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
     primals, sums = (x, y, vector, vector, vector), [vector.new_empty(vector.shape) for _ in range(3)]
-    backward, sums = backward_launches(x, y, vector, vector, x, y, x, y, sums, 1e-6)
+    # a parameter is in the stream's dtype
+    bias = x.new_empty(x.shape[2])
+    backward, sums = backward_launches(x, y, vector, vector, bias, x, y, x, y, sums, bias, 1e-6)
     return {
-        "gate_adaln": forward_launch(primals, (None,) * 5, (x, y), (None, None), 0, 1e-6),
-        "gate_adaln_jvp": forward_launch(primals, primals, (x, y), (x, y), 0, 1e-6),
+        "gate_adaln": forward_launch(primals, bias, (None,) * 5, (x, y), (None, None), 0, 1e-6),
+        "gate_adaln_jvp": forward_launch(primals, bias, primals, (x, y), (x, y), 0, 1e-6),
         "gate_adaln_bwd": backward,
         "gate_adaln_bwd sums": sums,
     }
@@ -183,15 +233,17 @@ def gate_adaln(
     shift: Tensor,
     scale: Tensor,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x_out = x + gate y, and h = LayerNorm(x_out) (1 + scale) + shift: a branch's end and the next one's beginning.
+    """x_out = x + gate (y + bias), h = LayerNorm(x_out) (1 + scale) + shift: a branch's end and the next's beginning.
 
     Args:
         x: the residual stream (B, L, C). y: the branch (B, L, C), of a dtype of its own.
         gate, shift, scale: (B, C), of one dtype, which may differ from x's and y's. Chunks of a (B, 6 C) projection are
             read in place; of all arguments only one whose last stride is not 1 is copied.
+        bias: (C,), of any dtype the kernel takes, or None: of the branch's last layer, whose product alone is y then.
         eps: added to the variance. out_dtype: dtype of h, default x's.
 
     Returns:
@@ -201,24 +253,29 @@ def gate_adaln(
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    _check(x, y, gate, shift, scale)
+    _check(x, y, gate, shift, scale, bias)
     out_dtype = out_dtype or x.dtype
     kernel = runs_kernel(x)
-    primals, tangents = unpack(x, y, gate, shift, scale)
+    (*primals, bias), (*tangents, bias_dot) = unpack(x, y, gate, shift, scale, bias)
+    if bias_dot is not None:
+        # the bias enters as y does
+        bias_dot = bias_dot.to(y.dtype)
+        tangents[1] = bias_dot.expand_as(y) if tangents[1] is None else tangents[1] + bias_dot
     if not absent(tangents):
-        (x_out, h), (x_out_dot, h_dot) = gate_adaln_jvp(primals, tangents, eps=eps, out_dtype=out_dtype)
+        (x_out, h), (x_out_dot, h_dot) = gate_adaln_jvp(primals, tangents, bias=bias, eps=eps, out_dtype=out_dtype)
         return pack(x_out, x_out_dot), pack(h, h_dot)
     if not kernel:
-        x_out, h = gate_adaln_ref(*once(*primals), eps=eps)
+        x_out, h = gate_adaln_ref(*once(*primals, bias), eps=eps)
         return x_out.to(x.dtype), h.to(out_dtype)
-    check_kernel_row(x, _NAMES, primals, out_dtype)
-    return torch.ops.meanflow_kernels.gate_adaln(*primals, eps, out_dtype)
+    _check_kernel(primals, bias, out_dtype)
+    return torch.ops.meanflow_kernels.gate_adaln(*primals, bias, eps, out_dtype)
 
 
 def gate_adaln_jvp(
     primals: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     tangent_start: int | None = None,
@@ -228,30 +285,34 @@ def gate_adaln_jvp(
     Args:
         primals: as for :func:`gate_adaln`.
         tangents: each shaped like its primal but for the batch n, in its dtype; None is structurally zero.
+        bias: as for :func:`gate_adaln`; a parameter: it has no tangent.
         tangent_start: the tangents belong to samples tangent_start .. tangent_start + n; None: to all, n = B.
 
     Returns:
         (x_out, h), (x_out_dot, h_dot); the tangents are (n, L, C), in the dtypes of their primals, and both None where
-        every tangent is None. Gradients flow through x_out and h to the primals; one asked of a tangent raises
-        :class:`~meanflow_kernels.dual.TangentGradientError`.
+        every tangent is None. Gradients flow through x_out and h to the primals and the bias; one asked of a tangent
+        raises :class:`~meanflow_kernels.dual.TangentGradientError`.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
     if absent(tangents):
-        return gate_adaln(*primals, eps=eps, out_dtype=out_dtype), (None, None)
-    _check(*primals)
+        return gate_adaln(*primals, bias=bias, eps=eps, out_dtype=out_dtype), (None, None)
+    _check(*primals, bias)
+    if bias is not None:
+        check_parameter("bias", bias)
     tangent_start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
     x = primals[0]
     out_dtype = out_dtype or x.dtype
     if runs_kernel(x):
-        check_kernel_row(x, _NAMES, primals, out_dtype)
-        operands = (*primals, *tangents, tangent_start, n, eps, out_dtype)
+        _check_kernel(primals, bias, out_dtype)
+        operands = (*primals, bias, *tangents, tangent_start, n, eps, out_dtype)
         x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_adaln_jvp(*operands)
         return (x_out, h), (x_out_dot, h_dot)
-    x_out, h = gate_adaln_ref(*once(*primals), eps=eps)
+    x_out, h = gate_adaln_ref(*once(*primals, bias), eps=eps)
     with torch.no_grad():
-        x_out_dot, h_dot = gate_adaln_tangent_ref(tangent_rows(primals, tangents, tangent_start), tangents, eps=eps)
+        rows = tangent_rows(primals, tangents, tangent_start)
+        x_out_dot, h_dot = gate_adaln_tangent_ref(rows, tangents, bias, eps=eps)
     x_out_dot, h_dot = x_out_dot.to(x.dtype), h_dot.to(out_dtype)
-    inputs = (*primals, *tangents)
+    inputs = (*primals, *tangents, bias)
     return (x_out.to(x.dtype), h.to(out_dtype)), (forbid_gradient(x_out_dot, *inputs), forbid_gradient(h_dot, *inputs))

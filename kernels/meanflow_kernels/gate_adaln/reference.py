@@ -7,17 +7,21 @@ from ..precision import upcast
 
 
 def gate_adaln_ref(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x and y (B, L, C), gate, shift and scale (B, C) -> x + gate y and its adaln, both (B, L, C), not yet rounded."""
-    x, y, gate = upcast(x, y, gate)
+    """x, y (B, L, C), gate, shift, scale (B, C), bias (C,) or None -> x + gate (y + bias), its adaln, not rounded."""
+    x, y, gate, bias = upcast(x, y, gate, bias)
+    y = y if bias is None else y + bias
     x = x + gate[:, None] * y
     return x, adaln_ref(x, shift, scale, eps=eps)
 
 
-def gate_adaln_tangent_ref(primals: tuple, tangents: tuple, *, eps: float) -> tuple[Tensor, Tensor]:
-    """Tangents of both results of :func:`gate_adaln_ref`: x_dot + gate_dot y + gate y_dot, and its adaln's."""
-    x, y, gate, shift, scale = upcast(*primals)
+def gate_adaln_tangent_ref(
+    primals: tuple, tangents: tuple, bias: Tensor | None, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Tangents of :func:`gate_adaln_ref`'s results: x_dot + gate_dot (y + bias) + gate y_dot, and its adaln's."""
+    x, y, gate, shift, scale, bias = upcast(*primals, bias)
+    y = y if bias is None else y + bias
     x_dot, y_dot, gate_dot, shift_dot, scale_dot = upcast(*tangents)
     out_dot = x.new_zeros(x.shape) if x_dot is None else x_dot
     if gate_dot is not None:

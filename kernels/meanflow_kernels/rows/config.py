@@ -19,6 +19,8 @@ class RowConfig:
     """Rows a program takes at most."""
     stages: int = 1
     """Stages of the loop over rows: with n > 1, the next n - 1 rows are on their way while one is worked on."""
+    max_registers: int | None = None
+    """Registers a thread takes at most, where the compiler would take more than `warps_per_sm` leave it."""
 
     def num_warps(self, width: int) -> int:
         """Warps that hold a row of `width` columns."""

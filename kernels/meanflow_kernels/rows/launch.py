@@ -91,6 +91,7 @@ def row_launch(
         constexprs={**tile, "ALIGN": unit, "STAGES": config.stages},
         num_warps=config.num_warps(width),
         num_stages=config.stages,
+        max_registers=config.max_registers,
     )
 
 
