@@ -43,7 +43,7 @@ struct Capture {
   std::thread::id thread;
   std::set<cudaStream_t> streams;
   unsigned long long id = 0;
-  long launches = 0;
+  long launches = 0, memsets = 0;
 };
 
 struct Block {
@@ -55,7 +55,7 @@ std::recursive_mutex mutex;
 std::map<char*, Block> blocks;
 size_t held = 0;
 Capture capture;
-std::atomic<long> launches{0}, waits{0}, violations{0};
+std::atomic<long> launches{0}, memsets{0}, waits{0}, violations{0};
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int current = 0;
@@ -277,6 +277,12 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 
+// what is set is left as it was, as by a kernel
+cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) {
+  ++memsets;
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   if (const auto error = unsafe("cudaMemcpy")) return error;
   ++waits;
@@ -373,7 +379,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   const std::lock_guard guard(mutex);
-  capture = {true, false, mode, std::this_thread::get_id(), {stream}, capture.id + 1, launches};
+  capture = {true, false, mode, std::this_thread::get_id(), {stream}, capture.id + 1, launches, memsets};
   return cudaSuccess;
 }
 
@@ -381,7 +387,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
   const std::lock_guard guard(mutex);
   capture.on = false;
   *graph = static_cast<cudaGraph_t>(malloc(1));
-  fprintf(stderr, "stand-in: captured %ld launches\n", launches - capture.launches);
+  fprintf(stderr, "stand-in: captured %ld launches and %ld memsets\n", launches - capture.launches,
+          memsets - capture.memsets);
   return capture.broken ? fail(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 
