@@ -28,7 +28,7 @@ from meanflow.errors import UserError
 from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Plan, Planner
 from meanflow.model.build import build_net
-from meanflow.model.copies import product_layers, products_kept
+from meanflow.model.copies import product_copies, products_kept
 from meanflow.training.draw import draw_batch
 from meanflow.training.engine import compile_loss
 from meanflow.training.messages import StepInputs
@@ -66,7 +66,7 @@ class Phases:
         ema = build_net(run.model).to(work.device).requires_grad_(False)
         low = work.compute_dtype is not None
         self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=True)
-        self.products = product_layers(self.net)
+        self.products = product_copies(self.net)
         self.planner = Planner(run.objective, run.train.batch)
 
     def times(self, inputs: StepInputs, device: str) -> dict[str, float]:

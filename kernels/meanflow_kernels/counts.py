@@ -121,6 +121,8 @@ def _attention_qkv_bwd(do, qkv, *_, **__) -> int:
     return _attention_bwd(do, *_split(qkv))
 
 
-@register_flop_formula([getattr(_ops, name + call) for name in _POINTWISE for call in ("", "_jvp", "_bwd")])
+@register_flop_formula(
+    [_ops.join, *[getattr(_ops, name + call) for name in _POINTWISE for call in ("", "_jvp", "_bwd")]]
+)
 def _pointwise(*_, **__) -> int:
     return 0

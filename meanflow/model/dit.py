@@ -5,6 +5,7 @@ tangents are absent. Class and parameter names are DiT's (Peebles & Xie, arXiv 2
 one of the official MeanFlow code (Gsunshine/meanflow).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,11 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from meanflow_kernels import adaln_jvp, attention_qkv_jvp, gate_adaln_jvp, linear_jvp, silu_jvp, timestep_embedding_jvp
 from meanflow_kernels.dual import forbid_gradient
+from meanflow_kernels.linear import chunks
 
-from .pairs import Dual, Linear, LinearGelu, SiLU, apply_dual, dual
+from .copies import Kept
+from .pairs import BranchEnd, Dual, Linear, LinearGelu, SiLU, apply_dual, dual
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
+STACKS = {"weight": "modulation_copy", "bias": "modulation_bias_copy"}
+"""Buffers of `DiT.make_copies` that hold the copies of all layers that modulate, by the name of their parameter."""
 
 
 class PatchEmbed(nn.Module):
@@ -64,10 +69,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(hidden_size, 3 * hidden_size)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.proj = BranchEnd(hidden_size, hidden_size)
 
-    def forward(self, x: Dual) -> Dual:
-        """x (B, L, C) -> (B, L, C)."""
+    def forward(self, x: Dual) -> tuple[Dual, Tensor]:
+        """x (B, L, C) -> (B, L, C), and the bias (C,) that is to be added to it."""
         qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
         o = apply_dual(attention_qkv_jvp, qkv)  # (B, L, H, D)
         return self.proj(o.map(lambda a: a.flatten(2)))
@@ -79,15 +84,15 @@ class Mlp(nn.Module):
     def __init__(self, hidden_size: int, mlp_hidden: int):
         super().__init__()
         self.fc1 = LinearGelu(hidden_size, mlp_hidden)
-        self.fc2 = Linear(mlp_hidden, hidden_size)
+        self.fc2 = BranchEnd(mlp_hidden, hidden_size)
 
-    def forward(self, x: Dual) -> Dual:
-        """x (B, L, C) -> (B, L, C)."""
+    def forward(self, x: Dual) -> tuple[Dual, Tensor]:
+        """x (B, L, C) -> (B, L, C), and the bias (C,) that is to be added to it."""
         return self.fc2(self.fc1(x))
 
 
 class Residual(NamedTuple):
-    """The residual stream s = x + gate * branch (B, L, C) between two layers, not yet added up.
+    """The residual stream s = x + gate * (branch + bias) (B, L, C) between two layers, not yet added up.
 
     The next adaLN adds it up, in one pass over memory:  h = LayerNorm(s) * (1 + scale) + shift.
     """
@@ -95,12 +100,14 @@ class Residual(NamedTuple):
     x: Dual
     branch: Dual | None = None
     gate: Dual | None = None
+    bias: Tensor | None = None
 
     def adaln(self, shift: Dual, scale: Dual, dtype: torch.dtype) -> tuple[Dual, Dual]:
         """s, and h in dtype, each (B, L, C), from shift and scale (B, C)."""
         if self.branch is None:
             return self.x, apply_dual(adaln_jvp, self.x, shift, scale, out_dtype=dtype)
-        return apply_dual(gate_adaln_jvp, self.x, self.branch, self.gate, shift, scale, out_dtype=dtype)
+        duals = (self.x, self.branch, self.gate, shift, scale)
+        return apply_dual(gate_adaln_jvp, *duals, bias=self.bias, out_dtype=dtype)
 
 
 class DiTBlock(nn.Module):
@@ -113,19 +120,25 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = _modulation(hidden_size, 6)
 
-    def forward(self, residual: Residual, c: Dual) -> Residual:
-        """residual of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products."""
+    def forward(self, residual: Residual, c: Dual, modulation: list[Dual] | None = None) -> Residual:
+        """residual of (B, L, C); c (B, C), SiLU already applied, in the dtype of the matrix products.
+
+        modulation: what adaLN_modulation makes of c, in six parts, if the network has made it.
+        """
         # inside the block, so that its hooks (FSDP's) run once a pass
         if self.checkpointed and torch.is_grad_enabled():
             return checkpointed(self._branches, residual, c)
-        return self._branches(residual, c)
+        return self._branches(residual, c, modulation)
 
-    def _branches(self, residual: Residual, c: Dual) -> Residual:
+    def _branches(self, residual: Residual, c: Dual, modulation: list[Dual] | None = None) -> Residual:
         dtype = c.primal.dtype
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6)  # (B, C)
+        modulation = self.adaLN_modulation(c).split(6) if modulation is None else modulation
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # (B, C)
         x, h = residual.adaln(shift_msa, scale_msa, dtype)  # (B, L, C)
-        x, h = Residual(x, self.attn(h), gate_msa).adaln(shift_mlp, scale_mlp, dtype)  # (B, L, C)
-        return Residual(x, self.mlp(h), gate_mlp)
+        branch, bias = self.attn(h)
+        x, h = Residual(x, branch, gate_msa, bias).adaln(shift_mlp, scale_mlp, dtype)  # (B, L, C)
+        branch, bias = self.mlp(h)
+        return Residual(x, branch, gate_mlp, bias)
 
 
 class FinalLayer(nn.Module):
@@ -136,9 +149,9 @@ class FinalLayer(nn.Module):
         self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
-    def forward(self, residual: Residual, c: Dual) -> Dual:
-        """residual of (B, L, C) -> (B, L, p p channels)."""
-        shift, scale = self.adaLN_modulation(c).split(2)  # (B, C)
+    def forward(self, residual: Residual, c: Dual, modulation: list[Dual] | None = None) -> Dual:
+        """residual of (B, L, C) -> (B, L, p p channels); modulation as for a block, in two parts."""
+        shift, scale = self.adaLN_modulation(c).split(2) if modulation is None else modulation  # (B, C)
         _, h = residual.adaln(shift, scale, c.primal.dtype)  # (B, L, C)
         return self.linear(h)
 
@@ -209,8 +222,11 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def make_copies(self) -> list[Tensor | None]:
-        """Keep the weights of the linear layers in compute_dtype too, for an optimizer to keep up to date.
+    def make_copies(self, *, stacked: bool = False) -> list[Tensor | None]:
+        """Keep what the linear layers multiply by in compute_dtype too, for an optimizer to keep up to date.
+
+        Args:
+            stacked: those of all layers that modulate lie one below the other, so that one product modulates all.
 
         Returns:
             The copies in the order of parameters(), None for a parameter without one.
@@ -218,8 +234,42 @@ class DiT(nn.Module):
         copies = {}
         for module in self.modules():
             if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
-                copies[module.weight] = module.keep_copy(self.compute_dtype)
+                copies |= module.keep_copies(self.compute_dtype)
+        # a block that is computed again makes its own
+        if stacked and copies and not any(block.checkpointed for block in self.blocks):
+            layers = self._modulating()
+            for name, buffer in Linear.buffers_of.items():
+                whole = torch.cat([getattr(layer, buffer) for layer in layers])
+                self.register_buffer(STACKS[name], whole, persistent=False)
+                for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+                    copies[getattr(layer, name)] = part
+                    setattr(layer, buffer, part)
         return [copies.get(p) for p in self.parameters()]
+
+    def kept_copies(self) -> list[Kept]:
+        """The copies of many layers in one, if there are any."""
+        layers = self._modulating()
+        stacks = ((name, stack) for name, stack in STACKS.items() if hasattr(self, stack))
+        return [Kept(self, stack, tuple(getattr(layer, name) for layer in layers)) for name, stack in stacks]
+
+    def _modulating(self) -> list:
+        return [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+
+    def _modulations(self, c: Dual) -> list[list[Dual] | None]:
+        """The shifts, scales and gates (B, C) of each block and the last layer; None where each makes its own."""
+        layers = [layer.adaLN_modulation for layer in (*self.blocks, self.final_layer)]
+        weight, bias = (getattr(self, stack, None) for stack in STACKS.values())
+        usable = weight is not None and weight.dtype == c.primal.dtype
+        # outside of a step (`products_kept`) a gradient would not reach the layers
+        usable = usable and (weight.requires_grad or not torch.is_grad_enabled())
+        if not usable or any(_hooked(module) for layer in layers for module in layer.modules()):
+            return [None] * len(layers)
+        width = c.primal.shape[-1]
+        y, y_dot = linear_jvp((c.primal,), (c.tangent,), weight, bias)  # (B, 6 C a block and 2 C)
+        primals = chunks(y, y.shape[-1] // width)
+        tangents = [None] * len(primals) if y_dot is None else y_dot.detach().split(width, -1)
+        parts = iter([Dual(x, x_dot, c.tangent_start) for x, x_dot in zip(primals, tangents, strict=True)])
+        return [list(itertools.islice(parts, layer[1].out_features // width)) for layer in layers]
 
     def forward(
         self,
@@ -249,9 +299,10 @@ class DiT(nn.Module):
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
         c = apply_dual(silu_jvp, self._condition(*times, y, dtype)).to(dtype)  # (B, C)
         residual = Residual(x)
-        for block in self.blocks:
-            residual = block(residual, c)  # x, branch (B, L, C), gate (B, C)
-        u = self.final_layer(residual, c).to(self.dtype)  # (B, L, p p channels)
+        *modulations, last = self._modulations(c)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            residual = block(residual, c, modulation)  # x, branch (B, L, C), gate (B, C)
+        u = self.final_layer(residual, c, last).to(self.dtype)  # (B, L, p p channels)
         grid = self.input_size // self.patch_size
         u, u_dot, _ = u.map(lambda a: unpatchify(a, self.patch_size, grid))  # (B, channels, size, size)
         return u if tangents is None else (u, forbid_gradient(u_dot, u))
@@ -292,6 +343,12 @@ def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Linear(hidden_size, parts * hidden_size))
 
 
+def _hooked(module: nn.Module) -> bool:
+    """Whether someone waits for the module to be called."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
 class PatchConv(nn.Conv2d):
     """A convolution over patches that do not overlap, on pairs, computed as a linear layer."""
 
@@ -322,11 +379,12 @@ def checkpointed(branches: Callable[[Residual, Dual], Residual], residual: Resid
     # backward needs only the primals: recompute without tangents, and do not keep them until then
     duals = [(residual, c)]
 
-    def run(*primals: Tensor | None) -> Residual:
+    def run(bias: Tensor | None, *primals: Tensor | None) -> Residual:
         if duals:
             return branches(*duals.pop())
-        *residual, c = (None if x is None else Dual(x) for x in primals)
-        return branches(Residual(*residual), c)
+        x, branch, gate, c = (None if x is None else Dual(x) for x in primals)
+        return branches(Residual(x, branch, gate, bias), c)
 
-    primals = (None if x is None else x.primal for x in (*residual, c))
-    return checkpoint(run, *primals, use_reentrant=False, preserve_rng_state=False)
+    *stream, bias = residual
+    primals = (None if x is None else x.primal for x in (*stream, c))
+    return checkpoint(run, bias, *primals, use_reentrant=False, preserve_rng_state=False)

@@ -260,7 +260,7 @@ class ImfDiT(nn.Module):
         copies = {}
         for module in self.modules():
             if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
-                copies[module.weight] = module.keep_copy(self.compute_dtype)
+                copies |= module.keep_copies(self.compute_dtype)
         return [copies.get(p) for p in self.parameters()]
 
     def forward(
@@ -341,7 +341,7 @@ class ImfDiT(nn.Module):
         for block in blocks:
             residual = block(residual, self.rope_cos, self.rope_sin, dtype)
         grid = self.input_size // self.patch_size
-        x, branch, gate = residual
+        x, branch, gate, _ = residual
         x, branch = (None if a is None else a.map(lambda b: b[:, -grid * grid :]) for a in (x, branch))
         out = final_layer(Residual(x, branch, gate), dtype).to(self.dtype)
         return out.map(lambda a: unpatchify(a, self.patch_size, grid))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from meanflow_kernels import bias_gelu_jvp, linear_jvp, silu_jvp
 
-from .copies import by_copy
+from .copies import Kept, by_copy
 
 
 class Dual(NamedTuple):
@@ -61,35 +61,60 @@ def dual(x: Tensor, x_dot: Tensor | None, tangent_start: int | None) -> Dual:
 class Linear(nn.Linear):
     """A linear layer on pairs, computed in its input's dtype.
 
-    The buffer ``copy`` holds the weight in that dtype if an optimizer keeps it (`DiT.make_copies`); without it each
-    call casts the weight.
+    The buffers ``copy`` and ``bias_copy`` hold weight and bias in that dtype if an optimizer keeps them
+    (`DiT.make_copies`); without them each call casts both.
     """
 
-    copy: Tensor
+    buffers_of = {"weight": "copy", "bias": "bias_copy"}
+    """Names of the copies, by the name of the parameter that the product reads in its input's dtype."""
 
-    def keep_copy(self, dtype: torch.dtype) -> Tensor:
-        """Make a copy of the weight in dtype, for an optimizer to keep up to date."""
-        self.register_buffer("copy", self.weight.detach().to(dtype), persistent=False)
-        return self.copy
+    def keep_copies(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+        """Make copies in dtype, for an optimizer to keep up to date; returns them by parameter."""
+        copies = {}
+        for name, buffer in self.buffers_of.items():
+            if (p := getattr(self, name)) is not None:
+                copies[p] = p.detach().to(dtype)
+                self.register_buffer(buffer, copies[p], persistent=False)
+        return copies
+
+    def kept_copies(self) -> list[Kept]:
+        """The copies that there are."""
+        names = ((name, buffer) for name, buffer in self.buffers_of.items() if hasattr(self, buffer))
+        return [Kept(self, buffer, (getattr(self, name),)) for name, buffer in names]
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if hasattr(self, "copy"):
-            self.copy.copy_(self.weight.detach())
+        for kept in self.kept_copies():
+            kept.copy.copy_(kept.params[0].detach())
 
     def forward(self, x: Dual) -> Dual:
         """x (..., in_features) -> (..., out_features)."""
-        return self._product(x, None if self.bias is None else self.bias.to(x.primal.dtype))
+        return self._product(x, None if self.bias is None else self._in("bias", x.primal.dtype))
 
     def _product(self, x: Dual, bias: Tensor | None) -> Dual:
-        dtype = x.primal.dtype
-        kept = hasattr(self, "copy") and self.copy.dtype == dtype
-        weight = by_copy(self.weight, self.copy) if kept else self.weight.to(dtype)
+        weight = self._in("weight", x.primal.dtype)
         return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.tangent_start)
+
+    def _in(self, name: str, dtype: torch.dtype) -> Tensor:
+        p, copy = getattr(self, name), getattr(self, self.buffers_of[name], None)
+        return p.to(dtype) if copy is None or copy.dtype != dtype else by_copy(p, copy)
+
+
+class BranchEnd(Linear):
+    """The last linear layer of a branch: its product, and its bias, which the kernel that adds the branch up adds."""
+
+    buffers_of = {"weight": "copy"}
+
+    def forward(self, x: Dual) -> tuple[Dual, Tensor]:
+        """x (..., in_features) -> (..., out_features), and the bias (out_features,)."""
+        # a copy, read here: hooks cast or free the parameter before the kernel runs. A compiled step makes none
+        return self._product(x, None), self.bias.clone()
 
 
 class LinearGelu(Linear):
     """A linear layer and its tanh-GELU, whose kernel adds the bias."""
+
+    buffers_of = {"weight": "copy"}
 
     def forward(self, x: Dual) -> Dual:
         """x (..., in_features) -> (..., out_features)."""

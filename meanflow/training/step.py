@@ -13,7 +13,7 @@ from ..config import RunConfig
 from ..graph import Graph
 from ..method.plan import Plan, Planner
 from ..method.terms import Terms
-from ..model.copies import product_layers, products_kept
+from ..model.copies import product_copies, products_kept
 from .draw import draw_batch
 from .guard import SpikeGuard
 from .messages import StepInputs, StepResult, explained_failures
@@ -49,7 +49,7 @@ class Step:
         self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
         self.guard = guard
         self.params = [p for p in loss.parameters() if p.requires_grad]
-        self._products = product_layers(loss)
+        self._products = product_copies(loss)
         self._draw = functools.partial(draw_batch, config)
         self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0

@@ -1,5 +1,5 @@
 """The linear operator."""
 
-from .op import linear, linear_jvp
+from .op import chunks, linear, linear_jvp
 
-__all__ = ["linear", "linear_jvp"]
+__all__ = ["chunks", "linear", "linear_jvp"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_real, check_shape, check_tangents, fail
-from ..dual import absent, forbid_gradient, pack, unpack
-from ..transforms import check_pair_transforms
+from ..dual import absent, forbid_gradient, last, pack, unpack
+from ..transforms import check_pair_transforms, tracked
 
 
 def _autocast(x: Tensor) -> bool:
@@ -75,3 +75,45 @@ def linear_jvp(
     with torch.no_grad():
         y_dot = torch.nn.functional.linear(x_dot, weight)
     return torch.nn.functional.linear(x, weight, bias), forbid_gradient(y_dot, x, x_dot, weight)
+
+
+@torch.library.custom_op("meanflow_kernels::join", mutates_args=())
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, -1)
+
+
+@_join.register_fake
+def _(parts):
+    return torch.cat(parts, -1)
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(x, parts):
+        return x.chunk(parts, -1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return last(torch.ops.meanflow_kernels.join(list(grads)))[0], None
+
+
+@torch.compiler.allow_in_graph
+def _chunks(x, parts):
+    return _Chunks.apply(x, parts)
+
+
+def chunks(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """x (..., parts C) as so many views (..., C), whose gradients are put side by side by one call of torch.cat.
+
+    torch.chunk says the same, but a compiled backward copies each gradient by a kernel of its own.
+
+    Raises:
+        ValueError: a width that is no multiple of parts.
+    """
+    if x.shape[-1] % parts:
+        fail("parts", parts, f"a divisor of x's width {x.shape[-1]}", "pass the number of equal parts")
+    return _chunks(x, parts) if torch.is_grad_enabled() and tracked(x) else x.chunk(parts, -1)

@@ -11,9 +11,9 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from meanflow.model.copies import product_layers
-from meanflow.model.dit import Linear
+from meanflow.model.copies import kept_copies, product_copies
 from meanflow.training import engine, optim
+from meanflow.training import step as step_module
 from meanflow.training.optim import gradient_norm, state_tensors
 from meanflow.training.step import Step
 from meanflow.training.trainer import Trainer, train
@@ -30,8 +30,13 @@ def config(implementation="native", **train_options):
 
 @pytest.fixture
 def cast(monkeypatch):
-    """What is built now casts each product to fp32."""
-    return lambda: monkeypatch.setattr(optim, "keep_products", lambda *lists: None)
+    """What is built now casts each product to fp32, as it reaches its parameter."""
+
+    def patch():
+        monkeypatch.setattr(optim, "keep_products", lambda *lists: None)
+        monkeypatch.setattr(step_module, "product_copies", kept_copies)
+
+    return patch
 
 
 def randomised(trainer):
@@ -42,15 +47,16 @@ def randomised(trainer):
     return trainer
 
 
-def layers_of(trainer):
-    return [m for m in trainer.net.modules() if isinstance(m, Linear)]
+def copied(trainer):
+    """Parameters with a copy, and the copies."""
+    return {p for kept in kept_copies(trainer.net) for p in kept.params}, [k.copy for k in kept_copies(trainer.net)]
 
 
 def everything(trainer):
     """Weights, averages, copies, moments and gradients, the latter in fp32."""
     yield from trainer.net.parameters()
     yield from trainer.ema.parameters()
-    yield from (m.copy for m in layers_of(trainer))
+    yield from copied(trainer)[1]
     yield from state_tensors(trainer.optimizer, trainer.net).values()
     yield from (p.grad.float() for p in trainer.net.parameters())
 
@@ -79,24 +85,24 @@ def test_steps_are_those_of_cast_gradients(checkpoint_blocks, cast, tmp_path):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     assert skipped == [0, 0, 1, 0, 0]
     assert seen == {id(kept): [BF16] * 5, id(plain): [F32] * 5}
-    weights = {m.weight for m in layers_of(kept)}
-    assert weights and all(p.grad.dtype == (BF16 if p in weights else F32) for p in kept.net.parameters())
+    params, copies = copied(kept)
+    assert params and all(p.grad.dtype == (BF16 if p in params else F32) for p in kept.net.parameters())
     # nothing is left of autograd's way outside the layers
-    assert all(m.copy.is_leaf and not m.copy.requires_grad for m in layers_of(kept))
+    assert all(copy.is_leaf and not copy.requires_grad for copy in copies)
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"implementation": "torch"}, {"precision": "fp32"}], ids=str)
 def test_gradients_that_are_summed_or_read_by_others_are_in_fp32(options, tmp_path):
     trainer = Trainer(config(**options), tmp_path)
     trainer.make_step(*trainer.inputs(0))
-    assert not product_layers(trainer.net) and all(p.grad.dtype == F32 for p in trainer.net.parameters())
+    assert not product_copies(trainer.net) and all(p.grad.dtype == F32 for p in trainer.net.parameters())
 
 
 def test_gradients_of_several_processes_are_in_fp32(monkeypatch):
     monkeypatch.setattr(engine, "replicate", lambda loss: loss)
     for size in (1, 2):
         net = engine.build_engine(config(), SimpleNamespace(size=size, device=torch.device("cpu"))).net
-        assert bool(product_layers(net)) == (size == 1)
+        assert bool(product_copies(net)) == (size == 1)
 
 
 def test_a_run_goes_on_with_cast_gradients(cast, tmp_path):
@@ -137,11 +143,11 @@ def test_a_compiled_backward_casts_no_product(monkeypatch, tmp_path):
     # the loss alone is compiled, for one size, by the backend above
     eager = replace(run, train=replace(run.train, compile=False))
     made = {}
-    for layer in layers_of(trainer):
-        layer.weight.register_hook(lambda grad, layer=layer: made.update({layer: grad.data_ptr()}))
+    for p in (params := copied(trainer)[0]):
+        p.register_hook(lambda grad, p=p: made.update({p: grad.data_ptr()}))
     Step(eager, trainer.make_step.loss, trainer.optimizer, trainer.planner)(*trainer.inputs(0))
-    cast = [shape for target, shape in found if target is torch.ops.aten._to_copy.default]
-    # vectors are biases
-    assert cast and not any(len(shape) == 2 for shape in cast)
-    for layer in layers_of(trainer):
-        assert layer.weight.grad.dtype == BF16 and layer.weight.grad.data_ptr() == made[layer]
+    # the patches' bias has no copy
+    cast = [tuple(shape) for target, shape in found if target is torch.ops.aten._to_copy.default]
+    assert cast == [(run.model.hidden_size,)]
+    for p in params:
+        assert p.grad.dtype == BF16 and p.grad.data_ptr() == made[p]

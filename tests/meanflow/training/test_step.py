@@ -18,7 +18,7 @@ from meanflow.command import heartbeat
 from meanflow.errors import UserError
 from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Planner
-from meanflow.model.dit import Linear
+from meanflow.model.copies import kept_copies
 from meanflow.training import step as step_module
 from meanflow.training.messages import explained_failures
 from meanflow.training.optim import load_state_tensors, make_optimizer, state_tensors
@@ -212,9 +212,9 @@ def test_low_precision_weights_are_the_weights(tmp_path):
             b["grad_norm"], rel=1e-4
         )
     resumed = Trainer(with_optimizer("native", precision="bf16"), tmp_path / "native")
-    layers = [m for m in resumed.net.modules() if isinstance(m, Linear)]
-    assert layers and all(m.weight.abs().max() > 0 for m in layers)
-    assert all(torch.equal(m.copy, m.weight.bfloat16()) for m in layers)
+    copies = kept_copies(resumed.net)
+    assert copies and all(p.abs().max() > 0 for kept in copies for p in kept.params)
+    assert all(torch.equal(kept.copy, torch.cat(kept.params).bfloat16()) for kept in copies)
     assert not any("copy" in name for name in resumed.net.state_dict())
 
 
