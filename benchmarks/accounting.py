@@ -10,7 +10,8 @@ batch. A product of matrices counts, a pointwise operator does not (meanflow_ker
     backward    of the primal alone
 
 Beside them: the bytes that autograd keeps for the backward, next to those of flow matching; those of the weights and
-the optimizer; and a lower bound of the step's time on a GPU, from these products and bytes.
+the optimizer; and a lower bound of the step's time on a GPU by kind of work, products at the rate of a large one and
+the fewest bytes at a copy's, with the newest committed measurement of that step, if there is one.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from pathlib import Path
 from meanflow.errors import UserError
 from meanflow.presets import preset
 
-from .counting.accounts import BATCHES, account, find_rates, floor
+from .counting.accounts import BATCHES, account
+from .counting.floor import find_rates, floor, least_bytes, measured_step
 from .harness.arguments import finite
 from .harness.environment import environment, known_gpu
 from .harness.table import table
@@ -54,15 +56,18 @@ def text(report: dict) -> str:
 def _floor(report: dict) -> str:
     if report["floor_ms"] is None:
         return "floor: none, no rate of fp32 products is known; give --gemm-tflops"
-    of_floor = report["floor"]
-    line = f"floor on {of_floor['gpu']}: {report['floor_ms']:.2f} ms = "
-    line += (
-        f"{of_floor['gemm_ms']:.2f} products at {of_floor['gemm_tflops']:.4g} TFLOP/s ({of_floor['gemm_source']}) + "
-    )
-    return (
-        line
-        + f"{of_floor['optimizer_ms']:.2f} optimizer at {of_floor['copy_gbps']:.4g} GB/s ({of_floor['copy_source']})"
-    )
+    of_floor, total = report["floor"], report["floor_ms"]
+    head = f"floor on {of_floor['gpu']}, at {of_floor['gemm_tflops']:.4g} TFLOP/s ({of_floor['gemm_source']}) and "
+    head += f"{of_floor['copy_gbps']:.4g} GB/s ({of_floor['copy_source']}):"
+    rows = []
+    for name, kind in of_floor["kinds"].items():
+        amount = f"{kind['flops'] / 1e12:.2f} TFLOP" if "flops" in kind else f"{kind['bytes'] / 1e9:.2f} GB"
+        rows.append([name, amount, f"{kind['ms']:.2f}", f"{kind['ms'] / total:.0%}"])
+    rows.append(["floor", "", f"{total:.2f}", "100%"])
+    if step := report["measured"]:
+        where = f"{step['variant']}, {step['commit'][:7]}, {step['date'][:10]}"
+        rows.append(["measured step", where, f"{step['ms']:.2f}", f"{step['ms'] / total:.0%}"])
+    return "\n".join([head, table(["work", "amount", "ms", "of the floor"], rows)])
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
@@ -71,6 +76,9 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--preset", required=True, help="a recipe, as for scripts/train.py")
     parser.add_argument("--batch", type=int, required=True, help="samples a step of one rank")
+    for name in ("omega", "kappa", "share"):
+        parser.add_argument(f"--{name}", type=finite, help="as for benchmarks.step, instead of the recipe's")
+    parser.add_argument("--interval", type=finite, nargs=2, help="as for benchmarks.step, instead of the recipe's")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products and attention")
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes that train together, for the mean of the slowest"
@@ -101,13 +109,21 @@ def accounts_of(options: argparse.Namespace) -> dict:
     """The accounts and the floor."""
     config = preset(options.preset)
     config = replace(config, train=replace(config.train, batch=options.batch, precision=options.precision))
+    given = {"omega": options.omega, "kappa": options.kappa}
+    if options.share is not None:
+        given["share_equal"] = 1 - options.share
+    given["guidance_start"], given["guidance_end"] = options.interval or (None, None)
+    given = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, objective=replace(config.objective, **given))
     gemm, copy = find_rates(options.gpu, gemm_tflops=options.gemm_tflops, copy_gbps=options.copy_gbps)
     report = {"preset": options.preset} | account(config, ranks=options.ranks, batches=options.batches)
     # neither the datasheets here nor the measured ceilings are of fp32 products
     if options.precision == "fp32" and gemm.source != "given":
         report |= {"floor_ms": None, "floor": None}
     else:
-        report |= floor(report, options.gpu, gemm, copy)
+        flops = {f"{kind} products": report["step"][kind] for kind in ("linear", "attention")}
+        report |= floor(flops, least_bytes(config, report), options.gpu, gemm, copy)
+        report["measured"] = measured_step(config, options.gpu)
     return report
 
 

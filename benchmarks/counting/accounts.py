@@ -1,12 +1,9 @@
-"""Accounts of a step: FLOPs of each pass, bytes kept for the backward, and a lower bound of its time on a GPU."""
+"""Accounts of a step: FLOPs of each pass, and bytes kept for the backward."""
 
-import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +17,12 @@ from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Plan, Planner
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
-from meanflow.training.peaks import PEAKS
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 from meanflow_kernels.routing import Route, force_route
 
 BATCHES = 1000
 """Number of drawn batches that a mean is taken over."""
 PASSES = ("guidance", "primal", "tangent", "backward")
-RESULTS = Path(__file__).parents[1] / "results"
 META = torch.device("meta")
 
 
@@ -229,65 +224,4 @@ def _memory(step: MetaStep) -> dict:
         "optimizer_bytes": adamw_ema_bytes(parameters, emas=1, copies=False),
         # two moments and the average, in fp32
         "optimizer_state_bytes": 3 * 4 * parameters,
-    }
-
-
-# --- the floor ---
-
-
-@dataclass(frozen=True)
-class Rate:
-    """The highest rate of a GPU at one thing, and its source."""
-
-    value: float
-    source: Literal["given", "measured", "datasheet"]
-
-
-def find_rates(
-    gpu: str, *, gemm_tflops: float | None = None, copy_gbps: float | None = None, results: Path = RESULTS
-) -> tuple[Rate, Rate]:
-    """A GPU's rates of 16-bit products in TFLOP/s and of copies in GB/s: given, or measured, or the datasheet's.
-
-    Args:
-        results: folders of committed rows; the fastest ceiling that was measured on this GPU counts.
-
-    Raises:
-        UserError: for a GPU of which nothing is known.
-    """
-    for name, given in (("gemm-tflops", gemm_tflops), ("copy-gbps", copy_gbps)):
-        require(given is None or given > 0, name, given, "a positive number", "leave it out for a known GPU's")
-    lines = [line for path in sorted(results.glob("*/*.jsonl")) for line in path.read_text().splitlines()]
-    rows = [row for row in map(json.loads, lines) if row.get("gpu") == gpu]
-    peak = PEAKS.get(gpu)
-    rates = []
-    of_bounds = (("gemm", gemm_tflops, peak and peak.tflops), ("copy", copy_gbps, peak and peak.gbps))
-    for bound, given, datasheet in of_bounds:
-        # rows of other programs are beside no ceiling
-        ceilings = (row.get("ceiling") for row in rows if row.get("bound") == bound)
-        measured = max((x for x in ceilings if x is not None), default=None)
-        known = {"given": given, "measured": measured, "datasheet": datasheet}
-        found = next((Rate(value, source) for source, value in known.items() if value is not None), None)
-        require(
-            found is not None, "gpu", gpu, "one of " + ", ".join(PEAKS),
-            "or give --gemm-tflops and --copy-gbps of yours",
-        )  # fmt: skip
-        rates.append(found)
-    return tuple(rates)
-
-
-def floor(accounts: dict, gpu: str, gemm: Rate, copy: Rate) -> dict:
-    """The time that a step's products and its optimizer's bytes take at these rates, in ms."""
-    gemm_ms = accounts["step_flops"] / gemm.value / 1e9
-    optimizer_ms = accounts["optimizer_bytes"] / copy.value / 1e6
-    return {
-        "floor_ms": gemm_ms + optimizer_ms,
-        "floor": {
-            "gpu": gpu,
-            "gemm_ms": gemm_ms,
-            "gemm_tflops": gemm.value,
-            "gemm_source": gemm.source,
-            "optimizer_ms": optimizer_ms,
-            "copy_gbps": copy.value,
-            "copy_source": copy.source,
-        },
     }

@@ -16,11 +16,10 @@ from benchmarks.counting.accounts import (
     MetaStep,
     account,
     count,
-    find_rates,
-    floor,
     plan_sizes,
     saved_bytes,
 )
+from benchmarks.counting.floor import find_rates, floor, least_bytes, measured_step
 from meanflow.config import ModelConfig, RunConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
@@ -229,9 +228,39 @@ def test_the_floor_is_of_the_gpu_that_is_here(monkeypatch, here, of):
 
 def test_floor_is_products_and_bytes(tmp_path):
     gemm, copy = find_rates("mine", gemm_tflops=200.0, copy_gbps=1000.0, results=tmp_path)
-    accounts = floor({"step_flops": 4e12, "optimizer_bytes": 3e9}, "mine", gemm, copy)
-    assert accounts["floor_ms"] == 20 + 3
-    assert (accounts["floor"]["gemm_ms"], accounts["floor"]["optimizer_ms"]) == (20, 3)
+    accounts = floor({"linear": 4e12, "attention": 1e12}, {"optimizer": 3e9}, "mine", gemm, copy)
+    assert accounts["floor_ms"] == 20 + 5 + 3
+    assert [kind["ms"] for kind in accounts["floor"]["kinds"].values()] == [20, 5, 3]
+
+
+def test_bytes_of_the_floor_by_hand():
+    config = tiny(omega=1.0, kappa=0.0, label_drop=0.0, share_equal=1.0)
+    model, rows = config.model, 8 * config.model.tokens
+    moved = least_bytes(config, {"sizes": [{"guidance": 0, "tangent": 0, "batches": 3}]})
+    net = MetaStep(config).net
+    numbers = [p.numel() for p in net.parameters()]
+    assert moved["gradient's norm"] == 4 * sum(numbers) and moved["optimizer"] == 36 * sum(numbers)
+    # rows of adaln, of two gate_adaln (the last's x_out has no gradient) and of bias_gelu, four times as wide, forward
+    # and backward: vectors of a sample are small beside them
+    of_rows = (2 + 3) + (2 * 4 + 6 + 5) + 4 * (2 + 3)
+    assert moved["pointwise operators"] == pytest.approx(4 * rows * model.hidden_size * of_rows, rel=0.1)
+
+
+def test_the_measured_step_is_the_newest(tmp_path):
+    config = xl2(32, omega=1.0, kappa=0.5, guidance_start=0.0, guidance_end=1.0)
+    row = {"gpu": "mine", "model": "XL/2", "tokens": 256, "batch": 32, "precision": "bf16", "omega": 1.0, "kappa": 0.5}
+    row |= {"interval": [0.0, 1.0], "share": 0.25, "images_per_second": 1.0}
+    rows = [
+        row | {"variant": "ours-captured", "ms": 80.0, "commit": "a", "date": "2026-01-01"},
+        row | {"variant": "ours-captured", "ms": 82.0, "commit": "b", "date": "2026-01-02"},
+        row | {"variant": "ours", "ms": 99.0, "commit": "b", "date": "2026-01-03"},
+        row | {"variant": "naive", "ms": 50.0, "commit": "b", "date": "2026-01-03"},
+        row | {"variant": "ours", "ms": 9.0, "commit": "c", "date": "2026-01-04", "kappa": 0.0},
+    ]
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert measured_step(config, "mine", results=tmp_path)["ms"] == 82.0
+    assert measured_step(config, "another", results=tmp_path) is None
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from dual_properties import Case, DualProperties, assert_as_exact
+from dual_properties import WITHOUT_GRADIENT, Case, DualProperties, assert_as_exact
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from meanflow_kernels import linear, linear_jvp
 from meanflow_kernels.dual import TangentGradientError
+from meanflow_kernels.linear import chunks
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 K, C = 24, 40
@@ -119,3 +122,26 @@ def test_wrong_arguments_raise(name, arguments):
     for call in (lambda: linear(x, weight, bias), lambda: linear_jvp((x,), (x,), weight, bias)):
         with pytest.raises(ValueError, match=rf"^{name}: got .*, wanted .*; "):
             call()
+
+
+def test_chunks_are_views_whose_gradients_are_joined(device):
+    x, dy = torch.randn(2, 3, 12, device=device)
+    x.requires_grad_()
+
+    def gradient(cut):
+        # the last is not used: its gradient is zero
+        return torch.autograd.grad(sum((k + 1) * (part * dy[:, :3]).sum() for k, part in enumerate(cut(x)[:3])), x)[0]
+
+    assert [part.data_ptr() for part in chunks(x, 4)] == [part.data_ptr() for part in x.chunk(4, -1)]
+    expected, graphs = gradient(lambda x: x.chunk(4, -1)), []
+    assert torch.equal(gradient(lambda x: chunks(x, 4)), expected)
+    backend = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward))
+    torch.compile(lambda x: sum(chunks(x, 4)[:2]), fullgraph=True, backend=backend)(x).sum().backward()
+    called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.meanflow_kernels.join.default in called and torch.ops.aten.cat.default not in called
+    assert torch.equal(x.grad, torch.cat([torch.ones(3, 6), torch.zeros(3, 6)], -1).to(device))
+    torch.library.opcheck(
+        torch.ops.meanflow_kernels.join.default, ([dy[:, :3], dy[:, 3:]],), test_utils=WITHOUT_GRADIENT
+    )
+    with pytest.raises(ValueError, match="^parts: got 5, wanted a divisor of x's width 12; "):
+        chunks(x, 5)

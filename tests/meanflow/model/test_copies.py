@@ -151,3 +151,35 @@ def test_a_compiled_backward_casts_no_product(monkeypatch, tmp_path):
     assert cast == [(run.model.hidden_size,)]
     for p in params:
         assert p.grad.dtype == BF16 and p.grad.data_ptr() == made[p]
+
+
+def test_one_product_modulates_all_layers(tmp_path):
+    """The layers' own products, if one of them has a hook, give the same but for bf16's rounding."""
+    trainer = randomised(Trainer(config(), tmp_path))
+    (inputs,), net = trainer.inputs(0), trainer.net
+    layers = [layer.adaLN_modulation for layer in (*net.blocks, net.final_layer)]
+    called, gradients = [], []
+
+    def gradient():
+        loss = trainer.make_step._gradient(inputs).loss
+        gradients.append([p.grad.float() for p in net.parameters()])
+        net.zero_grad()
+        return loss
+
+    handle = layers[0][1].register_forward_hook(lambda *_: called.append(1))
+    own = gradient()
+    # a pass for guidance, and one for the loss
+    assert len(called) == 2
+    handle.remove()
+    for layer in layers:
+        # whoever calls it now fails
+        layer.forward = None
+    assert gradient().item() == pytest.approx(own.item(), rel=1e-2)
+    for together, alone in zip(*reversed(gradients), strict=True):
+        assert together.norm() > 0 and (together - alone).norm() < 0.02 * alone.norm()
+    assert not any("copy" in name for name in net.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"checkpoint_blocks": True}, {"accumulate": 2}], ids=str)
+def test_a_layer_modulates_by_itself(options, tmp_path):
+    assert all(len(kept.params) == 1 for kept in kept_copies(Trainer(config(**options), tmp_path).net))
