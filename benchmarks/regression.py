@@ -1,13 +1,13 @@
-"""Is this tree slower than another revision? Both make the same steps in turns, in one run.
+"""Is this tree slower than another revision, or another tree? Both make the same steps in turns, in one run.
 
 python -m benchmarks.regression --base HEAD~1
 python -m benchmarks.regression --self-check
 python -m benchmarks.regression --base main --device cpu --model S/8 --batch 4 --precision fp32 --variant ours-eager
 
-The other revision is checked out beside this tree and works in a process of its own, as this one does. Turns alternate,
-so that what else the machine does falls on both; the ratio is the median over the pairs of a turn, with its 20 to 80 %
-quantiles. Exit code 1 where this tree is slower: where even the 20 % quantile of its time over the other's exceeds
---tolerance.
+The other revision is checked out beside this tree and works in a process of its own, as this one does; --base may also
+be the folder of a tree with its native libraries, where there is no git. Turns alternate, so that what else the machine
+does falls on both; the ratio is the median over the pairs of a turn, with its 20 to 80 % quantiles. Exit code 1 where
+this tree is slower: where even the 20 % quantile of its time over the other's exceeds --tolerance.
 
 --self-check times this tree against itself, in two processes too, and shows what a ratio of this command is worth: the
 same version twice has to agree within the printed spread. Exit code 1 where 1 lies outside.
@@ -131,14 +131,16 @@ def verdict(row: dict, tolerance: float) -> tuple[str, bool]:
 
 
 def sides_of(base: str) -> contextlib.AbstractContextManager[Path]:
-    return contextlib.nullcontext(ROOT) if base == ITSELF else checkout(base)
+    tree = ROOT if base == ITSELF else Path(base).resolve()
+    given = (tree / "benchmarks" / "regression.py").exists()
+    return contextlib.nullcontext(tree) if given else checkout(base)
 
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.regression", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--base", default="HEAD", help="the revision to compare with (default HEAD)")
+    which.add_argument("--base", default="HEAD", help="the revision or the folder to compare with (default HEAD)")
     which.add_argument("--self-check", dest="base", action="store_const", const=ITSELF, help="this tree against itself")
     parser.add_argument("--variant", default="ours", choices=VARIANTS, help="of the step (default ours)")
     parser.add_argument("--tolerance", type=finite, default=0.03, help="how much slower is slower (default 0.03)")

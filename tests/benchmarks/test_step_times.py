@@ -299,6 +299,13 @@ def test_a_preset_is_a_workload():
     assert (row["model"], row["tokens"], row["kappa"], row["interval"]) == ("XL/2", 256, 0.92, (0.0, 0.75))
 
 
+def test_a_folder_is_another_tree(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "regression.py").touch()
+    with regression.sides_of(str(tmp_path)) as tree:
+        assert tree == tmp_path.resolve()
+
+
 def run_regression(*arguments):
     command = [sys.executable, "-m", "benchmarks.regression", *SMALL, "--variant", "ours-eager", *arguments]
     return subprocess.run(command, cwd=fresh.ROOT, env=fresh.environment(), capture_output=True, text=True, timeout=300)
