@@ -222,11 +222,10 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def make_copies(self, *, stacked: bool = False) -> list[Tensor | None]:
-        """Keep what the linear layers multiply by in compute_dtype too, for an optimizer to keep up to date.
+    def make_copies(self) -> list[Tensor | None]:
+        """Keep what the linear layers read in compute_dtype too, for an optimizer to keep up to date.
 
-        Args:
-            stacked: those of all layers that modulate lie one below the other, so that one product modulates all.
+        The copies of all layers that modulate lie one below the other, so that one product modulates all.
 
         Returns:
             The copies in the order of parameters(), None for a parameter without one.
@@ -236,7 +235,7 @@ class DiT(nn.Module):
             if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
                 copies |= module.keep_copies(self.compute_dtype)
         # a block that is computed again makes its own
-        if stacked and copies and not any(block.checkpointed for block in self.blocks):
+        if copies and not any(block.checkpointed for block in self.blocks):
             layers = self._modulating()
             for name, buffer in Linear.buffers_of.items():
                 whole = torch.cat([getattr(layer, buffer) for layer in layers])
@@ -260,7 +259,8 @@ class DiT(nn.Module):
         layers = [layer.adaLN_modulation for layer in (*self.blocks, self.final_layer)]
         weight, bias = (getattr(self, stack, None) for stack in STACKS.values())
         usable = weight is not None and weight.dtype == c.primal.dtype
-        # outside of a step (`products_kept`) a gradient would not reach the layers
+        # a gradient reaches the layers where `products_kept` has made its way: not where processes sum it, each layer's
+        # as soon as it is there
         usable = usable and (weight.requires_grad or not torch.is_grad_enabled())
         if not usable or any(_hooked(module) for layer in layers for module in layer.modules()):
             return [None] * len(layers)

@@ -49,7 +49,7 @@ def make_optimizer(
         options["lr"] = torch.tensor(config.lr, device=params[0].device)
     if config.implementation == "native":
         emas = {config.ema_decay: averages} if averages else None
-        kept = net.make_copies(stacked=products) if copies else ()
+        kept = net.make_copies() if copies else ()
         if copies and products:
             keep_products(params, kept)
         return AdamWEMA(params, **options, emas=emas, copies=kept)
