@@ -55,6 +55,8 @@ def test_every_kernel_and_operator_of_ours_has_a_share():
     assert served == {"attention_bwd": 5, "attention": 3}
     registered = {name for op in flop_registry if (name := str(op)).startswith("meanflow_kernels.")}
     counted = {f"meanflow_kernels.{op}" for _, operators in OPERATORS.values() for op in operators}
+    # that is torch's own copy
+    registered -= {"meanflow_kernels.join"}
     assert len(registered) > 15 and registered <= counted
 
 

@@ -73,12 +73,13 @@ def test_parts_of_the_network(name):
     }
 
     def keep_attention(module, args, out):
-        parts["attn0_s0"] = out.primal[0]
+        branch, bias = out
+        parts["attn0_s0"] = branch.primal[0] + bias
 
     def keep_block(index):
         def hook(module, args, residual):
-            x, branch, gate = (dual.primal for dual in residual)
-            parts[f"block{index}_s0"] = (x + gate[:, None] * branch)[0]
+            x, branch, gate = (dual.primal for dual in residual[:3])
+            parts[f"block{index}_s0"] = (x + gate[:, None] * (branch + residual.bias))[0]
 
         return hook
 
