@@ -4,9 +4,11 @@ from ..rows.config import RowConfig
 from ..tiling import TileConfig, variations
 from .config import BACKWARD, FORWARD, SUMS
 
-FORWARD_CANDIDATES: tuple[RowConfig, ...] = variations(
-    FORWARD, columns_per_warp=(384, 768, 1152), warps_per_sm=(32, 20, 40), most_rows=(8, 4, 2)
-) + variations(FORWARD, columns_per_warp=(384, 768), stages=(2, 1), max_registers=(None,))
+FORWARD_CANDIDATES: tuple[RowConfig, ...] = (
+    variations(FORWARD, columns_per_warp=(384, 768, 1152), warps_per_sm=(32, 20, 40), most_rows=(8, 4, 2))
+    + variations(FORWARD, columns_per_warp=(384, 768), stages=(2,))
+    + variations(FORWARD, max_registers=(96, 112))
+)
 BACKWARD_CANDIDATES: tuple[RowConfig, ...] = variations(
     BACKWARD, columns_per_warp=(384, 768), warps_per_sm=(16, 8, 12), stages=(3, 2, 1), max_registers=(None,)
 ) + variations(BACKWARD, fewest_rows=(8, 16, 32), stages=(3, 1))

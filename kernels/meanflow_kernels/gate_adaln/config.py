@@ -9,8 +9,7 @@ from ..tiling import TileConfig
 
 # one warp a row up to 768 columns, two up to 1536; a program takes two rows, so that many small programs share the SMs.
 # H200: 1.10 (1.01 to 1.18) times as fast as 384 columns a warp and eight rows a program
-# the pair with a bias takes 128 registers by itself, and spills nothing in 96: 20 warps on an SM, not 16
-FORWARD = RowConfig(columns_per_warp=768, warps_per_sm=32, fewest_rows=1, most_rows=2, max_registers=96)
+FORWARD = RowConfig(columns_per_warp=768, warps_per_sm=32, fewest_rows=1, most_rows=2)
 
 # four sums and two vectors in 128 registers, 16 warps on an SM (the compiler would take up to 167, without need: it
 # spills nothing); the prefetch of the next two rows keeps memory busy. 36 KB of shared memory a program at most. At 16
