@@ -46,12 +46,18 @@ def gate_adaln(device):
     )  # fmt: skip
     some = (tangents[0][1:], None, None, *[x[1:] for x in tangents[3:]])
     x, y, gate, _, scale = primals
-    yield "gate_adaln", WITHOUT_GRADIENT, (*primals, 1e-6, F16)
-    yield "gate_adaln", WITHOUT_GRADIENT, (*leaves(*primals), 1e-6, F32)
-    yield "gate_adaln_jvp", WITHOUT_GRADIENT, (*primals, *some, 1, 1, 1e-6, F32)
-    yield "gate_adaln_jvp", WITH_GRADIENT, (*leaves(*primals), *tangents, 0, 2, 1e-6, F32)
-    for dx_out in (x, None):
-        yield "gate_adaln_bwd", WITHOUT_GRADIENT, (x, y, gate, scale, dx_out, y, 1e-6)
+    (bias,) = random((8,), device=device)
+    yield "gate_adaln", WITHOUT_GRADIENT, (*primals, None, 1e-6, F16)
+    yield "gate_adaln", WITHOUT_GRADIENT, (*leaves(*primals, bias), 1e-6, F32)
+    yield "gate_adaln_jvp", WITHOUT_GRADIENT, (*primals, bias, *some, 1, 1, 1e-6, F32)
+    yield "gate_adaln_jvp", WITH_GRADIENT, (*leaves(*primals), None, *tangents, 0, 2, 1e-6, F32)
+    yield "gate_adaln_jvp", WITH_GRADIENT, (*leaves(*primals, bias), *tangents, 0, 2, 1e-6, F32)
+    for dx_out, extra in ((x, None), (None, bias)):
+        yield "gate_adaln_bwd", WITHOUT_GRADIENT, (x, y, gate, scale, extra, dx_out, y, 1e-6)
+
+
+def join(device):
+    yield "join", WITHOUT_GRADIENT, (random((2, 3), (2, 3), device=device),)
 
 
 def bias_gelu(device):
@@ -108,7 +114,7 @@ def adamw_ema(device):
     yield "adamw_ema", WITHOUT_GRADIENT, (p, g, m, v, steps, emas, copies, *rest)
 
 
-FOLDERS = (adaln, gate_adaln, bias_gelu, silu, timestep_embedding, attention, attention_qkv, adamw_ema)
+FOLDERS = (adaln, gate_adaln, join, bias_gelu, silu, timestep_embedding, attention, attention_qkv, adamw_ema)
 REGISTERED = sorted(
     name.removeprefix("meanflow_kernels::")
     for name in torch._C._dispatch_get_all_op_names()

@@ -244,8 +244,9 @@ def bf16_error(rank: int) -> dict:
     nets = [network(torch.float32, compute_dtype=dtype) for dtype in (None, torch.bfloat16, torch.bfloat16)]
     for net in nets:
         for block in net.blocks:
-            # the one parameter of a block that one process uses in fp32, and that is gathered in bf16
-            block.mlp.fc1.bias.data = block.mlp.fc1.bias.data.bfloat16().float()
+            # the parameters of a block that one process uses in fp32, and that are gathered in bf16
+            for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                layer.bias.data = layer.bias.data.bfloat16().float()
     wanted, single, sharded = nets
     engine = Engine("fsdp", GUIDED, sharded)
     for net in (wanted, single):
@@ -271,7 +272,7 @@ def test_sharded_bf16_is_that_of_one_process(ranks):
         assert found["residual"] == found["output"] == found["grad"] == torch.float32
         single, sharded = found["to fp32"]
         assert 1e-3 < single < 0.05 and sharded < 1.1 * single
-        # what rounds is the same, but for the gradient of that bias
+        # what rounds is the same, but for the gradients of those biases
         assert found["to one process"] < 1e-4
 
 
