@@ -118,6 +118,8 @@ def _has_gluon() -> bool:
 # wgmma needs 64 rows a warp group; wide heads stay within two programs an SM. Here the first row counts that holds a
 # call and whose config serves it
 DUAL_90: Rows = (
+    # 1.07 to 1.20 (hd 64) and 1.22 to 1.29 times (hd 72) as fast as the tiles below at B H of 128 to 4096, N 256
+    (72, 128, PERSISTENT),
     # 1.05 to 1.35 times as fast as 64x64 w4 s2 (L/2, S/2): no conversion of single values, copies of a step ahead
     (64, 128, AttentionConfig(128, 32, 8, 3, packed=True)),
     # 1.10 (B/4, N 64)
