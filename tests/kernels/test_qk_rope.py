@@ -206,8 +206,8 @@ def assert_derivatives(rope, qk, qk_dot, q_weight, k_weight, cos, sin):
         assert y.norm() > 0 and relative_error(x, y) < 1e-5, "no tangent"
 
 
-def test_gradients_and_tangents_reach_queries_and_keys(each_route):
-    arguments = inputs(2, 5, 2, 8, F32, F32, "cpu")
+def test_gradients_and_tangents_reach_queries_and_keys(each_route, device):
+    arguments = inputs(2, 5, 2, 8, F32, F32, device)
     assert_derivatives(qk_rope, *arguments)
     # the trap gives the same numbers forward, and fails
     qk, _, *parameters = arguments

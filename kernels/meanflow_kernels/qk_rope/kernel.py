@@ -39,11 +39,16 @@ def _load_vector(ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate(x, cos, sin):
-    """Columns (2 i, 2 i + 1) of x [HEADS, BLOCK_D] by the angles of cos and sin [1, BLOCK_D / 2]."""
+    """Columns (2 i, 2 i + 1) of x [HEADS, BLOCK_D] by the angles of cos and sin [1, BLOCK_D / 2].
+
+    The multiply-adds are written out: of two products the compiler would choose which one to round by what stands
+    beside them, and a primal beside a tangent would differ from one alone in the last bit.
+    """
     HEADS: tl.constexpr = x.shape[0]
     BLOCK_D: tl.constexpr = x.shape[1]
     even, odd = tl.split(tl.reshape(x, [HEADS, BLOCK_D // 2, 2]))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, BLOCK_D])
+    cos, sin = tl.broadcast_to(cos, even.shape), tl.broadcast_to(sin, even.shape)
+    return tl.reshape(tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(even, sin, odd * cos)), [HEADS, BLOCK_D])
 
 
 @triton.jit
