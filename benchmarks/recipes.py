@@ -107,7 +107,9 @@ def measured_words(row: dict | None) -> str:
         return "-"
     low, high = (f"{row[name]:.1f}" for name in ("hours_hidden", "hours"))
     card = row["gpu"].removeprefix("NVIDIA ")
-    return f"{low} to {high} on {row['gpus']} {card} ({row['variant']}, {row['measured_ms']:.1f} ms for {row['batch']})"
+    # one GPU exchanges nothing
+    hours = low if row["gpus"] == 1 else f"{low} to {high}"
+    return f"{hours} on {row['gpus']} {card} ({row['variant']}, {row['measured_ms']:.1f} ms for {row['batch']})"
 
 
 def notes(rows: list[dict]) -> str:

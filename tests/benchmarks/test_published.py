@@ -132,13 +132,15 @@ def test_hours_from_measured_steps():
     measured = {row["preset"] for row in STEPS if row["preset"]}
     assert {name for name, cell in found.items() if cell != "-"} == measured and len(found) == 6
     steps = {"imagenet-b4": 80 * 5004, "imagenet-xl2-plus": 1000 * 5004}
-    pattern = r"([\d.]+) to ([\d.]+) on (\d+) (.+) \((\S+), ([\d.]+) ms for (\d+)\)"
+    pattern = r"([\d.]+)(?: to ([\d.]+))? on (\d+) (.+) \((\S+), ([\d.]+) ms for (\d+)\)"
     for name in measured:
         low, high, gpus, card, variant, ms, batch = re.fullmatch(pattern, found[name]).groups()
         row = newest(card, variant, preset=name, batch=int(batch))
         assert int(gpus) * int(batch) == 256 and float(ms) == round(row["ms"], 1)
         hours = steps.get(name, 240 * 5004) * row["ms"] / 3.6e6
-        assert float(low) == pytest.approx(hours, abs=0.051) and float(high) > float(low)
+        assert float(low) == pytest.approx(hours, abs=0.051)
+        # one GPU exchanges no gradients
+        assert high is None if gpus == "1" else float(high) > float(low)
 
 
 def test_rows_of_a_later_commit_take_their_place():
