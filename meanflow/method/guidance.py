@@ -23,9 +23,12 @@ class GuidanceInputs(NamedTuple):
         """Those of some samples."""
         return GuidanceInputs(*(x[samples] for x in self))
 
-    def to(self, device: torch.device) -> "GuidanceInputs":
-        """On another device; nothing waits."""
-        return GuidanceInputs(*(x.to(device, non_blocking=True) for x in self))
+
+def told_to(config: ObjectiveConfig, inputs: GuidanceInputs | None) -> tuple[Tensor, ...]:
+    """What of its guidance a network gets, behind its labels."""
+    if inputs is None:
+        return ()
+    return inputs if config.guidance_input == "interval" else (inputs.omega,)
 
 
 def omega_from_uniform(config: ObjectiveConfig, u: Tensor) -> Tensor:
@@ -45,8 +48,13 @@ def arrange_guidance(
     return GuidanceInputs(omega_from_uniform(config, u_omega), start, end)
 
 
-def draw_guidance(config: ObjectiveConfig, draws: Draws, equal: Tensor) -> GuidanceInputs:
-    """The guidance of one device's batch, fp32; equal (B,) bool: who has r = t (improved MeanFlow, appendix)."""
+def draw_guidance(config: ObjectiveConfig, draws: Draws, equal: Tensor) -> GuidanceInputs | None:
+    """The guidance of some samples, fp32, or None for a network that is told nothing (improved MeanFlow, appendix).
+
+    equal: (B,) bool, who has r = t.
+    """
+    if config.guidance_input == "none":
+        return None
     purposes = (Purpose.OMEGA, Purpose.GUIDANCE_START, Purpose.GUIDANCE_END)
     u_omega, u_start, u_end = (draws.uniform(purpose) for purpose in purposes)
     return arrange_guidance(config, u_omega, u_start, u_end, equal)

@@ -76,7 +76,7 @@ def check(config: RunConfig, world: World) -> None:
     train = config.train
     for name, plain in (("direction", "guided"), ("guidance_input", "none")):
         got = getattr(config.objective, name)
-        wanted, hint = f"{plain}, which the trainer takes", "method/imf.py has the others, for a loop of your own"
+        wanted, hint = f"{plain}, which the trainer takes", "method/objective.py has the others, for a loop of your own"
         require(got == plain, f"objective.{name}", got, wanted, hint)
     if train.cuda_graph:
         hint = "set train.cuda_graph False"

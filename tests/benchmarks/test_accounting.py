@@ -173,9 +173,9 @@ def test_a_target_that_is_not_stopped_is_seen():
     plan = whole_batch(step.config.objective, r, t, drop).to(accounts.META)
 
     def not_stopped():
-        def jvp(net, primals, tangents, y, start):
+        def jvp(net, primals, tangents, others, start):
             with force_route(Route.REFERENCE):
-                u, du_dt = func_jvp(net, primals, tangents, y, start)
+                u, du_dt = func_jvp(net, primals, tangents, others, start)
             return u + du_dt.sum(), du_dt
 
         inputs = (step.x, step.e, step.r, step.t, step.y, step.drop)

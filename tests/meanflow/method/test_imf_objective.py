@@ -1,11 +1,10 @@
-"""The objective of improved MeanFlow: its plan beside the whole batch, MeanFlow as its special case, draws, FLOPs."""
+"""The objective of improved MeanFlow: its plan beside the whole batch, draws, FLOPs."""
 
 import functools
 from dataclasses import replace
 from math import prod
 
 import pytest
-import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,13 +16,11 @@ from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.guidance import arrange_guidance, draw_guidance
-from meanflow.method.imf import imf_terms
 from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.dit import DiT
 from meanflow.model.imf import SIZES, ImfDiT
-from meanflow.training.engine import check
 from meanflow_kernels.routing import Route, force_route
 
 F64 = torch.float64
@@ -100,8 +97,8 @@ def test_planned_step_is_the_whole_batch(objective, equal, drop, placement):
         guide = network()
         nn.init.normal_(guide.v_final_layer.linear.weight, std=0.3)
     plan = Planner(objective, BATCH).plan(*inputs[2:4], drop, guidance)
-    planned = imf_terms(objective, net, *inputs, guidance, plan, guide=guide)
-    whole = imf_terms(objective, net, *inputs, guidance, guide=guide)
+    planned = meanflow_terms(objective, net, *inputs, plan, guidance, guide=guide)
+    whole = meanflow_terms(objective, net, *inputs, inputs=guidance, guide=guide)
     order = torch.arange(BATCH) if plan.order is None else plan.order
     assert (planned.v is None) == (planned.raw_v is None) == (objective.direction != "v_head")
     for name in ("raw", "weight", "raw_v", "weight_v", "v_loss", "u", "v", "v_g"):
@@ -116,34 +113,11 @@ def test_planned_step_is_the_whole_batch(objective, equal, drop, placement):
     assert_near(gradients(planned, net), gradients(whole, net))
 
 
-MEANFLOW = {
-    "unguided": ObjectiveConfig(),
-    "omega": ObjectiveConfig(omega=2.0),
-    "kappa": ObjectiveConfig(omega=1.0, kappa=0.5),
-    "interval": ObjectiveConfig(**MIXED),
-    "other tangent": ObjectiveConfig(**MIXED, tangent=(0.5, 1.0)),
-}
-
-
-@pytest.mark.parametrize("planned", [False, True], ids=["whole", "planned"])
-@pytest.mark.parametrize("objective", MEANFLOW.values(), ids=MEANFLOW)
-def test_meanflow_is_a_case_of_it(objective, planned):
-    equal = torch.arange(BATCH) < 9
-    net, (*inputs, _) = network(DiT), batch(objective, equal, torch.arange(BATCH) < 2)
-    plan = Planner(objective, BATCH).plan(*inputs[2:4], inputs[-1]) if planned else None
-    improved = imf_terms(objective, net, *inputs, None, plan)
-    plain = meanflow_terms(objective, net, *inputs, plan)
-    # to the last bit
-    for name in ("loss", "raw", "weight", "v_loss", "u", "du_dt", "u_tgt", "v_g"):
-        assert torch.equal(getattr(improved, name), getattr(plain, name)), name
-    assert torch.equal(gradients(improved, net), gradients(plain, net))
-
-
 def test_a_dit_takes_the_boundary_form():
     objective = replace(OBJECTIVES["boundary, fixed guidance"])
     net, (*inputs, _) = network(DiT), batch(objective, FIRST, torch.arange(BATCH) < 2)
     plan = Planner(objective, BATCH).plan(*inputs[2:4], inputs[-1])
-    planned, whole = (imf_terms(objective, net, *inputs, None, p) for p in (plan, None))
+    planned, whole = (meanflow_terms(objective, net, *inputs, p) for p in (plan, None))
     x, e, _, t, y, _ = inputs
     t_ = t[:, None, None, None]
     z = ((1 - t_) * x + t_ * e)[6:]
@@ -163,7 +137,7 @@ def test_compiled(name):
     plans = plans if name == "all" else plans[:1]
 
     def step(plan):
-        terms = imf_terms(objective, net, *inputs, guidance, plan)
+        terms = meanflow_terms(objective, net, *inputs, plan, guidance)
         return terms.loss, [x for x in terms[1:] if x is not None]
 
     torch._dynamo.reset()
@@ -202,7 +176,8 @@ def passes(objective, drop):
     # every other sample lies inside its interval
     start = torch.where(torch.arange(32) % 2 == 1, 0.0, 1.5).double()
     guidance = guidance._replace(start=start, end=torch.ones_like(start))
-    imf_terms(objective, net, *inputs, guidance, Planner(objective, 32).plan(*inputs[2:4], drop, guidance))
+    plan = Planner(objective, 32).plan(*inputs[2:4], drop, guidance)
+    meanflow_terms(objective, net, *inputs, plan, guidance)
     return net.passes
 
 
@@ -266,7 +241,7 @@ def flops(rows: int, **options) -> tuple[int, int]:
         net = ImfDiT(**options)
         z, t, y = torch.empty(32, 4, 32, 32), torch.empty(32), torch.empty(32, dtype=torch.long)
     guidance = arrange_guidance(OFFICIAL, t, t, t, t > 0)
-    step = count(lambda: imf_terms(OFFICIAL, net, z, z, t, t, y, t > 0, guidance, plan).loss.backward())
+    step = count(lambda: meanflow_terms(OFFICIAL, net, z, z, t, t, y, t > 0, plan, guidance).loss.backward())
     return step, count(lambda: net(z, t, t, y))
 
 
@@ -321,10 +296,3 @@ def test_options_that_do_not_go_together():
             replace(OFFICIAL, **options)
     with pytest.raises(UserError, match="objective.omega_max: got 1.0, wanted a number above 1"):
         replace(OFFICIAL, omega_max=1.0)
-
-
-@pytest.mark.parametrize("option", [{"direction": "boundary"}, {"direction": "v_head"}, {"guidance_input": "omega"}])
-def test_the_trainer_refuses_what_it_does_not_train(option):
-    config = runs.tiny()
-    with pytest.raises(UserError, match=f"^objective.{next(iter(option))}: got .*, wanted .*which the trainer takes"):
-        check(replace(config, objective=replace(config.objective, **option)), None)

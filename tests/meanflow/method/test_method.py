@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from meanflow.config import ObjectiveConfig
-from meanflow.method.objective import Guidance, func_jvp, meanflow_terms, mix, pair_jvp
+from meanflow.method.objective import Predictions, func_jvp, meanflow_terms, pair_jvp
 from meanflow.method.plan import whole_batch
 from meanflow.method.sampling import sample
 from meanflow.model.dit import DiT
@@ -79,7 +79,7 @@ def test_jvp_of_a_function_with_a_closed_form():
         (0, 0): 2 * z * v * column(t).sin() + column(r).exp() * v,
     }.items():
         direction = (v, one if rates[0] else zero, one if rates[1] else None)
-        _, du_dt = func_jvp(net, (z, r, t), direction, None)
+        _, du_dt = func_jvp(net, (z, r, t), direction, (None,))
         torch.testing.assert_close(du_dt, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -87,8 +87,8 @@ def test_jvp_of_a_function_with_a_closed_form():
 def test_pairs_are_the_networks_derivative(embedding):
     net, (x, v, r, t, y) = small_dit(time_embedding=embedding), small_batch()
     direction = (v, torch.full_like(r, 0.3), torch.ones_like(t))
-    u, du_dt = pair_jvp(net, (x, r, t), direction, y)
-    u_func, du_dt_func = func_jvp(net, (x, r, t), direction, y)
+    u, du_dt = pair_jvp(net, (x, r, t), direction, (y,))
+    u_func, du_dt_func = func_jvp(net, (x, r, t), direction, (y,))
     torch.testing.assert_close(u, u_func, rtol=0, atol=1e-12)
     torch.testing.assert_close(du_dt, du_dt_func, rtol=1e-10, atol=1e-10)
     step = 1e-5
@@ -124,7 +124,7 @@ def test_the_identity_holds_for_the_known_field():
     z = torch.randn(5, 1, 2, 2, dtype=F64)
     t, r = torch.rand(2, 5, dtype=F64).sort(0, descending=True).values
     v = net.velocity(z, column(t))
-    u, du_dt = func_jvp(net, (z, r, t), (v, None, torch.ones_like(t)), y)
+    u, du_dt = func_jvp(net, (z, r, t), (v, None, torch.ones_like(t)), (y,))
     torch.testing.assert_close(u, v - column(t - r) * du_dt, rtol=1e-9, atol=1e-9)
 
 
@@ -153,10 +153,17 @@ def test_one_step_samples_the_gaussian():
     torch.testing.assert_close(sample(net, noise, y, (1.0, 0.7, 0.2, 0.0)), one, rtol=1e-10, atol=1e-10)
 
 
+def mix(config, v, u_null, u_cond):
+    """v_g of one sample, of scalars."""
+    t = torch.tensor([0.5])
+    plan = whole_batch(config, t, t, torch.zeros(1, dtype=torch.bool))
+    rows = torch.tensor([u_null, u_cond][: len(plan.rows)])
+    return Predictions(config, plan, config.kappa, rows).guided(torch.tensor([v]), slice(None)).item()
+
+
 def test_guidance_mixes_scalars():
-    v, u_null, u_cond = torch.tensor([1.0]), torch.tensor([10.0]), torch.tensor([100.0])
-    assert mix(ObjectiveConfig(omega=0.2, kappa=0.5), v, u_null, u_cond).item() == pytest.approx(0.2 + 3 + 50)
-    assert mix(ObjectiveConfig(omega=2.0), v, u_null, None).item() == pytest.approx(2 - 10)
+    assert mix(ObjectiveConfig(omega=0.2, kappa=0.5), 1.0, 10.0, 100.0) == pytest.approx(0.2 + 3 + 50)
+    assert mix(ObjectiveConfig(omega=2.0), 1.0, 10.0, None) == pytest.approx(2 - 10)
 
 
 def test_guidance_interval_includes_both_ends():
@@ -171,17 +178,15 @@ def test_guidance_interval_includes_both_ends():
     t = torch.tensor([0.25, 0.75, 0.5, 0.2499, 0.7501])
     v = torch.ones(5, 1, 1, 1)
     plan = whole_batch(config, t, t, torch.zeros(5, dtype=torch.bool))
-    guidance = Guidance.predict(config, Constant(), v, t, torch.arange(5), plan)
-    v_g = guidance.velocity(v, None, slice(None)).flatten()
+    predictions = Predictions.make(config, Constant(), v, t, torch.arange(5), None, plan)
+    v_g = predictions.guided(v, slice(None)).flatten()
     torch.testing.assert_close(v_g, torch.tensor([53.2, 53.2, 53.2, 1.0, 1.0]))
 
 
 def test_effective_scale():
     # where the network predicts its own target, kappa only rescales omega: v_g = u_null + omega' (v - u_null)
-    v, u_null = torch.tensor(3.0), torch.tensor(1.0)
-    wanted = mix(ObjectiveConfig(omega=2.0), v, u_null, None)
-    got = mix(ObjectiveConfig(omega=0.4, kappa=0.8), v, u_null, wanted)
-    assert got.item() == pytest.approx(wanted.item())
+    wanted = mix(ObjectiveConfig(omega=2.0), 3.0, 1.0, None)
+    assert mix(ObjectiveConfig(omega=0.4, kappa=0.8), 3.0, 1.0, wanted) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("c, p", [(0.01, 1.0), (1e-3, 0.5), (1.0, 2.0), (0.01, 0.0)])
@@ -247,7 +252,7 @@ def test_the_derivative_costs_no_memory_until_the_backward():
         return meanflow_terms(ObjectiveConfig(), net, x, e, r, t, y, nobody).loss
 
     def target_not_stopped():
-        u, du_dt = func_jvp(net, (x, r, t), (e - x, None, torch.ones_like(t)), y)
+        u, du_dt = func_jvp(net, (x, r, t), (e - x, None, torch.ones_like(t)), (y,))
         return (u - ((e - x) - column(t - r) * du_dt)).square().mean()
 
     plain, stopped, running = (live_bytes(f) for f in (flow_matching, with_pairs, target_not_stopped))

@@ -10,7 +10,7 @@ import torch
 from meanflow.config import ObjectiveConfig, OptimConfig
 from meanflow.interop.imf_weights import from_official, to_official
 from meanflow.method.guidance import arrange_guidance
-from meanflow.method.imf import func_jvp, guided_scale, imf_terms, pair_jvp
+from meanflow.method.objective import func_jvp, guided_scale, meanflow_terms, pair_jvp
 from meanflow.method.plan import Planner
 from meanflow.method.times import drop_mask, equal_prefix
 from meanflow.training.optim import learning_rate, make_optimizer, set_learning_rate, update_ema
@@ -66,9 +66,9 @@ def run(name: str, mode: str, jvp, planned: bool):
     config, net = objective(CASES[name]), oracle.network("imf_loss_cases", dtype)
     *inputs, guidance = batch(data, f"case/{name}/", config, dtype)
     if not planned:
-        return net, imf_terms(config, net, *inputs, guidance, jvp=jvp), slice(None)
+        return net, meanflow_terms(config, net, *inputs, inputs=guidance, jvp=jvp), slice(None)
     plan = Planner(config, len(inputs[0])).plan(*inputs[2:4], inputs[-1], guidance)
-    terms = imf_terms(config, net, *inputs, guidance, plan, jvp=jvp)
+    terms = meanflow_terms(config, net, *inputs, plan, guidance, jvp=jvp)
     assert plan.order is None
     return net, terms, slice(plan.tangent_start, None)
 
@@ -155,7 +155,7 @@ def test_training_steps(mode, planned):
     for step in range(cfg["n_steps"]):
         *inputs, guidance = batch(data, f"step{step}/", config, dtype)
         plan = Planner(config, len(inputs[0])).plan(*inputs[2:4], inputs[-1], guidance) if planned else None
-        terms = imf_terms(config, net, *inputs, guidance, plan)
+        terms = meanflow_terms(config, net, *inputs, plan, guidance)
         optimizer.zero_grad()
         terms.loss.backward()
         losses.append(
@@ -211,7 +211,7 @@ def test_which_weights_get_a_gradient_after_so_many_updates():
         equal, y = torch.tensor([True, False, False, False]), torch.arange(4)
         guidance = arrange_guidance(config, *torch.rand(3, 4, generator=g), equal)
         optimizer.zero_grad()
-        terms = imf_terms(config, net, x, e, torch.where(equal, t, r), t, y, equal, guidance)
+        terms = meanflow_terms(config, net, x, e, torch.where(equal, t, r), t, y, equal, inputs=guidance)
         terms.loss.backward()
         grads = to_official({name: p.grad for name, p in net.named_parameters()}, options["mlp_hidden"])
         assert [bool((grads[str(path)] != 0).any()) for path in data["names"]] == wanted.tolist()

@@ -43,7 +43,7 @@ def batch(data: dict, prefix: str, config: ObjectiveConfig, dtype: torch.dtype) 
 def in_batch_order(terms, plan):
     """The planned step's rows as the batch has them, and which samples have a derivative."""
     back, count = plan.order.argsort(), len(plan.order)
-    rows = {key: x[back] for key, x in terms._asdict().items() if x.ndim and len(x) == count}
+    rows = {key: x[back] for key, x in terms._asdict().items() if x is not None and x.ndim and len(x) == count}
     return rows, plan.order[plan.tangent_start :]
 
 

@@ -27,7 +27,7 @@ def inputs(name, dtype):
 def test_output_and_derivative(name, mode, jvp):
     dtype = oracle.MODES[mode]
     data, z, v, r, t, y = inputs(name, dtype)
-    u, du_dt = jvp(oracle.network(name, dtype), (z, r, t), (v, None, torch.ones_like(t)), y)
+    u, du_dt = jvp(oracle.network(name, dtype), (z, r, t), (v, None, torch.ones_like(t)), (y,))
     oracle.assert_close(u, data[f"{mode}/u"], mode, "u", "u")
     oracle.assert_close(du_dt, data[f"{mode}/du_dt"], mode, "derived", "du_dt")
 
@@ -43,7 +43,7 @@ def test_rounded_position_table():
     data, z, v, r, t, y = inputs("dit_small", torch.float64)
     net = oracle.network("dit_small", torch.float64)
     net.pos_embed = net.pos_embed.float().double()
-    u, du_dt = pair_jvp(net, (z, r, t), (v, None, torch.ones_like(t)), y)
+    u, du_dt = pair_jvp(net, (z, r, t), (v, None, torch.ones_like(t)), (y,))
     oracle.assert_close(u, data["f64p/u"], "f64", "u")
     oracle.assert_close(du_dt, data["f64p/du_dt"], "f64", "derived")
 

@@ -38,10 +38,10 @@ def test_bf16_derivative_is_as_exact_as_naive_forward_mode(width, heads):
     with torch.no_grad():
         pairs = zip(primals, direction, strict=True)
         tangents = tuple(torch.zeros_like(x) if x_dot is None else x_dot for x, x_dot in pairs)
-        got = pair_jvp(ours, primals, direction, y)
+        got = pair_jvp(ours, primals, direction, (y,))
         beside = torch.func.jvp(lambda z, r, t: naive(z, r, t, y), primals, tangents)
         doubled = [tuple(None if x is None else x.double() for x in xs) for xs in (primals, direction)]
-        exact = pair_jvp(net.double(), *doubled, y)
+        exact = pair_jvp(net.double(), *doubled, (y,))
     for name, x, x_naive, x_exact in zip(("u", "du/dt"), got, beside, exact, strict=True):
         error, bar = relative_error(x, x_exact), 2 * relative_error(x_naive, x_exact)
         assert 0 < error <= bar < 0.1, f"{name}: error {error:.2e}, naive's {bar / 2:.2e}"
