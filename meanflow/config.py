@@ -5,20 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from .errors import UserError, require, require_finite
-
-DIT_SIZES = {  # depth, width, heads (METHOD: DiT, Peebles & Xie, Table 1; M is MeanFlow's own)
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "M": (16, 1024, 16),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
-DIT_PATCHES = (2, 4, 8)
+from .sizes import DIT_PATCHES, DIT_SIZES, IMF_HEAD_DEPTH, IMF_SIZES
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The DiT. Defaults are those shared by all official sizes."""
+    """The network. Defaults are those shared by all official sizes of the DiT."""
 
     depth: int
     """Number of transformer blocks."""
@@ -38,6 +30,10 @@ class ModelConfig:
     """Width of the MLP over the model width."""
     time_embedding: Literal["t,h", "t,r", "t,r,h", "h"] = "t,h"
     """Which times are embedded, h = t - r (paper, Table 1c)."""
+    network: Literal["dit", "imf"] = "dit"
+    """DiT, or the transformer of improved MeanFlow, which can be told its guidance."""
+    head_depth: int = 0
+    """imf: how many of the blocks are u's own; as many more are those of a head for v. 0: no head for v."""
 
     def __post_init__(self):
         require_finite(self, "model")
@@ -47,17 +43,28 @@ class ModelConfig:
         width, heads, size, patch = self.hidden_size, self.num_heads, self.input_size, self.patch_size
         hint = "change one of them"
         wanted = f"a positive number that gives {width} channels an MLP of one or more"
-        require(int(width * self.mlp_ratio) >= 1, "model.mlp_ratio", self.mlp_ratio, wanted, "DiT's is 4")
+        require(self.mlp_hidden >= 1, "model.mlp_ratio", self.mlp_ratio, wanted, "DiT's is 4")
         require(width % heads == 0, "model.num_heads", heads, f"a divisor of the width {width}", hint)
         require(width % 4 == 0, "model.hidden_size", width, "a multiple of 4", "the sin-cos position table needs it")
         require(size % patch == 0, "model.patch_size", patch, f"a divisor of the input size {size}", hint)
+        most, times = (self.depth, self.time_embedding) if self.network == "imf" else (0, "h")
+        wanted = f"a whole number from 0 to {most}" if most else "0: a DiT has no head for v"
+        require(0 <= self.head_depth <= most, "model.head_depth", self.head_depth, wanted, "change it")
+        even = self.network == "dit" or width // heads % 2 == 0
+        require(even, "model.num_heads", heads, f"heads of an even part of the width {width} for imf", hint)
+        require(times == "h", "model.time_embedding", times, "h for an imf network", "it sees t by the noise in z")
 
     @property
     def name(self) -> str:
-        """Official size and patch, for instance "XL/2"; for any other network its depth, width and patch."""
-        shape = (self.depth, self.hidden_size, self.num_heads)
-        size = next((size for size, known in DIT_SIZES.items() if known == shape), f"{self.depth}x{self.hidden_size}")
-        return f"{size}/{self.patch_size}"
+        """Official size and patch, for instance "XL/2" or "imf-B/2"; of other networks depth, width and patch."""
+        shape, sizes = (self.depth, self.hidden_size, self.num_heads), IMF_SIZES if self.network == "imf" else DIT_SIZES
+        size = next((size for size, known in sizes.items() if known == shape), f"{self.depth}x{self.hidden_size}")
+        return f"{'imf-' * (self.network == 'imf')}{size}/{self.patch_size}"
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the MLPs."""
+        return int(self.hidden_size * self.mlp_ratio)
 
     @property
     def tokens(self) -> int:
@@ -66,12 +73,15 @@ class ModelConfig:
 
     @classmethod
     def official(cls, name: str, **overrides) -> "ModelConfig":
-        """One of the official sizes by its name, for instance "XL/2"."""
-        size, _, patch = name.partition("/")
-        known = [f"{s}/{p}" for s in DIT_SIZES for p in DIT_PATCHES]
-        require(name in known, "model", name, "one of " + " ".join(known), "name a size and a patch")
-        depth, hidden_size, num_heads = DIT_SIZES[size]
-        return cls(depth, hidden_size, num_heads, int(patch), **overrides)
+        """One of the official sizes by its name, for instance "XL/2" or "imf-B/2"."""
+        known = {f"{s}/{p}": (*shape, p) for s, shape in DIT_SIZES.items() for p in DIT_PATCHES}
+        improved = {f"imf-{s}/2": (*shape, 2) for s, shape in IMF_SIZES.items()}
+        wanted = "one of " + " ".join(known | improved)
+        require(name in known | improved, "model", name, wanted, "name a size and a patch")
+        if name in improved:
+            options = dict(network="imf", head_depth=IMF_HEAD_DEPTH, mlp_ratio=8 / 3, time_embedding="h")
+            return cls(*improved[name], **options | overrides)
+        return cls(*known[name], **overrides)
 
 
 @dataclass(frozen=True)
@@ -333,6 +343,11 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
+        direction, told, heads = self.objective.direction, self.objective.guidance_input, self.model.head_depth
+        wanted, hint = "none for a DiT, which cannot be told", "take model.network imf"
+        require(told == "none" or self.model.network == "imf", "objective.guidance_input", told, wanted, hint)
+        wanted = f"1 or more with objective.direction v_head, else 0, not with {direction}"
+        require((direction == "v_head") == (heads > 0), "model.head_depth", heads, wanted, "change one of them")
         groups = self.train.groups or 1
         if self.objective.equal_placement == "first" and self.train.batch % groups == 0:
             batch, share = self.train.batch // groups, self.objective.share_equal

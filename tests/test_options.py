@@ -58,6 +58,10 @@ def test_a_command_names_the_option_that_is_not_finite(command, script, before, 
 TOGETHER = {
     "digits --model.mlp-ratio -1": "model.mlp_ratio: got -1.0, wanted a positive number",
     "digits --model.mlp-ratio 0.001": "model.mlp_ratio: got 0.001, wanted a positive number",
+    "digits --model.head-depth 2": "model.head_depth: got 2, wanted 0: a DiT has no head for v",
+    "digits --model.network imf": "model.time_embedding: got 't,h', wanted h for an imf network",
+    "digits --objective.direction v_head": "model.head_depth: got 0, wanted 1 or more with objective.direction v_head",
+    "digits --objective.guidance-input omega": "objective.guidance_input: got 'omega', wanted none for a DiT",
     "digits --optim.warmup-steps 5000": "optim.warmup_steps: got 5000, wanted at most the 1800 train.steps",
     "imagenet-b4 --optim.warmup-steps 20 --train.steps 10": "optim.warmup_steps: got 20, wanted at most the 10",
 }

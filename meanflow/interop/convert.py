@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..config import ModelConfig, from_dict, to_dict
 from ..errors import UserError, require
+from ..model.build import check_whole
 from ..presets import preset
 from ..storage.checkpoint import save_weights
 from ..storage.flax_files import read_flax, write_flax
 from ..storage.foreign import full, read_network
-from .formats import check_whole, find_format, load_run
+from .formats import dit_options, find_format, load_run
 from .formats import read_names as read_class_names
 from .official_weights import from_official, to_official
 from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, to_zhuyu
@@ -153,6 +154,7 @@ def save_official(weights: Weights, out: Path) -> None:
     Raises:
         UserError: for networks that the official code does not have.
     """
+    dit_options(weights.model)
     arrays = {NET + key: x for key, x in to_official(weights.tensors).items()}
     write_flax(out, arrays, arrays, weights.step)
 
@@ -189,7 +191,7 @@ def make_pipeline(
     from .scheduler import MeanFlowScheduler
     from .transformer import MeanFlowTransformer2DModel
 
-    net = MeanFlowTransformer2DModel(**asdict(weights.model))
+    net = MeanFlowTransformer2DModel(**dit_options(weights.model))
     net.load_state_dict(weights.tensors)
     data = weights.config.get("data", {})
     autoencoder = None

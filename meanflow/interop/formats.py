@@ -1,15 +1,14 @@
 """Formats of weights: detected by content; runs read, with the names of their classes."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..errors import UserError, nearest, require
-from ..model.build import build_net
+from ..errors import UserError, require
 from ..storage import checkpoint as ckpt
 from ..storage.foreign import is_safetensors
 
@@ -98,24 +97,15 @@ def read_names(source: str) -> dict[str, str]:
         ) from None
 
 
-def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
-    """Check that the tensors are those of the network.
+def dit_options(model: ModelConfig) -> dict:
+    """The options of a DiT by name.
 
     Raises:
-        UserError: for a missing or unknown one, or one of another shape; with the names nearest to an unknown one.
+        UserError: for another network, which other code bases' formats do not know.
     """
-    with torch.device("meta"):
-        wanted = {name: x.shape for name, x in build_net(model).state_dict().items()}
-    found = {name: x.shape for name, x in tensors.items()}
-    strange = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
-    if not strange:
-        return
-    name = min(strange, key=lambda name: (name in wanted, name))  # an unknown name tells more than a missing one
-    near = "" if name in wanted else f", nearest to it {nearest(name, wanted)}"
-    raise UserError(
-        f"checkpoint: got {len(strange)} tensors missing, too many or of another shape, such as {[name]}{near}, "
-        f"wanted the network {model.name}; is it whole, and of this format?"
-    )
+    hint = "sample by scripts/sample.py, or take meanflow.interop.imf_weights in code of your own"
+    require(model.network == "dit", "model.network", model.network, "dit for this format", hint)
+    return {name: value for name, value in asdict(model).items() if name not in ("network", "head_depth")}
 
 
 def home(path: Path) -> Path:

@@ -1,7 +1,5 @@
 """The network as a diffusers model: saved to a folder, loaded from one, in any dtype."""
 
-from dataclasses import asdict
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import require
 from ..model.dit import DiT
+from .formats import dit_options
 
 ALIGNED = 64
 """Alignment of torch's CPU tensors in bytes."""
@@ -47,7 +46,7 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
         config = ModelConfig(
             depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding
         )
-        super().__init__(**asdict(config) | {"time_embedding": tuple(time_embedding.split(","))})
+        super().__init__(**dit_options(config) | {"time_embedding": tuple(time_embedding.split(","))})
         self.register_state_dict_post_hook(_with_what_is_offloaded)
 
     @classmethod

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..config import DataConfig, RunConfig, from_dict
 from ..errors import require
-from ..model.build import build_net, fill
-from ..model.dit import DiT
-from .formats import check_whole, find_format, load_run
+from ..model.build import Network, build_net, check_whole, fill
+from .formats import find_format, load_run
 
 
 def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], dict, Path, int]:
@@ -43,7 +42,7 @@ def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor]
     return found.tensors, convert.run_config(found), path, found.step
 
 
-def load_ema(path: Path, device: torch.device) -> tuple[DiT, RunConfig, Path, int]:
+def load_ema(path: Path, device: torch.device) -> tuple[Network, RunConfig, Path, int]:
     """Load the network with averaged weights; returns it, its configuration, where it was found, and its step.
 
     Raises:

@@ -4,25 +4,32 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .dit import DiT
+from .imf import ImfDiT
+
+Network = DiT | ImfDiT
 
 
-def build_net(config: ModelConfig, compute_dtype: torch.dtype | None = None, *, checkpoint_blocks: bool = False) -> DiT:
+def build_net(
+    config: ModelConfig, compute_dtype: torch.dtype | None = None, *, checkpoint_blocks: bool = False
+) -> Network:
     """Build the network of a configuration."""
-    return DiT(
-        input_size=config.input_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        num_classes=config.num_classes,
-        time_embedding=tuple(config.time_embedding.split(",")),
-        compute_dtype=compute_dtype,
-        checkpoint_blocks=checkpoint_blocks,
-    )
+    sizes = {
+        "input_size": config.input_size,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "hidden_size": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "num_classes": config.num_classes,
+        "compute_dtype": compute_dtype,
+        "checkpoint_blocks": checkpoint_blocks,
+    }
+    if config.network == "imf":
+        heads = {"head_depth": config.head_depth, "v_head": config.head_depth > 0}
+        return ImfDiT(mlp_hidden=config.mlp_hidden, **heads, **sizes)
+    return DiT(mlp_ratio=config.mlp_ratio, time_embedding=tuple(config.time_embedding.split(",")), **sizes)
 
 
 def fill(net: nn.Module, weights: dict[str, Tensor], source: object) -> None:
@@ -39,3 +46,23 @@ def fill(net: nn.Module, weights: dict[str, Tensor], source: object) -> None:
             f"checkpoint: got {source}, which does not fit the model ({reason} ...), wanted one of this project and "
             "model; name another"
         ) from None
+
+
+def check_whole(tensors: dict[str, Tensor], model: ModelConfig) -> None:
+    """Check that the tensors are those of the network.
+
+    Raises:
+        UserError: for a missing or unknown one, or one of another shape; with the names nearest to an unknown one.
+    """
+    with torch.device("meta"):
+        wanted = {name: x.shape for name, x in build_net(model).state_dict().items()}
+    found = {name: x.shape for name, x in tensors.items()}
+    strange = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if not strange:
+        return
+    name = min(strange, key=lambda name: (name in wanted, name))  # an unknown name tells more than a missing one
+    near = "" if name in wanted else f", nearest to it {nearest(name, wanted)}"
+    raise UserError(
+        f"checkpoint: got {len(strange)} tensors missing, too many or of another shape, such as {[name]}{near}, "
+        f"wanted the network {model.name}; is it whole, and of this format?"
+    )

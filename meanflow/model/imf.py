@@ -27,15 +27,6 @@ BLOCK_STD = 0.32
 ALIGNMENT = 16
 """Columns that an MLP's hidden width is a multiple of, as its rows are stored: 2,730 become 2,736."""
 
-SIZES = {  # depth, C, H of the official networks, all with two heads of 8 blocks and patches of 2
-    size: {"depth": depth, "hidden_size": width, "num_heads": heads, "mlp_hidden": width * 8 // 3}
-    for size, (depth, width, heads) in {
-        "B": (12, 768, 12),
-        "M": (24, 768, 12),
-        "L": (32, 1024, 16),
-        "XL": (48, 1024, 16),
-    }.items()
-}
 Head = Literal["u", "v", "uv"]
 
 

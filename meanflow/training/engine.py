@@ -13,8 +13,7 @@ from meanflow_kernels.inductor import prepare_compiler
 from ..config import ModelConfig, RunConfig
 from ..errors import UserError, require
 from ..method.objective import MeanFlowLoss
-from ..model.build import build_net, fill
-from ..model.dit import DiT
+from ..model.build import Network, build_net, fill
 from ..world import World
 from .optim import make_optimizer
 from .parallel import compile_blocks, replicate, shard
@@ -26,8 +25,8 @@ GRAIN = 32_768
 class Engine(NamedTuple):
     """The objects of a run that hold its weights."""
 
-    net: DiT
-    ema: DiT
+    net: Network
+    ema: Network
     """The moving average of its weights, updated by the optimizer's step."""
     loss: nn.Module
     """The objective of net, compiled and for several processes as configured."""

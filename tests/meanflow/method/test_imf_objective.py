@@ -12,15 +12,17 @@ from scipy import stats
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow.config import ObjectiveConfig
+from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.guidance import arrange_guidance, draw_guidance
 from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
 from meanflow.method.times import draw_times, drop_mask
+from meanflow.model.build import build_net
 from meanflow.model.dit import DiT
-from meanflow.model.imf import SIZES, ImfDiT
+from meanflow.model.imf import ImfDiT
+from meanflow.sizes import IMF_SIZES
 from meanflow_kernels.routing import Route, force_route
 
 F64 = torch.float64
@@ -233,32 +235,32 @@ def count(run) -> int:
 
 
 @functools.cache
-def flops(rows: int, **options) -> tuple[int, int]:
+def flops(rows: int, model: ModelConfig) -> tuple[int, int]:
     """Of a step of 32 samples with so many rows of guidance, and of F: the blocks from the input to u, of the same."""
     # on meta no size may depend on a value: a plan of the right sizes
     plan = Planner(OFFICIAL, 32).example(rows).to(torch.device("meta"))
     with torch.device("meta"):
-        net = ImfDiT(**options)
+        net = build_net(model)
         z, t, y = torch.empty(32, 4, 32, 32), torch.empty(32), torch.empty(32, dtype=torch.long)
     guidance = arrange_guidance(OFFICIAL, t, t, t, t > 0)
     step = count(lambda: meanflow_terms(OFFICIAL, net, z, z, t, t, y, t > 0, plan, guidance).loss.backward())
     return step, count(lambda: net(z, t, t, y))
 
 
-def flops_of_blocks(rows: int, *, depth: int, **options) -> tuple[int, int]:
+def flops_of_blocks(rows: int, model: ModelConfig) -> tuple[int, int]:
     """The same from networks of a few blocks: a count grows by the same with each block."""
-    few = [flops(rows, depth=a + b, head_depth=b, **options) for a, b in ((1, 1), (2, 1), (1, 2))]
-    return tuple(x + (depth - 9) * (shared - x) + 7 * (head - x) for x, shared, head in zip(*few, strict=True))
+    few = [flops(rows, replace(model, depth=a + b, head_depth=b)) for a, b in ((1, 1), (2, 1), (1, 2))]
+    return tuple(x + (model.depth - 9) * (shared - x) + 7 * (head - x) for x, shared, head in zip(*few, strict=True))
 
 
 BARS = {"B": (6.80, 6.82), "M": (5.80, 5.82), "L": (5.55, 5.57), "XL": (5.30, 5.32)}
 
 
 @pytest.mark.parametrize("counted", [flops_of_blocks, pytest.param(flops, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", IMF_SIZES)
 def test_flops_of_a_step(size, counted):
     """In forwards of the batch: the mean over drawn plans of 32 and 128 samples."""
-    (none, forward), (all_rows, _) = (counted(rows, **SIZES[size]) for rows in (32, 64))
+    (none, forward), (all_rows, _) = (counted(rows, ModelConfig.official(f"imf-{size}/2")) for rows in (32, 64))
     for samples, bar in zip((32, 128), BARS[size], strict=True):
         planner, rows, steps = Planner(OFFICIAL, samples), 0.0, 200
         for step in range(steps):

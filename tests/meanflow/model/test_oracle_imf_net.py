@@ -1,15 +1,18 @@
 """The network of improved MeanFlow against the official one: outputs, derivatives, parts, initialisation, sizes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracle_imf as oracle
 import pytest
 import torch
 
+from meanflow.config import ModelConfig
 from meanflow.interop.imf_weights import from_official, from_official_torch, to_official, to_official_torch
 from meanflow.model import dit, imf
-from meanflow.model.imf import SIZES, ImfDiT
+from meanflow.model.build import build_net
+from meanflow.sizes import IMF_SIZES
 from meanflow_kernels import attention_jvp, timestep_embedding_jvp
 from meanflow_kernels.qk_rope import reference as rope_reference
 from meanflow_kernels.routing import Route, force_route
@@ -274,25 +277,27 @@ def test_foreign_or_missing_weights_are_refused():
 
 def test_parameter_counts():
     counts = oracle.settings(oracle.load("imf_init_stats"), "param_counts")
-    assert len(counts) == 2 * len(SIZES)
+    assert len(counts) == 2 * len(IMF_SIZES)
     inference = {"B": 88.94, "M": 173.91, "L": 409.05, "XL": 610.42}
-    for size, options in SIZES.items():
+    for size in IMF_SIZES:
+        model = ModelConfig.official(f"imf-{size}/2")
+        assert model.name == f"imf-{size}/2"
         with torch.device("meta"):
-            training, sampling = ImfDiT(**options), ImfDiT(**options, v_head=False)
-            last = ImfDiT(**options).v_final_layer
+            training, sampling = build_net(model), build_net(replace(model, head_depth=0))
+        last = training.v_final_layer
         assert training.parameter_count == counts[f"imfDiT_{size}_2/train"]
         # the official network for evaluation keeps v's last layer
         unused = sum(p.numel() for p in last.parameters())
         assert sampling.parameter_count + unused == counts[f"imfDiT_{size}_2/eval"]
         assert round(sampling.parameter_count / 1e6, 2) == inference[size]
         stored, padding = sum(p.numel() for p in training.parameters()), training.parameter_count
-        assert (stored == padding) == (options["mlp_hidden"] % 16 == 0) and stored < 1.003 * padding
+        assert (stored == padding) == (model.mlp_hidden % 16 == 0) and stored < 1.003 * padding
 
 
 def test_initialisation():
     data = oracle.load("imf_init_stats")
     config, seeds = oracle.options(oracle.settings(data, "config")), int(data["n_seeds"])
-    net = ImfDiT(**config)
+    net = imf.ImfDiT(**config)
     pooled = {str(path): [] for path in data["names"]}
     for seed in range(seeds):
         net.init_weights(torch.Generator().manual_seed(seed))
