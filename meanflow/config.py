@@ -1,10 +1,10 @@
 """The configuration of a run: frozen dataclasses that check their values."""
 
 import itertools
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-from .errors import UserError, require, require_finite
+from .errors import require, require_finite
 from .sizes import DIT_PATCHES, DIT_SIZES, IMF_HEAD_DEPTH, IMF_SIZES
 
 
@@ -362,36 +362,3 @@ def _divides(batch: int, share: float) -> bool:
     """Whether int(batch share) samples are about that share, and rounding leaves neither r = t nor r < t empty."""
     equal = int(batch * share)
     return abs(equal / batch - share) <= 0.05 and (equal > 0) == (share > 0) and (equal < batch) == (share < 1)
-
-
-def to_dict(config: RunConfig) -> dict:
-    """Convert a configuration to plain values for JSON."""
-    return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in asdict(config).items()
-    }
-
-
-def from_dict(values: dict) -> RunConfig:
-    """Build a configuration from :func:`to_dict`'s values.
-
-    Raises:
-        UserError: for a name that is not an option, a missing one, or a value out of range.
-    """
-    sections = {}
-    for section in fields(RunConfig):
-        options = dict(values.get(section.name, {}))
-        unknown = options.keys() - {option.name for option in fields(section.type)}
-        require(
-            not unknown, f"config.{section.name}", sorted(unknown), "known options", "was it written by this version?"
-        )
-        try:
-            sections[section.name] = section.type(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-            )
-        except TypeError as error:
-            raise UserError(
-                f"config.{section.name}: got {options!r}, wanted all its options ({error}); "
-                "was it written by this version?"
-            ) from None
-    return RunConfig(**sections)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import RunConfig, to_dict
+from ..config import RunConfig
+from ..config_json import to_dict
 from ..data.images import to_uint8
 from ..draws import Draws, Purpose
 from ..errors import UserError, require

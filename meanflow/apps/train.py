@@ -13,7 +13,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from .. import cli
-from ..config import RunConfig, to_dict
+from ..config import RunConfig
+from ..config_json import to_dict
 from ..errors import require
 from ..presets import PRESETS, preset
 

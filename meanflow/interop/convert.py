@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import ModelConfig, from_dict, to_dict
+from ..config import ModelConfig
+from ..config_json import from_dict, to_dict
 from ..errors import UserError, require
 from ..model.build import check_whole
 from ..presets import preset

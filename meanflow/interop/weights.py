@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, RunConfig, from_dict
+from ..config import DataConfig, RunConfig
+from ..config_json import from_dict
 from ..errors import require
 from ..model.build import Network, build_net, check_whole, fill
 from .formats import find_format, load_run

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..command import stop_on_signal
-from ..config import RunConfig, from_dict, to_dict
+from ..config import RunConfig
+from ..config_json import from_dict, to_dict
 from ..data.dataset import Dataset, Order, open_dataset
 from ..data.decoder import make_decoder
 from ..data.images import to_uint8

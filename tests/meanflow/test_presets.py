@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow.config import ModelConfig, from_dict, to_dict
+from meanflow.config import ModelConfig
+from meanflow.config_json import from_dict, to_dict
 from meanflow.errors import UserError
 from meanflow.model.build import build_net
 from meanflow.presets import PRESETS, preset
