@@ -15,12 +15,13 @@ from meanflow.presets import preset
 STEPS, SAVE_EVERY = 10, 4
 
 
-def tiny(**train):
+def tiny(name="digits", **train):
     """Digits by a tiny network; log intervals do not divide the checkpoints' so that a resume falls between them."""
-    config = preset("digits")
+    config = preset(name)
+    heads = int(config.model.head_depth > 0)
     return replace(
         config,
-        model=replace(config.model, depth=1, hidden_size=16, num_heads=1),
+        model=replace(config.model, depth=1 + heads, head_depth=heads, hidden_size=16, num_heads=1),
         train=replace(
             config.train,
             **{"steps": STEPS, "batch": 8, "log_every": 3, "save_every": SAVE_EVERY, "sample_every": 5, "keep_last": 2}

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from meanflow.config import RunConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import require
+from meanflow.method.guidance import GuidanceInputs, draw_guidance
 from meanflow.method.objective import meanflow_terms
 from meanflow.method.plan import Plan, Planner
 from meanflow.method.times import draw_times, drop_mask
@@ -76,9 +77,9 @@ class MetaStep:
 
     def loss(self, plan: Plan) -> Tensor:
         """The objective of a plan."""
-        inputs = (self.x, self.e, self.r, self.t, self.y, self.drop)
+        inputs, guidance = (self.x, self.e, self.r, self.t, self.y, self.drop), GuidanceInputs(*[self.t] * 3)
         with force_route(Route.TRITON):
-            return meanflow_terms(self.config.objective, self.net, *inputs, plan.to(META)).loss
+            return meanflow_terms(self.config.objective, self.net, *inputs, plan.to(META), guidance).loss
 
     def flow_matching_loss(self) -> Tensor:
         """The flow matching loss of the same network and batch: one plain forward with r = t."""
@@ -119,7 +120,8 @@ def plan_sizes(config: RunConfig, planner: Planner, step: int, rank: int) -> tup
     batch = config.train.batch
     draws = Draws(config.train.seed, step, torch.arange(rank * batch, (rank + 1) * batch))
     r, t = draw_times(config.objective, draws)
-    plan = planner.plan(r, t, drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP)))
+    drop = drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP))
+    plan = planner.plan(r, t, drop, draw_guidance(config.objective, draws, r == t))
     return len(plan.rows), len(plan.tangent)
 
 

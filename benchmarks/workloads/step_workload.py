@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.data.dataset import Batch
 from meanflow.draws import Draws, Purpose
+from meanflow.method.guidance import draw_guidance
 from meanflow.method.plan import Planner
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
@@ -56,8 +57,10 @@ class Workload:
         mean = 5 * torch.randn(shape, generator=generator)
         labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)
         batch = Batch(mean, torch.full_like(mean, 0.1), labels)
-        plan = Planner(run.objective, len(samples)).plan(r, t, drop)
-        return StepInputs(batch, samples, torch.tensor(step), r, t, drop, plan).to(torch.device(self.device))
+        guidance = draw_guidance(run.objective, draws, r == t)
+        plan = Planner(run.objective, len(samples)).plan(r, t, drop, guidance)
+        inputs = StepInputs(batch, samples, torch.tensor(step), r, t, drop, plan, guidance)
+        return inputs.to(torch.device(self.device))
 
 
 @functools.lru_cache(maxsize=1)

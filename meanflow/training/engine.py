@@ -73,10 +73,6 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
 def check(config: RunConfig, world: World) -> None:
     """Raise if settings contradict each other, or do not fit the machine."""
     train = config.train
-    for name, plain in (("direction", "guided"), ("guidance_input", "none")):
-        got = getattr(config.objective, name)
-        wanted, hint = f"{plain}, which the trainer takes", "method/objective.py has the others, for a loop of your own"
-        require(got == plain, f"objective.{name}", got, wanted, hint)
     if train.cuda_graph:
         hint = "set train.cuda_graph False"
         require(world.device.type == "cuda", "train.cuda_graph", True, "a GPU to capture on", f"{hint}, or a GPU")

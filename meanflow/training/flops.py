@@ -19,6 +19,9 @@ class SampleFlops(NamedTuple):
     """Operations of one sample's passes, by torch's counter on the network itself."""
 
     forward: float
+    """Of one velocity, as guidance and samples take it."""
+    primal: float
+    """Of the pass that is trained: the same, or with a head for v both."""
     tangent: float
     backward: float
 
@@ -27,7 +30,7 @@ class SampleFlops(NamedTuple):
         rows = int(plan.guided.sum()) + int((plan.cond_row >= 0).sum())
         batch = len(plan.guided)
         # the derivative's padding (equal_placement bernoulli only) is counted: a sixteenth of a batch on average
-        return (rows + batch) * self.forward + len(plan.tangent) * self.tangent + batch * self.backward
+        return rows * self.forward + batch * (self.primal + self.backward) + len(plan.tangent) * self.tangent
 
 
 def sample_flops(config: ModelConfig) -> SampleFlops:
@@ -36,6 +39,7 @@ def sample_flops(config: ModelConfig) -> SampleFlops:
         net = build_net(config)
         z = torch.empty(SAMPLES, config.in_channels, config.input_size, config.input_size)
         t, y = torch.empty(SAMPLES), torch.empty(SAMPLES, dtype=torch.long)
+    heads = {"head": "uv"} if config.head_depth else {}
 
     def count(fn: Callable[[], object]) -> tuple[float, Any]:
         with FlopCounterMode(display=False) as counter:
@@ -43,7 +47,8 @@ def sample_flops(config: ModelConfig) -> SampleFlops:
         return counter.get_total_flops() / SAMPLES, result
 
     with force_route(Route.TRITON):
-        forward, u = count(lambda: net(z, t, t, y))
-        backward, _ = count(lambda: u.sum().backward())
-        dual, _ = count(lambda: net(z, t, t, y, tangents=(z, None, t), tangent_start=0))
-    return SampleFlops(forward, dual - forward, backward)
+        forward, _ = count(lambda: net(z, t, t, y))
+        primal, outputs = count(lambda: net(z, t, t, y, **heads))
+        backward, _ = count(lambda: sum(u.sum() for u in (outputs if heads else (outputs,))).backward())
+        dual, _ = count(lambda: net(z, t, t, y, **heads, tangents=(z, None, t), tangent_start=0))
+    return SampleFlops(forward, primal, dual - primal, backward)

@@ -1,6 +1,6 @@
 """Skips steps that would do harm: loss or gradient not finite, or far above their running means.
 
-The guard watches the raw loss, v_loss and the gradient's norm, means over all processes (the weighted loss is about 1
+The guard watches the raw losses, v_loss and the gradient's norm, means over all processes (the weighted loss is about 1
 whatever happens). It decides on the device, where the optimizer skips the step; the host looks now and then.
 """
 
@@ -14,7 +14,8 @@ from ..config import GuardConfig
 DECAY = 0.99
 WARMUP_STEPS = 200
 """Good steps before anything counts as a spike: at its start a network's losses and gradients change by themselves."""
-WATCHED = ("raw loss", "v_loss", "gradient norm")
+LOSSES = {"raw": "raw loss", "v_loss": "v_loss", "raw_v": "raw loss of v"}
+"""What is watched of an objective's terms, in words; raw_v where there is a head for v."""
 
 
 class Findings(NamedTuple):
@@ -27,20 +28,19 @@ class Findings(NamedTuple):
     first: int
     """The first of these steps, or -1."""
     values: tuple[float, ...]
-    """Values of the last skipped step, in the order of WATCHED."""
+    """Values of the last skipped step: the losses, the gradient's norm."""
     means: tuple[float, ...]
-    """Running means over the good steps, in the order of WATCHED."""
+    """Running means over the good steps, in the same order."""
     rollbacks: int
     """How often the run went back."""
 
     def reason(self) -> str:
         """Why the last step was skipped."""
-        for name, value, mean in zip(WATCHED, self.values, self.means, strict=True):
+        names = (*list(LOSSES.values())[: len(self.values) - 1], "gradient norm")
+        for name, value, mean in zip(names, self.values, self.means, strict=True):
             if value != value or value in (float("inf"), float("-inf")):
                 return f"{name} not finite"
-        name, value, mean = max(
-            zip(WATCHED, self.values, self.means, strict=True), key=lambda x: x[1] / max(x[2], 1e-30)
-        )
+        name, value, mean = max(zip(names, self.values, self.means, strict=True), key=lambda x: x[1] / max(x[2], 1e-30))
         return f"{name} {value:.4g}, {value / max(mean, 1e-30):.1f} times its running mean"
 
 
@@ -48,25 +48,27 @@ class SpikeGuard:
     """Decides which steps to skip.
 
     Args:
-        config: what counts as a spike. device: of the step.
+        config: what counts as a spike. device: of the step. v_head: whether a head for v is trained too.
     """
 
-    def __init__(self, config: GuardConfig, device: torch.device):
+    def __init__(self, config: GuardConfig, device: torch.device, v_head: bool = False):
         self.config = config
+        self.losses = tuple(LOSSES) if v_head else tuple(LOSSES)[:-1]
+        """Names of the terms to watch."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._state = {name: zero.clone() for name in ("good", "skipped", "in_a_row", "rollbacks")}
         self._state["first"] = zero - 1
-        self._state |= {name: zero.expand(len(WATCHED)).clone() for name in ("means", "values")}
+        self._state |= {name: zero.expand(len(self.losses) + 1).clone() for name in ("means", "values")}
 
     @torch.no_grad()
-    def check(self, raw: Tensor, v_loss: Tensor, grad_norm: Tensor, step: Tensor) -> Tensor:
+    def check(self, losses: Tensor, grad_norm: Tensor, step: Tensor) -> Tensor:
         """1.0 if this step must be skipped, else 0.0, as a scalar tensor on the device; does not synchronise.
 
         Args:
-            raw, v_loss: () means over the global batch. grad_norm: () norm of its gradient. step: () its index.
+            losses: means over the global batch, by self.losses. grad_norm: () norm of its gradient. step: () its index.
         """
         s = self._state
-        values = torch.stack([raw, v_loss, grad_norm]).double()
+        values = torch.cat([losses, grad_norm[None]]).double()
         bad = ~torch.isfinite(values).all()
         if self.config.spike:
             bad = bad | ((s["good"] >= WARMUP_STEPS) & (values > self.config.spike * s["means"]).any())

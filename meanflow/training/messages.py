@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..data.dataset import Batch
 from ..errors import UserError
+from ..method.guidance import GuidanceInputs
 from ..method.plan import Plan
 from ..method.terms import Terms
 
@@ -35,6 +36,8 @@ class StepInputs(NamedTuple):
     t: Tensor
     drop: Tensor
     plan: Plan
+    guidance: GuidanceInputs | None = None
+    """What a network is told of its guidance that is told any."""
 
     def to(self, device: torch.device) -> "StepInputs":
         """Copy to a device; the host does not wait for a GPU."""

@@ -24,6 +24,8 @@ SUMS = (
     "steps", "samples", "unequal_samples", "loss", "raw", "raw_equal", "raw_unequal", "v_loss", "weight", "du_dt",
     "grad_norm", "skipped",
 )  # fmt: skip
+V_SUMS = ("raw_v", "weight_v")
+"""Of the head for v, where there is one."""
 
 
 class RunLog:
@@ -31,16 +33,17 @@ class RunLog:
 
     Args:
         out: run folder. world: the processes, whose first one writes.
-        wandb: project of Weights & Biases, or "".
+        wandb: project of Weights & Biases, or "". v_head: whether a head for v is trained too.
     """
 
-    def __init__(self, out: Path, world: World, wandb: str = ""):
+    def __init__(self, out: Path, world: World, wandb: str = "", v_head: bool = False):
+        self._names = SUMS + V_SUMS if v_head else SUMS
         self.out, self.world, self._project = out, world, wandb
         if wandb:
             _check_wandb(wandb)
         self.config_path = out / "config.json"
         # on the device, for the sum over the processes
-        self.restore_sums(torch.zeros(len(SUMS), dtype=torch.float64, device=world.device))
+        self.restore_sums(torch.zeros(len(self._names), dtype=torch.float64, device=world.device))
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
@@ -153,14 +156,17 @@ class RunLog:
             # filled on the device: a copy to a GPU would wait for it
             return torch.full((), value, dtype=torch.float64, device=done.grad_norm.device)
 
-        values = dict.fromkeys(SUMS, number(0.0)) | {"steps": number(main), "grad_norm": done.grad_norm.detach() * main}
+        values = dict.fromkeys(self._names, number(0.0)) | {
+            "steps": number(main),
+            "grad_norm": done.grad_norm.detach() * main,
+        }
         for terms in done.terms:
             for name, value in _sums(terms).items():
                 values[name] = values[name] + value * (share if name == "loss" else 1)
-        row = torch.stack([values[name].double() for name in SUMS])
+        row = torch.stack([values[name].double() for name in self._names])
         # a skipped step's figures may be NaN: leave them out of the means
         row = torch.where(done.skipped > 0, 0.0, row)
-        row[-1] = done.skipped * main
+        row[self._names.index("skipped")] = done.skipped * main
         self._sums = self._sums + row
         self._flops += flops
         self._images += sum(len(terms.raw) for terms in done.terms)
@@ -181,7 +187,7 @@ class RunLog:
         Args:
             waited: seconds that this process has waited for data since the run began. more: further columns.
         """
-        s = dict(zip(SUMS, self.world.sum(self._sums).tolist(), strict=True))
+        s = dict(zip(self._names, self.world.sum(self._sums).tolist(), strict=True))
         self._sums = torch.zeros_like(self._sums)
         now = time.perf_counter()
         seconds = now - self._clock
@@ -200,6 +206,7 @@ class RunLog:
             "raw_unequal": mean("raw_unequal", "unequal_samples"),
             "v_loss": mean("v_loss"),
             "weight": mean("weight"),
+            **{name: mean(name) for name in self._names if name in V_SUMS},
             "du_dt_rms": None if du_dt is None else du_dt**0.5,
             "grad_norm": mean("grad_norm", "steps"),
             "lr": lr,
@@ -314,7 +321,8 @@ def _sums(terms: Terms) -> dict[str, Tensor]:
     """The addends of a micro-batch."""
     raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
     du_dt = terms.du_dt.square().flatten(1).mean(1)  # only of the samples with a derivative
-    return {
+    of_v = {name: x.sum().double() for name in V_SUMS if (x := getattr(terms, name)) is not None}
+    return of_v | {
         "samples": torch.full((), float(len(raw)), device=raw.device),
         "unequal_samples": unequal.sum(),
         "loss": terms.loss.double(),

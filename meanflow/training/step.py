@@ -75,14 +75,14 @@ class Step:
 
     def _gradient(self, inputs: StepInputs, share: float = 1.0) -> Terms:
         """Add a micro-batch's share of the gradient."""
-        batch, samples, step, r, t, drop, plan = inputs
+        batch, samples, step, r, t, drop, plan, guidance = inputs
         with record_function("draw"):
             x, e = self._draw(batch, samples, step)
         if self.config.train.compile:
             declare_sizes(plan)
         with products_kept(self._products):
             with record_function("loss"):
-                terms = self.loss(x, e, r, t, batch.labels, drop, plan)
+                terms = self.loss(x, e, r, t, batch.labels, drop, plan, guidance)
             with record_function("backward"):
                 (terms.loss if share == 1 else terms.loss * share).backward()
         return terms._replace(loss=terms.loss.detach())
@@ -97,10 +97,9 @@ class Step:
         grad_norm = full_tensor(gradient_norm([p.grad for p in self.params]))
         skip = torch.zeros_like(grad_norm)
         if self.guard is not None:
-            raw = torch.cat([each.raw for each in terms]).mean()
-            v_loss = torch.cat([each.v_loss for each in terms]).mean()
-            raw, v_loss = mean_over_ranks(torch.stack([raw, v_loss]))
-            skip = self.guard.check(raw, v_loss, grad_norm, micro_batches[0].step)
+            losses = [torch.cat([getattr(each, name) for each in terms]).mean() for name in self.guard.losses]
+            losses = mean_over_ranks(torch.stack(losses))
+            skip = self.guard.check(losses, grad_norm, micro_batches[0].step)
         with record_function("optimizer"):
             if self.guard is None:
                 self.optimizer.step()

@@ -23,6 +23,7 @@ from ..draws import Draws, Purpose
 from ..errors import TrainingStopped, UserError
 from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
+from ..method.guidance import draw_guidance
 from ..method.microbatch import BatchSplit
 from ..method.plan import Planner
 from ..method.sampling import sample
@@ -69,7 +70,8 @@ class Trainer:
         self.out, self.device = out, self.world.device
 
         # the run that the folder holds, which the configuration must continue; nothing is written yet
-        self.log = RunLog(out, self.world, config.train.wandb)
+        v_head = config.objective.direction == "v_head"
+        self.log = RunLog(out, self.world, config.train.wandb, v_head)
         held = self.log.held()
         config = self.config = _with_groups(config, held, self.world)
         if held is not None:
@@ -98,7 +100,7 @@ class Trainer:
         begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None
         self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
-        self.guard = SpikeGuard(config.guard, self.device)
+        self.guard = SpikeGuard(config.guard, self.device, v_head)
         self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
         # for the MFU, which a CPU has none of
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
@@ -121,8 +123,9 @@ class Trainer:
             r, t, drop = self.split.draw(config.objective, seed, position, micro_batch)
             flip = draw_flips(Draws(seed, position, samples)) if config.data.flip else None
             batch = self.dataset.read(self.order.indices(position)[samples.numpy()], flip)
-            plan = self.planner.plan(r, t, drop)
-            inputs.append(StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan))
+            guidance = draw_guidance(config.objective, Draws(seed, position, samples), r == t)
+            plan = self.planner.plan(r, t, drop, guidance)
+            inputs.append(StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan, guidance))
         return tuple(inputs)
 
     def train_step(self, micro_batches: tuple[StepInputs, ...]) -> None:

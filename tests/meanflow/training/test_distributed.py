@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -27,9 +28,10 @@ TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_ev
 GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75, "label_drop": 0.3, "share_equal": 0.5}
 
 
-def guided(**train_options):
-    config = runs.tiny(**train_options)
-    return replace(config, objective=replace(config.objective, **GUIDED))
+def guided(**options):
+    config = runs.tiny(**options)
+    told = config.objective.guidance_input != "none"
+    return replace(config, objective=replace(config.objective, **({"label_drop": 0.3} if told else GUIDED)))
 
 
 def train_guided(rank: int, out: str, options: dict) -> int:
@@ -49,10 +51,15 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
-    """Twenty steps of one process."""
-    out = tmp_path_factory.mktemp("twenty")
-    assert train(guided(**TWENTY), out) == 0
-    return out
+    """Twenty steps of one process, by the preset's name."""
+
+    @cache
+    def run(name: str) -> Path:
+        out = tmp_path_factory.mktemp(f"twenty-{name}")
+        assert train(guided(name=name, **TWENTY), out) == 0
+        return out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def assert_same_curve(out: Path, wanted: Path):
     got, rows = runs.curve(out), runs.curve(wanted)
     assert [row["step"] for row in got] == [row["step"] for row in rows]
     for a, b in zip(got, rows, strict=True):
-        for name in ("raw", "raw_equal", "raw_unequal", "v_loss", "weight", "loss", "lr", "epoch"):
+        for name in {"raw", "raw_equal", "raw_unequal", "v_loss", "weight", "raw_v", "loss", "lr", "epoch"} & b.keys():
             assert a[name] == pytest.approx(b[name], rel=2e-5), (a["step"], name)
         for name in ("grad_norm", "ema_distance", "du_dt_rms"):
             assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
@@ -81,6 +88,8 @@ ENGINES = {
     "fsdp, accumulated": {"parallel": "fsdp", "accumulate": 4},
     "ddp, blocks computed again": {"parallel": "ddp", "checkpoint_blocks": True},
     "fsdp, blocks computed again": {"parallel": "fsdp", "checkpoint_blocks": True},
+    "ddp, improved MeanFlow": {"parallel": "ddp", "accumulate": 2, "name": "digits-imf"},
+    "fsdp, improved MeanFlow": {"parallel": "fsdp", "name": "digits-imf"},
     "ddp, compiled": pytest.param({"parallel": "ddp", "compile": True}, marks=SLOW),
     "fsdp, compiled": pytest.param({"parallel": "fsdp", "compile": True}, marks=SLOW),
     "ddp, all": pytest.param(
@@ -95,10 +104,11 @@ ENGINES = {
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_twenty_steps_are_those_of_one_process(ranks, engine, twenty, tmp_path):
     assert ranks(train_guided, str(tmp_path), TWENTY | engine) == [0, 0]
-    assert_same_curve(tmp_path, twenty)
+    one = twenty(engine.get("name", "digits"))
+    assert_same_curve(tmp_path, one)
     # what the guard watches is of all processes
     for name in ("guard.means", "guard.good"):
-        watched, wanted = (np.frombuffer(runs.final_state(out)[name]) for out in (tmp_path, twenty))
+        watched, wanted = (np.frombuffer(runs.final_state(out)[name]) for out in (tmp_path, one))
         np.testing.assert_allclose(watched, wanted, rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ from meanflow.training.trainer import Trainer
 
 
 def watched(raw=100.0, v_loss=50.0, grad_norm=1.0):
-    return tuple(torch.tensor(x) for x in (raw, v_loss, grad_norm))
+    return torch.tensor([raw, v_loss]), torch.tensor(grad_norm)
 
 
 def feed(guard, steps, first=0, **values):
@@ -46,6 +46,17 @@ def test_a_spike_is_left_out_once_there_is_a_mean(name):
     assert guard.findings().reason().startswith(what) and "times its running mean" in guard.findings().reason()
     # what is left out does not move the mean
     assert feed(guard, 3, **{name: 6 * usual}) == [1, 1, 1]
+
+
+def test_the_loss_of_v_is_watched_where_it_is_trained():
+    guard = SpikeGuard(GuardConfig(spike=5.0), torch.device("cpu"), v_head=True)
+
+    def check(raw_v):
+        return float(guard.check(torch.tensor([100.0, 50.0, raw_v]), torch.tensor(1.0), torch.tensor(0)))
+
+    assert check(float("nan")) == 1 and guard.findings().reason() == "raw loss of v not finite"
+    assert [check(80.0) for _ in range(WARMUP_STEPS)] == [0] * WARMUP_STEPS and check(401.0) == 1
+    assert guard.findings().reason().startswith("raw loss of v 401, 5.0 times")
 
 
 def test_no_spikes_are_looked_for():

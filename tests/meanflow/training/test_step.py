@@ -17,7 +17,7 @@ from torch import nn
 from meanflow.command import heartbeat
 from meanflow.errors import UserError
 from meanflow.method.objective import MeanFlowLoss
-from meanflow.method.plan import Planner
+from meanflow.method.plan import Planner, whole_batch
 from meanflow.model.copies import kept_copies
 from meanflow.training import step as step_module
 from meanflow.training.messages import explained_failures
@@ -28,9 +28,10 @@ from meanflow.training.trainer import Trainer, train
 GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.6, "label_drop": 0.2}
 
 
-def config(objective=None, batch=16, **train_options):
-    base = runs.tiny(batch=batch, **train_options)
-    return replace(base, objective=replace(base.objective, **(GUIDED | {"share_equal": 0.75} | (objective or {}))))
+def config(objective=None, batch=16, **options):
+    base = runs.tiny(batch=batch, **options)
+    guided = GUIDED | {"share_equal": 0.75} if base.objective.guidance_input == "none" else {"label_drop": 0.2}
+    return replace(base, objective=replace(base.objective, **(guided | (objective or {}))))
 
 
 def steps_of(run, out, count):
@@ -59,21 +60,35 @@ def assert_same_steps(got, wanted, rtol):
         assert (gradient - gradient_wanted).norm() <= 10 * rtol * norm_wanted
 
 
+@pytest.mark.parametrize("placement", ["first", "bernoulli"])
+def test_improved_meanflows_planned_step_is_the_whole_batch(placement, tmp_path, monkeypatch):
+    run = config({"equal_placement": placement}, name="digits-imf", checkpoint_blocks=placement == "bernoulli")
+    planned, _ = steps_of(run, tmp_path / "planned", 3)
+    monkeypatch.setattr(Planner, "plan", lambda self, *inputs: whole_batch(self.config, *inputs))
+    whole, _ = steps_of(run, tmp_path / "whole", 3)
+    for (*got, sizes), (*wanted, sizes_whole) in zip(planned, whole, strict=True):
+        assert sizes[0] < sizes_whole[0] and sizes[1] > sizes_whole[1] == 0
+        in_order = got[1].sort().values, wanted[1].sort().values
+        assert_same_steps(*([(x[0], raw, *x[2:], 0)] for x, raw in zip((got, wanted), in_order, strict=True)), 1e-5)
+
+
 COMPILED = {
     # all but the C++ of each kernel, which costs a minute
-    "first, traced": ("first", "aot_eager"),
-    "first": pytest.param("first", "inductor", marks=pytest.mark.slow),
-    "bernoulli": pytest.param("bernoulli", "inductor", marks=pytest.mark.slow),
+    "first, traced": ("digits", "first", "aot_eager"),
+    "first": pytest.param("digits", "first", "inductor", marks=pytest.mark.slow),
+    "bernoulli": pytest.param("digits", "bernoulli", "inductor", marks=pytest.mark.slow),
+    "improved MeanFlow, traced": ("digits-imf", "first", "aot_eager"),
+    "improved MeanFlow": pytest.param("digits-imf", "bernoulli", "inductor", marks=pytest.mark.slow),
 }
 
 
-@pytest.mark.parametrize(("placement", "backend"), COMPILED.values(), ids=COMPILED)
-def test_compiled_step_is_the_plain_step(placement, backend, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("name", "placement", "backend"), COMPILED.values(), ids=COMPILED)
+def test_compiled_step_is_the_plain_step(name, placement, backend, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     objective = {"equal_placement": placement}
-    plain, _ = steps_of(config(objective), tmp_path / "plain", 12)
+    plain, _ = steps_of(config(objective, name=name), tmp_path / "plain", 12)
     # fullgraph: a graph break raises; after the warm-up any recompilation raises
-    compiled, trainer = steps_of(config(objective, compile=True), tmp_path / "compiled", 12)
+    compiled, trainer = steps_of(config(objective, name=name, compile=True), tmp_path / "compiled", 12)
     assert_same_steps(compiled, plain, 1e-5)
     assert len({sizes for *_, sizes in plain}) > 2  # several sizes came up
     assert trainer.make_step.compile_seconds > 0

@@ -9,6 +9,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -98,6 +99,21 @@ def test_killed_and_resumed(accident, whole, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_improved_meanflow_is_killed_and_resumed(tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train(runs.tiny("digits-imf"), whole) == 0
+    died = runs.train_in_process(part, KILLS["between checkpoints"], name="digits-imf")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    resumed = runs.train_in_process(part, name="digits-imf")
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_run(part, whole)
+    # both losses are logged and watched, and each is weighted to about 1
+    rows = runs.curve(whole)
+    assert all(row["raw_v"] > 10 and row["weight_v"] == pytest.approx(row["raw_v"], rel=1e-3) for row in rows)
+    assert rows[-1]["loss"] == pytest.approx(2, abs=0.01)
+    assert len(np.frombuffer(runs.final_state(whole)["guard.means"])) == 4
+
+
 def test_stopped_by_a_signal(whole, tmp_path):
     stop_at_5 = """
 step = trainer.Trainer.train_step
@@ -132,9 +148,9 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_reads_no_values(precision, tmp_path):
-    trainer = Trainer(runs.tiny(precision=precision), tmp_path)
+@pytest.mark.parametrize("name, precision", [("digits", "fp32"), ("digits", "bf16"), ("digits-imf", "bf16")])
+def test_a_step_reads_no_values(name, precision, tmp_path):
+    trainer = Trainer(runs.tiny(name, precision=precision), tmp_path)
     for step in range(2):
         inputs = trainer.inputs(step)
         with NoReads():
