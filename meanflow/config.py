@@ -324,8 +324,12 @@ class EvaluationConfig:
     """The FID network's weight file, pt_inception-2015-12-05-6726825d.pth."""
     reference: str = ""
     """Reference statistics: ADM's VIRTUAL_imagenet256_labeled.npz, or the cache's reference.npz."""
+    guidance: tuple[float, ...] = ()
+    """What a network that is told of its guidance is told for samples, those of the log too: omega, and where guidance
+    begins and ends. None: the official best of its size."""
 
     def __post_init__(self):
+        require_finite(self, "evaluation")
         require(self.every >= 0, "evaluation.every", self.every, "zero or more", "change it")
         require(self.count >= 2, "evaluation.count", self.count, "at least 2", "change it")
 

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from meanflow.apps.ablate import AXES
+from meanflow.config import EvaluationConfig
 from meanflow.data.cache import _checksum, _write_json, read_manifest
 from meanflow.data.images import CAPTION
 from meanflow.evaluation.digits import Scores
 from meanflow.interop.formats import known_names
+from meanflow.method.guidance import ELSEWHERE
 from meanflow.presets import PRESETS
 from meanflow.training.trainer import train
 
@@ -30,7 +32,7 @@ def run_folder(tmp_path_factory):
 
 
 BAD_TRAINING = {
-    "digitz": "preset: got 'digitz', wanted a preset, of which 'digits' and 'digits-flow-matching' are nearest",
+    "digitz": "preset: got 'digitz', wanted a preset, of which 'digits' and 'digits-imf' are nearest",
     "digits --train.stepss 3": "Unrecognized options: --train.stepss, 3; wanted --train.steps",
     "digits --train.steps many": "--train.steps",
     "digits --train.steps -5": "train.steps: got -5, wanted a positive whole number",
@@ -179,6 +181,7 @@ def test_names_of_classes_go_from_the_cache_to_the_pipeline(command, tmp_path):
         "--steps 0": "steps: got 0",
         "--times 0 1": "times: got (0.0, 1.0), wanted at least two falling times",
         "--count 0": "count: got 0",
+        "--guidance 2": "guidance: got (2.0,), wanted none: this network is told nothing",
     }.items(),
 )
 def test_bad_input_to_sample(command, run_folder, args, message):
@@ -231,13 +234,33 @@ def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
 
         def __init__(self, seed):
             self.floor = lambda: 1.1
-            self.score_net = lambda net, device, times: Scores(len(times) / 10, 2.0, 3.0)
+            self.score_net = lambda net, device, times, guidance: Scores(len(times) / 10, 2.0, 3.0)
 
     monkeypatch.setattr("meanflow.apps.evaluate.DigitsEvaluation", Judge)
     code, out, _ = command("evaluate", run_folder, "--json", "--steps", 1, 2)
     assert code == 0 and [(row["evaluations"], row["accuracy"]) for row in json.loads(out)] == [(1, 0.2), (2, 0.3)]
     code, out, _ = command("evaluate", run_folder, "--times", 1, 0.25, 0)
     assert code == 0 and "accuracy                   0.3" in out.splitlines()
+
+
+def test_a_network_is_told_its_guidance(command, tmp_path, monkeypatch):
+    told, run = [], tmp_path / "run"
+    for module in ("apps.sample", "evaluation.digits", "training.trainer"):
+        remember = lambda net, noise, y, times=(1.0, 0.0), guidance=(): told.append(guidance) or noise  # noqa: E731
+        monkeypatch.setattr(f"meanflow.{module}.sample", remember)
+    monkeypatch.setattr("meanflow.evaluation.digits.CLASSIFIER_EPOCHS", 0)
+    tiny, given, best = runs.tiny("digits-imf", steps=2, sample_every=2), (3.0, 0.2, 0.5), ELSEWHERE
+    assert train(replace(tiny, evaluation=EvaluationConfig(every=2, guidance=given)), run) == 0
+    for script, options in {"sample": ("--count", 2), "evaluate": ("--json",)}.items():
+        assert command(script, run, *options)[0] == command(script, run, *options, "--guidance", *given)[0] == 0
+        code, _, err = command(script, run, "--guidance", 3)
+        assert code == 2 and "guidance: got (3.0,), wanted omega, start and end" in err and err.count("\n") == 1
+    # two of the training, then two of each command
+    assert told == [given, given, best, given, best, given]
+    names = {path.stem for path in (run / "generated").glob("*.png")}
+    assert "step2_nfe1_seed0_guidance3-0.2-0.5_count2" in names and len(names) == 2
+    code, _, err = command("convert", run, "--out", tmp_path / "pipeline")
+    assert code == 2 and "model.network: got 'imf', wanted dit for this format" in err and err.count("\n") == 1
 
 
 class FewFeatures:

@@ -119,8 +119,9 @@ class DigitsEvaluation:
             variance_ratio=within_class_variance(images, labels) / self.real_variance,
         )
 
-    def score_net(self, net: nn.Module, device: torch.device, times=(1.0, 0.0)) -> Scores:
+    def score_net(self, net: nn.Module, device: torch.device, times=(1.0, 0.0), guidance=()) -> Scores:
         """Score a network by as many samples as there are real images, of the same classes."""
         draws = Draws(self.seed, 1, torch.arange(len(self.digits), device=device))
         labels = self.digits.labels.to(device)
-        return self.score(sample(net, draws.normal(Purpose.NOISE, self.digits.shape), labels, times), labels)
+        noise = draws.normal(Purpose.NOISE, self.digits.shape)
+        return self.score(sample(net, noise, labels, times, guidance), labels)

@@ -58,6 +58,8 @@ class Sampler:
     num_classes: int
     seed: int
     device: torch.device
+    guidance: tuple[float, ...] = ()
+    """What the network is told of it."""
 
     def images(self, indices: Tensor, labels: str, times: Sequence[float]) -> Tensor:
         """Draw samples (B, C, H, W) of indices (B,), about in [-1, 1]; labels: the protocol's choice.
@@ -67,7 +69,7 @@ class Sampler:
         """
         draws = Draws(self.seed, 0, indices.to(self.device))
         noise, classes = draws.normal(Purpose.NOISE, self.shape), labels_of(labels, draws, self.num_classes)
-        images = self.decode(sample(self.net, noise, classes, times))
+        images = self.decode(sample(self.net, noise, classes, times, self.guidance))
         finite, hint = bool(images.isfinite().all()), "did the run diverge, or is the precision too low?"
         require(finite, "samples", "values that are not finite", "finite images", hint)
         return images
@@ -85,7 +87,7 @@ class Evaluator:
     Args:
         extractor: feature networks on this process's device.
         reference: the real data, see :func:`meanflow.evaluation.fid_reference.load_reference`.
-        decode, shape, num_classes, seed: see :class:`Sampler`.
+        decode, shape, num_classes, seed, guidance: see :class:`Sampler`.
         protocol: labels, rounding and resize; its reference is the one given.
         batch: samples at a time in each process.
     """
@@ -93,15 +95,16 @@ class Evaluator:
     def __init__(
         self, extractor: Extractor, reference: Reference, decode: Callable[[Tensor], Tensor],
         shape: tuple[int, int, int], num_classes: int, *, world: World, protocol: Protocol = OFFICIAL, batch: int = 64,
-        seed: int = 0,
+        seed: int = 0, guidance: tuple[float, ...] = (),
     ):  # fmt: skip
         self.extractor, self.reference, self.protocol = extractor, reference, protocol
         self.decode, self.shape, self.num_classes, self.seed = decode, shape, num_classes, seed
-        self.world, self.batch = world, batch
+        self.world, self.batch, self.guidance = world, batch, guidance
 
     def score(self, net: nn.Module, count: int, times: Sequence[float] = (1.0, 0.0)) -> dict[str, float]:
         """Compute Fréchet distances of count samples, by name; the same in every process. A collective call."""
-        sampler = Sampler(net, self.decode, self.shape, self.num_classes, self.seed, self.world.device)
+        about = (self.seed, self.world.device, self.guidance)
+        sampler = Sampler(net, self.decode, self.shape, self.num_classes, *about)
         moments: dict[str, Moments] = {}
         batches = torch.arange(count).split(self.batch)
         # as many passes in each process: a pass of a sharded network is a collective call too

@@ -16,10 +16,11 @@ Judge = Callable[[nn.Module], dict[str, float]]
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth, from github.com/mseitzer/pytorch-fid/releases"
 
 
-def make_judge(config: RunConfig, dataset: Dataset, world: World, kept: Path) -> Judge:
+def make_judge(config: RunConfig, guidance: tuple[float, ...], dataset: Dataset, world: World, kept: Path) -> Judge:
     """Make a function from a network to its scores by name, which all processes call together.
 
     Args:
+        guidance: what the network is told of it.
         kept: folder for features of the reference, for the next time.
 
     Raises:
@@ -29,7 +30,7 @@ def make_judge(config: RunConfig, dataset: Dataset, world: World, kept: Path) ->
         from .digits import DigitsEvaluation
 
         digits = DigitsEvaluation()
-        return lambda net: digits.score_net(net, world.device).as_dict()
+        return lambda net: digits.score_net(net, world.device, guidance=guidance).as_dict()
     from .evaluator import Evaluator
     from .features import Extractor
     from .fid_reference import load_reference
@@ -42,5 +43,6 @@ def make_judge(config: RunConfig, dataset: Dataset, world: World, kept: Path) ->
     path = Path(options.reference) if options.reference else None
     reference = load_reference("adm", path, extractor, OFFICIAL.resize, kept, config.train.batch // world.size, world)
     decode = make_decoder(config.data, world.device)
-    evaluator = Evaluator(extractor, reference, decode, dataset.shape, config.model.num_classes, world=world)
+    shape, classes = dataset.shape, config.model.num_classes
+    evaluator = Evaluator(extractor, reference, decode, shape, classes, world=world, guidance=guidance)
     return lambda net: evaluator.score(net, options.count)

@@ -58,7 +58,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(
-        self, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), guidance: Sequence[Tensor] = ()
+        self, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), guidance: Sequence[Tensor | float] = ()
     ) -> Tensor:
         """Draw latents as :func:`sample` does.
 
@@ -66,9 +66,13 @@ class Sampler:
             UserError: for times that do not fall within [0, 1], and for a CUDA graph without a GPU.
         """
         z = noise
+
+        def of_all(value: Tensor | float) -> Tensor:
+            return value if isinstance(value, Tensor) else torch.full_like(z[:, 0, 0, 0], value)
+
+        told = [of_all(value) for value in guidance]
         for t, r in zip(times, check_times(times)[1:], strict=False):
-            t, r = (torch.full_like(z[:, 0, 0, 0], time) for time in (t, r))
-            z = self._run((z, t, r, y, *guidance))
+            z = self._run((z, of_all(t), of_all(r), y, *told))
         # the next call overwrites what a graph returns
         return z.clone() if self.cuda_graph else z
 
@@ -87,12 +91,17 @@ class Sampler:
 
 
 def sample(
-    net: nn.Module, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), guidance: Sequence[Tensor] = ()
+    net: nn.Module,
+    noise: Tensor,
+    y: Tensor,
+    times: Sequence[float] = (1.0, 0.0),
+    guidance: Sequence[Tensor | float] = (),
 ) -> Tensor:
     """Draw latents (B, channels, height, width) from noise of the same shape and labels y (B,).
 
     Args:
         times: the schedule, falling from 1 to 0; one evaluation of the network between each two.
-        guidance: what a network that is told of its guidance gets, (B,) each: omega, and where it begins and ends.
+        guidance: what a network that is told of its guidance gets, numbers or (B,) each: omega, and where it begins and
+            ends (`meanflow.method.guidance.sampling_guidance`).
     """
     return Sampler(net)(noise, y, times, guidance)

@@ -23,7 +23,7 @@ from ..draws import Draws, Purpose
 from ..errors import TrainingStopped, UserError
 from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
-from ..method.guidance import draw_guidance
+from ..method.guidance import draw_guidance, sampling_guidance
 from ..method.microbatch import BatchSplit
 from ..method.plan import Planner
 from ..method.sampling import sample
@@ -48,7 +48,7 @@ CONTINUABLE = (
         "steps", "log_every", "sample_every", "save_every", "keep_last", "keep_every", "compile", "cuda_graph",
         "checkpoint_blocks", "accumulate", "parallel", "shard_size", "wandb", "device",
     )),
-    *(f"evaluation.{name}" for name in ("every", "count", "inception", "reference")),
+    *(f"evaluation.{name}" for name in ("every", "count", "inception", "reference", "guidance")),
     "optim.implementation", "guard.patience", "guard.then", "guard.rollbacks", "data.path", "data.vae",
 )  # fmt: skip
 
@@ -70,6 +70,9 @@ class Trainer:
         self.out, self.device = out, self.world.device
 
         # the run that the folder holds, which the configuration must continue; nothing is written yet
+        self.guidance = sampling_guidance(
+            config.model, config.objective, config.evaluation.guidance, "evaluation.guidance"
+        )
         v_head = config.objective.direction == "v_head"
         self.log = RunLog(out, self.world, config.train.wandb, v_head)
         held = self.log.held()
@@ -106,7 +109,7 @@ class Trainer:
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
         self.judge = None
         if config.evaluation.every:
-            self.judge = make_judge(config, self.dataset, self.world, out / "evaluation" / "reference")
+            self.judge = make_judge(config, self.guidance, self.dataset, self.world, out / "evaluation" / "reference")
 
         # last, for it fills all of these: the checkpoint to go on from
         self.step = self.position = 0
@@ -256,7 +259,7 @@ class Trainer:
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
         noise = draws.normal(Purpose.NOISE, self.dataset.shape)
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
-        latents = sample(self.ema, noise, labels)
+        latents = sample(self.ema, noise, labels, guidance=self.guidance)
         if self.world.is_main:
             names = self.dataset.classes
             captions = [names[i] if names else str(i) for i in labels.tolist()]

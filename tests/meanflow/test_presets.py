@@ -12,6 +12,7 @@ from meanflow.config_json import from_dict, to_dict
 from meanflow.errors import UserError
 from meanflow.model.build import build_net
 from meanflow.presets import PRESETS, preset
+from meanflow.training.optim import learning_rate
 
 # paper, Table 4: parameters in millions, GMACs a forward pass, steps, omega, kappa, guidance interval
 TABLE_4 = {
@@ -43,11 +44,16 @@ def test_recipes_are_the_papers(name, row):
     assert (a.lr, a.beta1, a.beta2, a.weight_decay, a.warmup_steps, a.ema_decay) == (1e-4, 0.9, 0.95, 0.0, 0, 0.9999)
     with torch.device("meta"):
         net = build_net(config.model)
-        z, t, y = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(z, t, t, y)
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(params, abs=0.5)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.02)
+    assert gmacs_of(net) == pytest.approx(gmacs, rel=0.02)
+
+
+def gmacs_of(net):
+    """Of one sample, on the network's meta tensors."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        t = torch.empty(1)
+        net(torch.empty(1, 4, 32, 32), t, t, torch.empty(1, dtype=torch.long))
+    return counter.get_total_flops() / 2e9
 
 
 # paper, Tables 1 and 5 (B/4, 80 epochs): what each row changes, and its FID
@@ -89,9 +95,54 @@ TABLES_1_AND_5 = {
 FIDS = {"b4": 61.06, "b2": 6.17, "m2": 5.01, "l2": 3.84, "xl2": 3.43, "xl2-plus": None}
 
 
+# improved MeanFlow: parameters in millions as trained, and for a sample; GMACs of a sample; FID
+IMPROVED = {
+    "imf-b2": ("imf-B/2", 145.60, 88.94, 24.8, 3.39),
+    "imf-m2": ("imf-M/2", 230.57, 173.91, 49.7, 2.27),
+    "imf-l2": ("imf-L/2", 509.75, 409.05, 116.1, 1.86),
+    "imf-xl2": ("imf-XL/2", 711.11, 610.42, 174.2, 1.72),
+}
+# its ladder (B/2, 240 epochs): what differs from MeanFlow's recipe, and its FID
+LADDER = {
+    "ladder-meanflow": ({"kappa": 0.0}, 32.69),
+    "ladder-meanflow-guided": ({}, 6.17),
+    "ladder-boundary": ({"kappa": 0.0, "direction": "boundary"}, 29.42),
+    "ladder-boundary-guided": ({"direction": "boundary"}, 5.97),
+}
+
+
+@pytest.mark.parametrize("name, row", IMPROVED.items(), ids=IMPROVED)
+def test_improved_recipes_are_the_papers(name, row):
+    model, params, params_sample, gmacs, fid = row
+    config = preset(name)
+    assert config.model == ModelConfig.official(model) and PRESETS[name].fid == fid
+    epoch = 1251
+    assert (config.train.steps, config.train.batch) == (640 * epoch, 1024)
+    o, a = config.objective, config.optim
+    assert (o.guidance_input, o.omega_max, o.omega_power, o.direction) == ("interval", 8.0, 1.0, "v_head")
+    assert (o.time_mean, o.time_std, o.share_equal) == (-0.4, 1.0, 0.5)
+    assert (o.norm_p, o.norm_c, o.label_drop) == (1.0, 0.01, 0.1)
+    assert (a.lr, a.beta1, a.beta2, a.weight_decay, a.ema_decay) == (1e-4, 0.9, 0.95, 0.0, 0.9999)
+    assert (learning_rate(a, 0), learning_rate(a, 5 * epoch), learning_rate(a, 10 * epoch)) == (0, 5e-5, 1e-4)
+    with torch.device("meta"):
+        net, sampler = build_net(config.model), build_net(replace(config.model, head_depth=0))
+    assert round(net.parameter_count / 1e6, 2) == params and round(sampler.parameter_count / 1e6, 2) == params_sample
+    assert gmacs_of(sampler) == pytest.approx(gmacs, rel=0.01)
+
+
+def test_the_ladder_is_the_papers():
+    base = preset("imagenet-b2")
+    for name, (changes, fid) in LADDER.items():
+        assert preset(name) == replace(base, objective=replace(base.objective, **changes)), name
+        assert PRESETS[name].fid == fid
+    improved, last = preset("imf-b2"), preset("ladder-modern")
+    assert replace(last, train=replace(last.train, steps=640 * 1251)) == improved
+    assert last.train.steps == 240 * 1251 and PRESETS["ladder-modern"].fid == 3.82
+
+
 def test_every_preset_is_compared():
-    mine = {"digits", "digits-flow-matching"}
-    assert set(PRESETS) - mine == {*TABLE_4, *TABLES_1_AND_5}
+    mine = {"digits", "digits-flow-matching", "digits-imf"}
+    assert set(PRESETS) - mine == {*TABLE_4, *TABLES_1_AND_5, *IMPROVED, *LADDER, "ladder-modern"}
     assert {name: PRESETS[f"imagenet-{name}"].fid for name in FIDS} == FIDS
 
 

@@ -1,14 +1,18 @@
 """Samples of improved MeanFlow, and what a step draws, against the official ones."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle_imf as oracle
 import pytest
 import torch
 
-from meanflow.config import ObjectiveConfig
-from meanflow.method.guidance import GuidanceInputs, arrange_guidance, omega_from_uniform
+from meanflow.config import ModelConfig, ObjectiveConfig
+from meanflow.errors import UserError
+from meanflow.method.guidance import GuidanceInputs, arrange_guidance, omega_from_uniform, sampling_guidance
 from meanflow.method.sampling import even_times, sample
 from meanflow.method.times import arrange_times, drop_mask, equal_prefix
+from meanflow.sizes import IMF_SIZES
 
 CASES = oracle.settings(oracle.load("imf_sampling"), "cases")
 
@@ -33,6 +37,24 @@ def test_samples(name, mode):
     times = even_times(case["num_steps"])
     assert np.allclose(data[f"{name}/t_steps"], times, rtol=0, atol=1e-7)
     oracle.assert_close(sample(net, noise, y, times, guidance), data[f"{name}/{mode}/samples"], mode, "u", name)
+
+
+def test_numbers_are_told_to_all_samples():
+    """The official best of each size, where nothing is given."""
+    net, noise, y, _ = setting(oracle.load("imf_sampling"), next(iter(CASES.values())), torch.float64)
+    objective, official = ObjectiveConfig(guidance_input="interval"), ModelConfig.official
+    best = {size: sampling_guidance(official(f"imf-{size}/2"), objective) for size in IMF_SIZES}
+    assert best == {"B": (8, 0.4, 0.65), "M": (10.5, 0.4, 0.6), "L": (10.5, 0.4, 0.6), "XL": (8, 0.42, 0.62)}
+    each = tuple(torch.full((len(y),), value, dtype=torch.float64) for value in best["XL"])
+    assert torch.equal(sample(net, noise, y, (1, 0.5, 0), best["XL"]), sample(net, noise, y, (1, 0.5, 0), each))
+    assert not torch.equal(sample(net, noise, y, guidance=best["XL"]), sample(net, noise, y, guidance=best["B"]))
+    model = official("imf-B/2")
+    assert sampling_guidance(model, replace(objective, guidance_input="omega")) == (8,)
+    assert sampling_guidance(model, replace(objective, guidance_input="omega"), (3,)) == (3,)
+    assert sampling_guidance(model, ObjectiveConfig()) == ()
+    for given in ((0.5, 0.4, 0.6), (2.0, 0.6, 0.4), (2.0, 0.4, 1.1)):
+        with pytest.raises(UserError, match="guidance: got .* wanted omega of 1 or more, and 0 <= start <= end <= 1"):
+            sampling_guidance(model, objective, given)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if f"{name}/f64/traj" in oracle.load("imf_sampling")])
