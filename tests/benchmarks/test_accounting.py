@@ -23,10 +23,12 @@ from benchmarks.counting.floor import find_rates, floor, least_bytes, measured_s
 from meanflow.config import ModelConfig, RunConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
+from meanflow.method.guidance import draw_guidance
 from meanflow.method.objective import func_jvp, meanflow_terms
 from meanflow.method.plan import Planner, whole_batch
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.presets import preset
+from meanflow.training.flops import sample_flops
 from meanflow.training.peaks import PEAKS
 from meanflow_kernels.routing import Route, force_route
 
@@ -152,6 +154,19 @@ def test_exact_sizes_have_no_padding(placement):
         guided = (t <= 0.5) & ~drop
         needed = int(guided.sum() + (guided & (r != t)).sum())
         assert plan_sizes(config, planner, index, 0) == (needed, int((r != t).sum()))
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-imf"])
+def test_a_runs_recorded_flops_are_those_of_its_step(name):
+    config = tiny() if name == "digits" else preset(name)
+    config = replace(config, train=replace(config.train, batch=8))
+    planner, step = ExactPlanner(config.objective, 8), MetaStep(config)
+    for index in range(3):
+        r, t, drop = drawn(config, index)
+        guidance = draw_guidance(config.objective, Draws(config.train.seed, index, torch.arange(8)), r == t)
+        plan = planner.plan(r, t, drop, guidance)
+        counted = count(lambda plan=plan: step.loss(plan).backward()).total
+        assert sample_flops(config.model).of_plan(plan) == pytest.approx(counted, rel=1e-12)
 
 
 def test_saved_bytes_of_a_known_graph():
