@@ -218,6 +218,10 @@ class DataConfig:
     """The autoencoder that made the latents; it decodes samples."""
     scale: float = 0.18215
     """Factor on the latents (official: no shift)."""
+    latent_mean: tuple[float, ...] = ()
+    """Mean of each channel, subtracted from the latents before all else (improved MeanFlow). Empty: nothing is."""
+    latent_std: tuple[float, ...] = ()
+    """Standard deviation of each channel, which they are divided by then, beside the scale. Empty: nothing is."""
     sample_posterior: bool = True
     """Draw the latent anew from the posterior at each step (official), or take its mean."""
     drop_last: bool = True
@@ -231,6 +235,9 @@ class DataConfig:
     def __post_init__(self):
         require_finite(self, "data")
         require(self.scale > 0, "data.scale", self.scale, "a positive number", "change it")
+        mean, std = self.latent_mean, self.latent_std
+        fits = len(mean) == len(std) and all(each > 0 for each in std)
+        require(fits, "data.latent_std", std, f"{len(mean)} positive numbers, as data.latent_mean", "give both or none")
 
 
 @dataclass(frozen=True)
@@ -347,6 +354,9 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
+        known, wanted = len(self.data.latent_mean), f"a number for each of {self.model.in_channels} channels, or none"
+        fits = known in (0, self.model.in_channels)
+        require(fits, "data.latent_mean", self.data.latent_mean, wanted, "give both or none")
         direction, told, heads = self.objective.direction, self.objective.guidance_input, self.model.head_depth
         wanted, hint = "none for a DiT, which cannot be told", "take model.network imf"
         require(told == "none" or self.model.network == "imf", "objective.guidance_input", told, wanted, hint)

@@ -26,14 +26,19 @@ def _imagenet(model: str, epochs: int, *, time_embedding: str = "t,h", **objecti
 
 
 def _on_imagenet(
-    model: ModelConfig, objective: ObjectiveConfig, epochs: int, batch: int, warmup_epochs: int = 0
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    epochs: int,
+    batch: int,
+    warmup_epochs: int = 0,
+    data: DataConfig = DataConfig(name="latents"),
 ) -> RunConfig:
     epoch = IMAGENET_TRAIN_IMAGES // batch
     return RunConfig(
         model=model,
         objective=objective,
         optim=OptimConfig(warmup_steps=warmup_epochs * epoch, warmup_from_zero=warmup_epochs > 0),
-        data=DataConfig(name="latents"),
+        data=data,
         train=TrainConfig(
             steps=epochs * epoch,
             batch=batch,
@@ -65,8 +70,18 @@ IMPROVED = ObjectiveConfig(share_equal=0.5, guidance_input="interval", direction
 """The objective of improved MeanFlow (arXiv 2512.02012)."""
 
 
+LATENTS = DataConfig(
+    name="latents",
+    scale=1.0,
+    latent_mean=(0.86488, -0.27787343, 0.21616915, 0.3738409),
+    latent_std=(4.85503674, 5.31922414, 3.93725398, 3.9870003),
+)
+"""Its latents have statistics instead of a scale."""
+
+
 def _improved(size: str, epochs: int) -> RunConfig:
-    return _on_imagenet(ModelConfig.official(f"imf-{size}/2"), IMPROVED, epochs, batch=1024, warmup_epochs=10)
+    model = ModelConfig.official(f"imf-{size}/2")
+    return _on_imagenet(model, IMPROVED, epochs, batch=1024, warmup_epochs=10, data=LATENTS)
 
 
 def _improved_recipes() -> dict[str, Preset]:

@@ -1,4 +1,4 @@
-"""The decoder of a run's latents."""
+"""Latents as a network sees them, and the decoder that makes images of these."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,23 @@ from torch import Tensor
 from ..config import DataConfig
 from .cache import read_manifest
 from .vae import check_vae, load_vae
+
+
+def normalise(latents: Tensor, config: DataConfig) -> Tensor:
+    """The autoencoder's latents (B, channels, size, size) as the network sees them."""
+    if config.latent_std:
+        # by numbers, not a tensor of them: nothing is copied to the device
+        each = zip(latents.unbind(1), config.latent_mean, config.latent_std, strict=True)
+        latents = torch.stack([(x - mean) / std for x, mean, std in each], 1)
+    return latents * config.scale
+
+
+def _denormalise(latents: Tensor, config: DataConfig) -> Tensor:
+    latents = latents / config.scale
+    if not config.latent_std:
+        return latents
+    each = zip(latents.unbind(1), config.latent_mean, config.latent_std, strict=True)
+    return torch.stack([x * std + mean for x, mean, std in each], 1)
 
 
 def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -26,7 +43,7 @@ def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor],
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        images = torch.cat([vae.decode(part / config.scale).sample for part in latents.split(16)])
+        images = torch.cat([vae.decode(_denormalise(part, config)).sample for part in latents.split(16)])
         return images if config.pixels == "symmetric" else 2 * images - 1
 
     return decode

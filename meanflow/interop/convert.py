@@ -195,6 +195,8 @@ def make_pipeline(
     net = MeanFlowTransformer2DModel(**dit_options(weights.model))
     net.load_state_dict(weights.tensors)
     data = weights.config.get("data", {})
+    shifted, wanted = data.get("latent_mean") or (), "a scale alone: a pipeline has no more"
+    require(not shifted, "data.latent_mean", shifted, wanted, "sample by scripts/sample.py")
     autoencoder = None
     if vae:
         autoencoder = load_vae(vae, torch.device("cpu"), "vae")

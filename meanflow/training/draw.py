@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..config import DataConfig, RunConfig
 from ..data.dataset import Batch
+from ..data.decoder import normalise
 from ..draws import Draws, Purpose
 
 
@@ -19,7 +20,7 @@ def draw_latents(batch: Batch, draws: Draws, config: DataConfig) -> Tensor:
     if batch.std is not None:
         if config.sample_posterior:
             x = x + batch.std.float() * draws.normal(Purpose.POSTERIOR, tuple(x.shape[1:]))
-        x = x * config.scale
+        x = normalise(x, config)
     if batch.flip is not None:
         x = torch.where(batch.flip[:, None, None, None], x.flip(-1), x)
     return x

@@ -1,5 +1,8 @@
 """Random numbers and times: known answers, distributions, and independence of how the batch is split."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,11 @@ from scipy import stats
 
 from meanflow.config import DataConfig, ObjectiveConfig
 from meanflow.data.dataset import Batch, Order
+from meanflow.data.decoder import make_decoder
 from meanflow.draws import Draws, Purpose, philox
+from meanflow.errors import UserError
 from meanflow.method.times import draw_times, drop_mask
+from meanflow.presets import preset
 from meanflow.training.draw import draw_flips, draw_latents
 
 N = 20_000
@@ -111,6 +117,23 @@ def test_posterior_is_drawn_scaled_and_flipped():
     assert torch.equal(flipped.bool(), ramp.flip) and abs(flipped.mean() - 0.5) < 4 * 0.5 / N**0.5
     parts = [draw_flips(Draws(0, 0, part)) for part in torch.arange(N).split(N // 4)]
     assert torch.equal(torch.cat(parts), draw_flips(Draws(0, 0, torch.arange(N))))
+
+
+def test_latents_with_statistics_come_back_from_the_decoder(monkeypatch):
+    config = DataConfig(scale=0.5, latent_mean=(1.0, -2.0), latent_std=(2.0, 4.0))
+    latents = torch.randn(3, 2, 4, 4)
+    batch = Batch(latents, torch.zeros_like(latents), torch.zeros(3).long())
+    x = draw_latents(batch, draws(3), config)
+    mean, std = torch.tensor([[1.0, -2.0], [4.0, 8.0]])[..., None, None]
+    torch.testing.assert_close(x, (latents - mean) / std)
+    vae = SimpleNamespace(decode=lambda z: SimpleNamespace(sample=z))
+    monkeypatch.setattr("meanflow.data.decoder.load_vae", lambda *_: vae)
+    torch.testing.assert_close(make_decoder(config, torch.device("cpu"))(x), latents)
+    with pytest.raises(UserError, match="data.latent_std: got .*, wanted 2 positive numbers, as data.latent_mean"):
+        replace(config, latent_std=(1.0, 0.0))
+    run = preset("imagenet-b4")
+    with pytest.raises(UserError, match="data.latent_mean: got .*, wanted a number for each of 4 channels, or none"):
+        replace(run, data=config)
 
 
 @pytest.mark.parametrize("drop_last", [True, False])

@@ -121,6 +121,7 @@ def test_improved_recipes_are_the_papers(name, row):
     o, a = config.objective, config.optim
     assert (o.guidance_input, o.omega_max, o.omega_power, o.direction) == ("interval", 8.0, 1.0, "v_head")
     assert (o.time_mean, o.time_std, o.share_equal) == (-0.4, 1.0, 0.5)
+    assert config.data.scale == 1 and len(config.data.latent_mean) == len(config.data.latent_std) == 4
     assert (o.norm_p, o.norm_c, o.label_drop) == (1.0, 0.01, 0.1)
     assert (a.lr, a.beta1, a.beta2, a.weight_decay, a.ema_decay) == (1e-4, 0.9, 0.95, 0.0, 0.9999)
     assert (learning_rate(a, 0), learning_rate(a, 5 * epoch), learning_rate(a, 10 * epoch)) == (0, 5e-5, 1e-4)
