@@ -104,9 +104,13 @@ def test_compiled_step_is_the_plain_step(name, placement, backend, tmp_path, cap
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_captured_step_is_the_plain_step(compiled, tmp_path):
-    run = config(device="cuda", compile=compiled)
+@pytest.mark.parametrize(
+    "name, compiled",
+    [("digits", False), ("digits", True), ("digits-imf", False)],
+    ids=["eager", "compiled", "improved"],
+)
+def test_captured_step_is_the_plain_step(name, compiled, tmp_path):
+    run = config(name=name, device="cuda", compile=compiled)
     plain, a = steps_of(run, tmp_path / "plain", 12)
     captured, b = steps_of(replace(run, train=replace(run.train, cuda_graph=True)), tmp_path / "captured", 12)
     assert_same_steps(captured, plain, 1e-5)
