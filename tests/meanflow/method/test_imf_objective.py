@@ -127,11 +127,12 @@ def test_a_dit_takes_the_boundary_form():
     assert_near(gradients(planned, net), gradients(whole, net))
 
 
-@pytest.mark.parametrize(
-    "name", ["official", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "boundary, told"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["official", "all", "boundary, told"])
 def test_compiled(name):
-    """The planned step as one graph; also the whole batch, and rows of guidance of any number."""
+    """The planned step as one graph; also the whole batch, and rows of guidance of any number. The trainer's compiled
+    step is traced without --full.
+    """
     objective = OBJECTIVES.get(name, OFFICIAL)
     net, (*inputs, guidance) = network(), batch(objective, FIRST, torch.arange(BATCH) < 2)
     planner = Planner(objective, BATCH)
