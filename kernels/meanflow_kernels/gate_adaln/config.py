@@ -11,8 +11,8 @@ from ..tiling import TileConfig
 # H200: 1.10 (1.01 to 1.18) times as fast as 384 columns a warp and eight rows a program
 FORWARD = RowConfig(columns_per_warp=768, warps_per_sm=32, fewest_rows=1, most_rows=2)
 
-# four sums and two vectors; the prefetch of the next two rows keeps memory busy. 36 KB of shared memory a program at most.
-# H200: 1.04 (0.97 to 1.09) times as fast as 16 warps on an SM of at most 128 registers
+# four sums and two vectors; the prefetch of the next two rows keeps memory busy. 36 KB of shared memory a program at
+# most. H200: 1.04 (0.97 to 1.09) times as fast as 16 warps on an SM of at most 128 registers
 BACKWARD = RowConfig(columns_per_warp=384, warps_per_sm=8, fewest_rows=8, most_rows=64, stages=3)
 
 # a kilobyte of a row of partial sums a program. H200: 1.61 (1.07 to 2.82) times as fast as 32x128 with four warps
