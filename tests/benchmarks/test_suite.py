@@ -14,7 +14,7 @@ import fresh
 import pytest
 import torch
 
-from benchmarks import suite
+from benchmarks import projection, suite
 from benchmarks.parts.catalogue import ATTENTION_TESTS, CUDA_PARTS, ELSEWHERE, PARTS, RECIPES, Part, chosen, rehearsed
 from benchmarks.suite import Suite
 from benchmarks.workloads.step_variants import VARIANTS
@@ -238,6 +238,13 @@ def test_parts_have_names_and_limits():
 def test_nothing_begins_before_the_libraries_are_built():
     first, *others = chosen("cuda", full=True)
     assert first.name == "build" and all(part.after == ("build",) for part in others)
+
+
+def test_a_rehearsal_projects_committed_rows(capsys):
+    (part,) = (rehearsed(part) for part in CUDA_PARTS if part.name == "projection")
+    rows = part.command.split()[2]
+    projection.main([rows])
+    assert "imagenet-" in capsys.readouterr().out
 
 
 def test_a_rehearsal_trains_small_models_alone():
