@@ -6,8 +6,6 @@ import pytest
 import torch
 from dual_properties import (
     LAYOUTS,
-    WITH_GRADIENT,
-    WITHOUT_GRADIENT,
     Case,
     DualProperties,
     assert_as_exact,
@@ -167,21 +165,6 @@ def test_reference_in_fp64():
     expected = torch.func.jvp(lambda *xs: case().plain(*xs, *vectors), primals, tangents)[1]
     for found, exact in zip(gate_rmsnorm_tangent_ref(primals, tangents, *vectors, eps=1e-6), expected, strict=True):
         assert relative_error(found, exact) < 1e-12
-
-
-def test_opcheck(kernel_route, device):
-    ops = torch.ops.meanflow_kernels
-    primals, tangents, vectors = inputs(2, 1, 8, F32, F32, F32, device)
-    tensors = (*primals, *vectors)
-    leaves = tuple(x.clone().requires_grad_() for x in tensors)
-    some = (*tensors, tangents[0][1:], None, 1, 1, 1e-6, F32)
-    torch.library.opcheck(ops.gate_rmsnorm.default, (*tensors, 1e-6, F16), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.gate_rmsnorm.default, (*leaves, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.gate_rmsnorm_jvp.default, some, test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.gate_rmsnorm_jvp.default, (*leaves, *tangents, 0, 2, 1e-6, F32), test_utils=WITH_GRADIENT)
-    for dx_out in (primals[0], None):
-        bwd = (*tensors, dx_out, primals[1], 1e-6)
-        torch.library.opcheck(ops.gate_rmsnorm_bwd.default, bwd, test_utils=WITHOUT_GRADIENT)
 
 
 X, V = torch.zeros(2, 3, 8), torch.ones(8)

@@ -56,6 +56,45 @@ def gate_adaln(device):
         yield "gate_adaln_bwd", WITHOUT_GRADIENT, (x, y, gate, scale, extra, dx_out, y, 1e-6)
 
 
+def rmsnorm(device):
+    x, x_dot, weight = random((2, 1, 8), (2, 1, 8), (8,), device=device)
+    yield "rmsnorm", WITHOUT_GRADIENT, (x, weight, 1e-6, F16)
+    yield "rmsnorm", WITHOUT_GRADIENT, (*leaves(x, weight), 1e-6, F32)
+    yield "rmsnorm_jvp", WITHOUT_GRADIENT, (x, weight, x_dot[1:], 1, 1e-6, F16)
+    yield "rmsnorm_jvp", WITH_GRADIENT, (*leaves(x, weight), x_dot, 0, 1e-6, F32)
+    yield "rmsnorm_bwd", WITHOUT_GRADIENT, (x, weight, x, 1e-6)
+
+
+def gate_rmsnorm(device):
+    x, y, x_dot, y_dot, gate, weight = random(*[(2, 1, 8)] * 4, (8,), (8,), device=device)
+    primals = x, y, gate, weight
+    yield "gate_rmsnorm", WITHOUT_GRADIENT, (*primals, 1e-6, F16)
+    yield "gate_rmsnorm", WITHOUT_GRADIENT, (*leaves(*primals), 1e-6, F32)
+    yield "gate_rmsnorm_jvp", WITHOUT_GRADIENT, (*primals, x_dot[1:], None, 1, 1, 1e-6, F32)
+    yield "gate_rmsnorm_jvp", WITH_GRADIENT, (*leaves(*primals), x_dot, y_dot, 0, 2, 1e-6, F32)
+    for dx_out in (x, None):
+        yield "gate_rmsnorm_bwd", WITHOUT_GRADIENT, (*primals, dx_out, y, 1e-6)
+
+
+def qk_rope(device):
+    qk, qk_dot = (x[:, :, :2] for x in random(*[(2, 3, 3, 2, 8)] * 2, device=device))
+    *weights, angles = random((8,), (8,), (3, 4), device=device)
+    table = angles.cos(), angles.sin()
+    yield "qk_rope", WITHOUT_GRADIENT, (qk, *weights, *table, 1e-6)
+    yield "qk_rope", WITHOUT_GRADIENT, (*leaves(qk, *weights), *table, 1e-6)
+    yield "qk_rope_jvp", WITHOUT_GRADIENT, (qk, *weights, *table, qk_dot[1:], 1, 1e-6)
+    yield "qk_rope_jvp", WITH_GRADIENT, (*leaves(qk, *weights), *table, qk_dot, 0, 1e-6)
+    yield "qk_rope_bwd", WITHOUT_GRADIENT, (qk, *weights, *table, *qk.unbind(2), 1e-6)
+
+
+def swiglu(device):
+    (x,) = random((3, 2, 8), device=device)
+    yield "swiglu", WITHOUT_GRADIENT, leaves(x)
+    yield "swiglu_jvp", WITHOUT_GRADIENT, (x, x[:2], 1)
+    yield "swiglu_jvp", WITH_GRADIENT, (*leaves(x), x[:2], 1)
+    yield "swiglu_bwd", WITHOUT_GRADIENT, (x, x[..., :4])
+
+
 def join(device):
     yield "join", WITHOUT_GRADIENT, (random((2, 3), (2, 3), device=device),)
 
@@ -114,7 +153,10 @@ def adamw_ema(device):
     yield "adamw_ema", WITHOUT_GRADIENT, (p, g, m, v, steps, emas, copies, *rest)
 
 
-FOLDERS = (adaln, gate_adaln, join, bias_gelu, silu, timestep_embedding, attention, attention_qkv, adamw_ema)
+FOLDERS = (
+    *(adaln, gate_adaln, rmsnorm, gate_rmsnorm, qk_rope, join, bias_gelu, silu, swiglu, timestep_embedding),
+    *(attention, attention_qkv, adamw_ema),
+)
 REGISTERED = sorted(
     name.removeprefix("meanflow_kernels::")
     for name in torch._C._dispatch_get_all_op_names()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from dual_properties import WITH_GRADIENT, WITHOUT_GRADIENT, Case, DualProperties, assert_as_exact, by_routes
+from dual_properties import Case, DualProperties, assert_as_exact, by_routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative_error
@@ -152,20 +152,6 @@ def test_one_result_alone_is_differentiated(each_route, device):
         (gradient,) = torch.autograd.grad(qk_rope(leaf, *parameters)[used].square().sum(), leaf)
         other = gradient[:, :, 1 - used]
         assert other.abs().max() == 0 < gradient[:, :, used].abs().min()
-
-
-def test_opcheck(kernel_route, device):
-    ops = torch.ops.meanflow_kernels
-    qk, qk_dot, *parameters = inputs(2, 3, 2, 8, F32, F32, device)
-    leaves = tuple(x.clone().requires_grad_() for x in (qk, *parameters[:2]))
-    table = parameters[2:]
-    torch.library.opcheck(ops.qk_rope.default, (qk, *parameters, 1e-6), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.qk_rope.default, (*leaves, *table, 1e-6), test_utils=WITHOUT_GRADIENT)
-    some = (qk, *parameters, qk_dot[1:], 1, 1e-6)
-    torch.library.opcheck(ops.qk_rope_jvp.default, some, test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.qk_rope_jvp.default, (*leaves, *table, qk_dot, 0, 1e-6), test_utils=WITH_GRADIENT)
-    dq, dk = qk.unbind(2)
-    torch.library.opcheck(ops.qk_rope_bwd.default, (qk, *parameters, dq, dk, 1e-6), test_utils=WITHOUT_GRADIENT)
 
 
 def test_the_kernel_takes_no_fp64(kernel_route, device):

@@ -6,8 +6,6 @@ import pytest
 import torch
 from dual_properties import (
     LAYOUTS,
-    WITH_GRADIENT,
-    WITHOUT_GRADIENT,
     Case,
     DualProperties,
     assert_as_exact,
@@ -151,18 +149,6 @@ def test_an_empty_batch(each_route, device):
     x, weight = torch.zeros(0, 3, 8, device=device), torch.ones(8, device=device)
     y, y_dot = rmsnorm_jvp((x,), (x,), weight)
     assert y.shape == y_dot.shape == (0, 3, 8)
-
-
-def test_opcheck(kernel_route, device):
-    ops = torch.ops.meanflow_kernels
-    x, x_dot, weight = inputs(2, 1, 8, F32, F32, device)
-    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    torch.library.opcheck(ops.rmsnorm.default, (x, weight, 1e-6, F16), test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.rmsnorm.default, (*leaves, 1e-6, F32), test_utils=WITHOUT_GRADIENT)
-    some = (x, weight, x_dot[1:], 1, 1e-6, F16)
-    torch.library.opcheck(ops.rmsnorm_jvp.default, some, test_utils=WITHOUT_GRADIENT)
-    torch.library.opcheck(ops.rmsnorm_jvp.default, (*leaves, x_dot, 0, 1e-6, F32), test_utils=WITH_GRADIENT)
-    torch.library.opcheck(ops.rmsnorm_bwd.default, (x, weight, x, 1e-6), test_utils=WITHOUT_GRADIENT)
 
 
 def test_the_kernel_takes_no_fp64_and_no_empty_row(kernel_route):

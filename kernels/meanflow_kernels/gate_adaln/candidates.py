@@ -9,9 +9,11 @@ FORWARD_CANDIDATES: tuple[RowConfig, ...] = (
     + variations(FORWARD, columns_per_warp=(384, 768), stages=(2,))
     + variations(FORWARD, max_registers=(96, 112))
 )
-BACKWARD_CANDIDATES: tuple[RowConfig, ...] = variations(
-    BACKWARD, columns_per_warp=(384, 768), warps_per_sm=(16, 8, 12), stages=(3, 2, 1), max_registers=(None, 128)
-) + variations(BACKWARD, fewest_rows=(8, 16, 32), stages=(3, 1))
+BACKWARD_CANDIDATES: tuple[RowConfig, ...] = (
+    variations(BACKWARD, columns_per_warp=(384, 768), warps_per_sm=(16, 8, 12), stages=(3, 2, 1))
+    + variations(BACKWARD, fewest_rows=(8, 16, 32), stages=(3, 1))
+    + variations(BACKWARD, warps_per_sm=(16, 8), max_registers=(128,))
+)
 SUMS_CANDIDATES: tuple[TileConfig, ...] = variations(
     SUMS, block_r=(32, 64, 16), block_c=(128, 64, 256), num_warps=(4, 2)
 )

@@ -198,7 +198,7 @@ class Judge:
     def floor(self):
         return 0.0
 
-    def score_net(self, net, device, times):
+    def score_net(self, net, device, times, guidance):
         return SimpleNamespace(as_dict=lambda: {"sum": float(sum(p.double().sum() for p in net.parameters()))})
 
 
