@@ -90,27 +90,25 @@ BACKENDS = {
 """The backends that the tables of attention/config.py choose from."""
 
 
-def _ours_from(call: str, table: str, rows: config.Rows, case: Case) -> Callable:
+def _ours_from(rows: config.Rows, case: Case) -> Callable:
     q = case.primals[0]
     if arch_of(q.device) != 90 or not config.serves(config.PERSISTENT, q.dtype, q.shape[-1], every=True):
         pytest.skip("the persistent kernel is of sm_90; without it ours is the one in tiles")
-    build = VARIANTS["ours" if call == "dual" else "ours, primal"][1](case)
+    build = VARIANTS["ours"][1](case)
 
     def run():
-        with overriding(config, **{table: rows}), force_backend(forward=Backend.TRITON):
+        with overriding(config, DUAL_90=rows):
             return build()
 
     return run
 
 
-def _kernels(call: str, table: str) -> dict[str, tuple[str, Callable]]:
-    tiles = tuple(row for row in getattr(config, table) if isinstance(row[2], config.AttentionConfig))
-    rows = {"in tiles": tiles, "persistent": ((72, 0, config.PERSISTENT), *tiles)}
-    return {f"ours {kind}, {call}": (call, functools.partial(_ours_from, call, table, x)) for kind, x in rows.items()}
-
-
-KERNELS = _kernels("dual", "DUAL_90") | _kernels("primal", "PLAIN_90")
-"""Our kernels that the tables of sm_90 choose from."""
+TILES = tuple(row for row in config.DUAL_90 if isinstance(row[2], config.AttentionConfig))
+KERNELS = {
+    "ours in tiles, dual": ("dual", functools.partial(_ours_from, TILES)),
+    "ours persistent, dual": ("dual", functools.partial(_ours_from, ((72, 0, config.PERSISTENT), *TILES))),
+}
+"""Our kernels that the table of sm_90 chooses from."""
 
 PEERS = {
     "sdpa math, func.jvp": ("dual", _sdpa_func_jvp),

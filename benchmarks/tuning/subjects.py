@@ -134,7 +134,7 @@ def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -
     both = functools.partial(trials.attention, shipped=dual, dual=True)
     backward = functools.partial(trials.attention_bwd, shipped=triton)
     duals = attention_candidates.dual_candidates(arch, half, d)
-    singles = attention_candidates.plain_candidates(arch, half, d)
+    singles = attention_candidates.plain_candidates(arch, d)
     pairs = attention_candidates.backward_candidates(arch)
 
     def library(table):

@@ -84,17 +84,13 @@ _COMMON = tuple(_tiles(m, n, 4, s) for m, n, s in product((32, 64), (32, 64), (2
 
 def dual_candidates(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[AttentionConfig | PersistentConfig, ...]:
     """For the forward with tangents of q, k and v."""
-    return _served(arch, dtype, head_dim, (PERSISTENT, PersistentConfig(2)), _DUAL_90)
-
-
-def plain_candidates(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[AttentionConfig | PersistentConfig, ...]:
-    """For the forward without a tangent."""
-    return _served(arch, dtype, head_dim, (PERSISTENT, PersistentConfig(4)), _PLAIN_90)
-
-
-def _served(arch: int, dtype: torch.dtype, head_dim: int, persistent: tuple, table: dict) -> tuple:
-    found = (*persistent, *table.get(head_dim, ())) if arch == 90 else _COMMON
+    found = (PERSISTENT, PersistentConfig(2), *_DUAL_90.get(head_dim, ())) if arch == 90 else _COMMON
     return tuple(config for config in found if serves(config, dtype, head_dim, every=True))
+
+
+def plain_candidates(arch: int, head_dim: int) -> tuple[AttentionConfig, ...]:
+    """For the forward without a tangent."""
+    return _PLAIN_90.get(head_dim, ()) if arch == 90 else _COMMON
 
 
 def backward_candidates(arch: int) -> tuple[tuple[AttentionConfig, AttentionConfig], ...]:

@@ -83,7 +83,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class PersistentConfig:
-    """The persistent kernel (persistent_kernel.py) of the forward on sm_90."""
+    """The persistent kernel (persistent_kernel.py) of the dual forward on sm_90."""
 
     num_stages: int
     """tiles of k and v, and of their tangents, in flight, 64 rows each"""
@@ -96,8 +96,8 @@ PERSISTENT = PersistentConfig(3)
 
 
 def serves(config: AttentionConfig | PersistentConfig, dtype: torch.dtype, head_dim: int, *, every: bool) -> bool:
-    """Whether a config of the forward takes a dtype, a head dim, and tangents of all of q, k and v or of none
-    (``every``), or of some.
+    """Whether a config of the dual forward takes a dtype, a head dim, and tangents of all of q, k and v (``every``) or
+    of some.
     """
     if isinstance(config, AttentionConfig):
         return True
@@ -118,7 +118,8 @@ def _has_gluon() -> bool:
 # wgmma needs 64 rows a warp group; wide heads stay within two programs an SM. Here the first row counts that holds a
 # call and whose config serves it
 DUAL_90: Rows = (
-    # 1.07 to 1.20 (hd 64) and 1.22 to 1.29 times (hd 72) as fast as the tiles below at B H of 128 to 4096, N 256
+    # 1.07 to 1.21 (hd 64) and 1.22 to 1.30 times (hd 72) as fast as the tiles below at B H of 128 to 4096, N 256, and
+    # 1.28 at N 1024 (hd 72). Without a tangent such a kernel took 1.01 to 1.19 times as long as the tiles
     (72, 128, PERSISTENT),
     # 1.05 to 1.35 times as fast as 64x64 w4 s2 (L/2, S/2): no conversion of single values, copies of a step ahead
     (64, 128, AttentionConfig(128, 32, 8, 3, packed=True)),
@@ -129,7 +130,7 @@ DUAL_90: Rows = (
     (80, 0, AttentionConfig(64, 64, 4, 2)),
     (128, 0, AttentionConfig(64, 32, 4, 2)),
 )
-PLAIN_90: Rows = (
+_PLAIN_90: Rows = (
     # 1.07 times as fast as 64x128 w4 s2 at N 256 (L/2, S/2), 1.65 at N 64 (B/4)
     (64, 0, AttentionConfig(64, 64, 4, 3)),
     # 1.22 (XL/2)
@@ -206,19 +207,13 @@ def dual_config(
 ) -> AttentionConfig | PersistentConfig:
     """The config of the forward with a tangent of ``length`` queries; ``every``: of all of q, k and v."""
     rows = _DUAL_FP32 if dtype == torch.float32 else DUAL_90 if arch == 90 else _DUAL_100 if arch >= 100 else _DUAL
-    return _pick_served(rows, dtype, head_dim, length, every)
-
-
-def plain_config(
-    arch: int, dtype: torch.dtype, head_dim: int, length: int, *, every: bool = True
-) -> AttentionConfig | PersistentConfig:
-    """The config of the forward without a tangent of ``length`` queries; without ``every`` one that serves any call."""
-    rows = _PLAIN_FP32 if dtype == torch.float32 else PLAIN_90 if arch == 90 else _PLAIN
-    return _pick_served(rows, dtype, head_dim, length, every)
-
-
-def _pick_served(rows: Rows, dtype: torch.dtype, head_dim: int, length: int, every: bool) -> Any:
     return _pick(tuple(row for row in rows if serves(row[2], dtype, head_dim, every=every)), head_dim, length)
+
+
+def plain_config(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> AttentionConfig:
+    """The config of the forward without a tangent of ``length`` queries."""
+    rows = _PLAIN_FP32 if dtype == torch.float32 else _PLAIN_90 if arch == 90 else _PLAIN
+    return _pick(rows, head_dim, length)
 
 
 def backward_configs(

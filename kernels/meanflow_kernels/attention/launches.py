@@ -106,7 +106,7 @@ def _persistent_launch(q: Tensor, args: dict, constants: dict, config: Persisten
 
     (batch, m, heads, head_dim), rows = q.shape, READERS.value * ROWS.value
     items = ceil_div(m, rows) * batch * heads
-    constants |= {"DUAL": args["q_dot_ptr"] is not None, "D": head_dim, "STAGES": config.num_stages}
+    constants |= {"D": head_dim, "STAGES": config.num_stages}
     constants |= {"EVEN_M": m % rows == 0, "EVEN_N": args["N"] % ROWS.value == 0}
     grid = (min(items, multiprocessors(q.device)),)
     # four warps a group; Triton adds the other groups' to the first's

@@ -16,7 +16,7 @@ from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gra
 from ..launch import CompileCase, arch_of
 from ..routing import runs_kernel
 from .backends import attention_backward, attention_forward, empty_outputs
-from .config import BESIDE, FORWARD, PERSISTENT, backward_configs, dual_config, plain_config, serves
+from .config import BESIDE, FORWARD, backward_configs, dual_config, plain_config
 from .launches import aligned, backward_launches, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
@@ -206,14 +206,19 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors.
 
     Odd lengths ("ragged") need all that even ones do and masks besides, so most cases are ragged; the head dims of DiT
-    have both. Architectures that share the common table are compiled at its extremes only.
+    have both, and 64 tokens, whose configs are others. Architectures that share the common table are compiled at its
+    extremes only.
     """
     bf16, fp32 = torch.bfloat16, torch.float32
     if arch not in (80, 90):
         return [case for head_dim in (64, 72, 128) for case in _head_dim_cases(arch, bf16, head_dim, 1023)]
-    rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [(bf16, d, 1024) for d in (64, 72)]
+    rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [
+        (bf16, d, length) for d in (64, 72) for length in (1024, 64)
+    ]
     rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
-    return [case for row in rows for case in _head_dim_cases(arch, *row)]
+    cases = (case for row in rows for case in _head_dim_cases(arch, *row))
+    # no length is a constant: what has the same label is the same kernel
+    return list({(case.op, case.label, case.dtype, case.width): case for case in cases}.values())
 
 
 def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
@@ -223,26 +228,16 @@ def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -
     o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
 
     def case(op, config, launch):
-        return CompileCase(op, f"{config}{' ragged' if length % 2 else ''}", dtype, head_dim, launch)
+        even = launch.constexprs["EVEN_M"] and launch.constexprs["EVEN_N"]
+        return CompileCase(op, f"{config}{'' if even else ' ragged'}", dtype, head_dim, launch)
 
-    duals, plains = (
-        [choose(arch, dtype, head_dim, length, every=every) for every in (True, False)]
-        for choose in (dual_config, plain_config)
-    )
-    if arch == 90 and serves(PERSISTENT, dtype, head_dim, every=True):
-        # a candidate, whose barriers and products only a compiler shows without a GPU
-        duals, plains = [*duals, PERSISTENT], [*plains, PERSISTENT]
+    duals = dict.fromkeys(dual_config(arch, dtype, head_dim, length, every=every) for every in (True, False))
+    plain = plain_config(arch, dtype, head_dim, length)
     configs = backward_configs(arch, dtype, head_dim, length)
     dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, torch.empty_like(qkv).unbind(2), 1.0, configs)
     return [
-        *(
-            case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual))
-            for dual in dict.fromkeys(duals)
-        ),
-        *(
-            case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain))
-            for plain in dict.fromkeys(plains)
-        ),
+        *(case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)) for dual in duals),
+        case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
         case("attention_bwd_dq", configs[0], dq),
         case("attention_bwd_dkdv", configs[1], dkdv),
     ]

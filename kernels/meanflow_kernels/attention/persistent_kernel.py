@@ -1,4 +1,4 @@
-"""Gluon kernel of attention's forward on sm_90, for the primal alone and for (primal, tangent).
+"""Gluon kernel of attention's forward on sm_90 for (primal, tangent).
 
 It is persistent and specialised by warps. A program stays on its multiprocessor and takes one item after the other: 128
 rows of q of a head. Two groups of warps have 64 rows each; a third only loads. It fills a ring of STAGES tiles of k and
@@ -147,16 +147,6 @@ def _dot(p, v, acc):
 
 
 @gluon.jit
-def _finished(acc):
-    """acc, when all that was begun is done."""
-    if len(acc) == 1:
-        tiles = (warpgroup_mma_wait(0, deps=acc),)
-    else:
-        tiles = warpgroup_mma_wait(0, deps=acc)
-    return tiles
-
-
-@gluon.jit
 def _times(x, factor):
     """x [ROWS, D] times factor [ROWS]."""
     tiles = ()
@@ -187,17 +177,15 @@ def _wait_empty(empty, use, SLOTS: gl.constexpr):
 @gluon.jit
 def _load(inputs, strides, rings, full, empty, sizes, L: gl.constexpr, FORM: gl.constexpr):
     """The warps that load; ``strides`` of batch and head are in vectors, those of tokens, L, in elements."""
-    DUAL: gl.constexpr = FORM[0]
-    D: gl.constexpr = FORM[1]
-    STAGES: gl.constexpr = FORM[2]
-    EVEN_M: gl.constexpr = FORM[3]
-    EVEN_N: gl.constexpr = FORM[4]
+    D: gl.constexpr = FORM[0]
+    STAGES: gl.constexpr = FORM[1]
+    EVEN_M: gl.constexpr = FORM[2]
+    EVEN_N: gl.constexpr = FORM[3]
     q_ptr, k_ptr, v_ptr, q_dot_ptr, k_dot_ptr, v_dot_ptr = inputs
     H, M, N, items = sizes
     q_ring, kv_ring = rings
     q_full, k_full, v_full = full
     q_empty, kv_empty = empty
-    PAIR: gl.constexpr = 2 if DUAL else 1
     turn = 0
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -205,29 +193,25 @@ def _load(inputs, strides, rings, full, empty, sizes, L: gl.constexpr, FORM: gl.
         q = q_ptr + (b * strides[0] + h * strides[1]) * 8
         k = k_ptr + (b * strides[2] + h * strides[3]) * 8
         v = v_ptr + (b * strides[4] + h * strides[5]) * 8
-        if DUAL:
-            q_dot = q_dot_ptr + (b * strides[6] + h * strides[7]) * 8
-            k_dot = k_dot_ptr + (b * strides[8] + h * strides[9]) * 8
-            v_dot = v_dot_ptr + (b * strides[10] + h * strides[11]) * 8
+        q_dot = q_dot_ptr + (b * strides[6] + h * strides[7]) * 8
+        k_dot = k_dot_ptr + (b * strides[8] + h * strides[9]) * 8
+        v_dot = v_dot_ptr + (b * strides[10] + h * strides[11]) * 8
         _wait_empty(q_empty, turn, 2)
         for part in gl.static_range(READERS):
-            at = (turn % 2 * READERS + part) * PAIR
+            at = (turn % 2 * READERS + part) * 2
             row = start_m + part * ROWS
             _copy(q_ring, at, q + row * L[0], L[0], M - row, D, EVEN_M)
-            if DUAL:
-                _copy(q_ring, at + 1, q_dot + row * L[3], L[3], M - row, D, EVEN_M)
+            _copy(q_ring, at + 1, q_dot + row * L[3], L[3], M - row, D, EVEN_M)
         async_copy.mbarrier_arrive(q_full.index(turn % 2), increment_count=False)
         for n in range(0, N, ROWS):
             stage = step % STAGES
-            at = stage * 2 * PAIR
+            at = stage * 4
             _wait_empty(kv_empty, step, STAGES)
             _copy(kv_ring, at, k + n * L[1], L[1], N - n, D, EVEN_N)
-            if DUAL:
-                _copy(kv_ring, at + 1, k_dot + n * L[4], L[4], N - n, D, EVEN_N)
+            _copy(kv_ring, at + 1, k_dot + n * L[4], L[4], N - n, D, EVEN_N)
             async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-            _copy(kv_ring, at + PAIR, v + n * L[2], L[2], N - n, D, EVEN_N)
-            if DUAL:
-                _copy(kv_ring, at + PAIR + 1, v_dot + n * L[5], L[5], N - n, D, EVEN_N)
+            _copy(kv_ring, at + 2, v + n * L[2], L[2], N - n, D, EVEN_N)
+            _copy(kv_ring, at + 3, v_dot + n * L[5], L[5], N - n, D, EVEN_N)
             async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
             step += 1
         turn += 1
@@ -236,17 +220,15 @@ def _load(inputs, strides, rings, full, empty, sizes, L: gl.constexpr, FORM: gl.
 @gluon.jit
 def _attend(outputs, scale, rings, full, empty, sizes, PART: gl.constexpr, FORM: gl.constexpr):
     """The warps that multiply rows PART * ROWS and on of every item."""
-    DUAL: gl.constexpr = FORM[0]
-    D: gl.constexpr = FORM[1]
-    STAGES: gl.constexpr = FORM[2]
-    EVEN_M: gl.constexpr = FORM[3]
-    EVEN_N: gl.constexpr = FORM[4]
+    D: gl.constexpr = FORM[0]
+    STAGES: gl.constexpr = FORM[1]
+    EVEN_M: gl.constexpr = FORM[2]
+    EVEN_N: gl.constexpr = FORM[3]
     o_ptr, o_dot_ptr, lse_ptr = outputs
     H, M, N, items = sizes
     q_ring, kv_ring = rings
     q_full, k_full, v_full = full
     q_empty, kv_empty = empty
-    PAIR: gl.constexpr = 2 if DUAL else 1
     TILES: gl.constexpr = len(q_ring)
     R: gl.constexpr = _row_layout(64)
     dtype: gl.constexpr = o_ptr.dtype.element_ty
@@ -259,25 +241,21 @@ def _attend(outputs, scale, rings, full, empty, sizes, PART: gl.constexpr, FORM:
         m_i = gl.full([ROWS], float("-inf"), gl.float32, R)
         l_i = gl.zeros([ROWS], gl.float32, R)
         acc = _zeros(D)
-        if DUAL:
-            l_dot_i = gl.zeros([ROWS], gl.float32, R)
-            acc_dot = _zeros(D)
+        l_dot_i = gl.zeros([ROWS], gl.float32, R)
+        acc_dot = _zeros(D)
         _wait_full(q_full, turn, 2)
-        at_q = (turn % 2 * READERS + PART) * PAIR
+        at_q = (turn % 2 * READERS + PART) * 2
         q = _slot(q_ring, at_q)
         for n in range(0, N, ROWS):
             stage = step % STAGES
-            at = stage * 2 * PAIR
+            at = stage * 4
             _wait_full(k_full, step, STAGES)
             k = _slot(kv_ring, at)
             # [ROWS, ROWS]; s_dot is multiplied while p is made of s
             s = _dot_nt(q, k, unset, False)
-            if DUAL:
-                s_dot = _dot_nt(_slot(q_ring, at_q + 1), k, unset, False)
-                s_dot = _dot_nt(q, _slot(kv_ring, at + 1), s_dot, True)
-                s = warpgroup_mma_wait(2 * TILES, deps=[s])
-            else:
-                s = warpgroup_mma_wait(0, deps=[s])
+            s_dot = _dot_nt(_slot(q_ring, at_q + 1), k, unset, False)
+            s_dot = _dot_nt(q, _slot(kv_ring, at + 1), s_dot, True)
+            s = warpgroup_mma_wait(2 * TILES, deps=[s])
             if not EVEN_N:
                 offs_n = n + gl.arange(0, ROWS, layout=gl.SliceLayout(0, _sum_layout(64)))
                 s = gl.where(offs_n[None, :] < N, s, float("-inf"))
@@ -288,23 +266,19 @@ def _attend(outputs, scale, rings, full, empty, sizes, PART: gl.constexpr, FORM:
             l_i = l_i * alpha + gl.sum(p, 1)
             p_r = p.to(dtype)
             acc = _times(acc, alpha)
-            if DUAL:
-                acc_dot = _times(acc_dot, alpha)
-                s_dot = warpgroup_mma_wait(0, deps=[s_dot])
+            acc_dot = _times(acc_dot, alpha)
+            s_dot = warpgroup_mma_wait(0, deps=[s_dot])
             _wait_full(v_full, step, STAGES)
-            v = _slot(kv_ring, at + PAIR)
+            v = _slot(kv_ring, at + 2)
             acc = _dot(p_r, v, acc)
-            if DUAL:
-                # p v and p v_dot are multiplied while ps_dot is made
-                acc_dot = _dot(p_r, _slot(kv_ring, at + PAIR + 1), acc_dot)
-                ps_dot = rounded(p * (s_dot * scale), dtype, True)
-                l_dot_i = l_dot_i * alpha + gl.sum(ps_dot, 1)
-                acc_dot = _dot(ps_dot.to(dtype), v, acc_dot)
-                both = _finished(acc + acc_dot)
-                acc = both[:TILES]
-                acc_dot = both[TILES:]
-            else:
-                acc = _finished(acc)
+            # p v and p v_dot are multiplied while ps_dot is made
+            acc_dot = _dot(p_r, _slot(kv_ring, at + 3), acc_dot)
+            ps_dot = rounded(p * (s_dot * scale), dtype, True)
+            l_dot_i = l_dot_i * alpha + gl.sum(ps_dot, 1)
+            acc_dot = _dot(ps_dot.to(dtype), v, acc_dot)
+            both = warpgroup_mma_wait(0, deps=acc + acc_dot)
+            acc = both[:TILES]
+            acc_dot = both[TILES:]
             mbarrier.arrive(kv_empty.index(stage), count=1)
             step += 1
         mbarrier.arrive(q_empty.index(turn % 2), count=1)
@@ -316,12 +290,11 @@ def _attend(outputs, scale, rings, full, empty, sizes, PART: gl.constexpr, FORM:
         o = _times(acc, r_l)
         start_o = ((b * M + row) * H + h) * D
         _store(o_ptr + start_o, o, H * D, M - row, D, EVEN_M)
-        if DUAL:
-            shift = _times(o, l_dot_i)
-            o_dot = ()
-            for t in gl.static_range(TILES):
-                o_dot += (acc_dot[t] - shift[t],)
-            _store(o_dot_ptr + start_o, _times(o_dot, r_l), H * D, M - row, D, EVEN_M)
+        shift = _times(o, l_dot_i)
+        o_dot = ()
+        for t in gl.static_range(TILES):
+            o_dot += (acc_dot[t] - shift[t],)
+        _store(o_dot_ptr + start_o, _times(o_dot, r_l), H * D, M - row, D, EVEN_M)
         offs = gl.arange(0, ROWS, layout=R)
         lse = (m_i * scale_log2 + gl.log2(l_i)) * LN_2
         gl.store(lse_ptr + (b * H + h) * M + row + offs, lse, mask=offs < M - row)
@@ -332,11 +305,11 @@ def attention_persistent_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H, D)
     v_ptr,  # (B, N, H, D)
-    q_dot_ptr,  # like their primals; all None unless DUAL
+    q_dot_ptr,  # like their primals
     k_dot_ptr,
     v_dot_ptr,
     o_ptr,  # (B, M, H, D) contiguous
-    o_dot_ptr,  # (B, M, H, D) contiguous; None unless DUAL
+    o_dot_ptr,  # (B, M, H, D) contiguous
     lse_ptr,  # (B, H, M) fp32, natural logarithm
     stride_q_b,
     stride_q_h,
@@ -361,7 +334,6 @@ def attention_persistent_kernel(
     STRIDE_Q_DOT_L: gl.constexpr,
     STRIDE_K_DOT_L: gl.constexpr,
     STRIDE_V_DOT_L: gl.constexpr,
-    DUAL: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
     EVEN_M: gl.constexpr,
@@ -369,8 +341,7 @@ def attention_persistent_kernel(
 ):
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     # q and q_dot of each group, twice; k, k_dot, v and v_dot of each stage
-    PAIR: gl.constexpr = 2 if DUAL else 1
-    rings = (_ring(2 * READERS * PAIR, dtype, D), _ring(2 * PAIR * STAGES, dtype, D))
+    rings = (_ring(4 * READERS, dtype, D), _ring(4 * STAGES, dtype, D))
     full = (_barriers(2, 128), _barriers(STAGES, 128), _barriers(STAGES, 128))
     empty = (_barriers(2, READERS), _barriers(STAGES, READERS))
     fence_async_shared()
@@ -380,7 +351,7 @@ def attention_persistent_kernel(
     strides += (stride_q_dot_b, stride_q_dot_h, stride_k_dot_b, stride_k_dot_h, stride_v_dot_b, stride_v_dot_h)
     L: gl.constexpr = (STRIDE_Q_L, STRIDE_K_L, STRIDE_V_L, STRIDE_Q_DOT_L, STRIDE_K_DOT_L, STRIDE_V_DOT_L)
     outputs = (o_ptr, o_dot_ptr, lse_ptr)
-    FORM: gl.constexpr = (DUAL, D, STAGES, EVEN_M, EVEN_N)
+    FORM: gl.constexpr = (D, STAGES, EVEN_M, EVEN_N)
     gl.warp_specialize(
         [
             (_attend, (outputs, scale, rings, full, empty, sizes, 0, FORM)),
