@@ -48,7 +48,8 @@ def wgmma_loop(sass: str) -> dict[str, int]:
     """Counts of the innermost loop with the most wgmma; empty if there is none.
 
     ``loop_conversions`` counts conversions of single values, at a quarter of the rate of packed ones;
-    ``loop_copies_in_flight`` counts the groups of cp.async that the loop's wait leaves in flight.
+    ``loop_loads`` counts loads and copies from global memory, ``loop_copies_in_flight`` the groups of cp.async that the
+    loop's wait leaves in flight.
     """
     loops = _loops(sass)
     if not loops:
@@ -62,5 +63,6 @@ def wgmma_loop(sass: str) -> dict[str, int]:
         "loop_wgmma_waits": sum(op.startswith("WARPGROUP.DEPBAR") for op, _ in loop),
         "loop_conversions": sum(op.partition(".")[0] == "F2F" for op, _ in loop),
         "loop_barriers": sum(op.startswith("BAR") for op, _ in loop),
+        "loop_loads": sum(op.startswith("LDG") for op, _ in loop),
         "loop_copies_in_flight": min((int(x[1], 16) for x in groups if x), default=0),
     }
