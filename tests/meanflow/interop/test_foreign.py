@@ -1,6 +1,7 @@
 """Weights of others: whatever wrapped, averaged, rounded or renamed them, they are found, or refused by name."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -199,12 +200,12 @@ class Judge:
         return 0.0
 
     def score_net(self, net, device, times, guidance):
-        return SimpleNamespace(as_dict=lambda: {"sum": float(sum(p.double().sum() for p in net.parameters()))})
+        return SimpleNamespace(as_dict=lambda: {"sum": math.fsum(p.double().sum() for p in net.parameters())})
 
 
 def test_evaluation_reads_every_kind(sources, command, monkeypatch):
     monkeypatch.setattr("meanflow.apps.evaluate.DigitsEvaluation", Judge)
-    wanted = float(sum(x.double().sum() for x in load_checkpoint(sources["run"])[0].values()))
+    wanted = math.fsum(x.double().sum() for x in load_checkpoint(sources["run"])[0].values())
     for kind in KINDS:
         code, out, err = command("evaluate", sources[kind], "--json", "--device", "cpu")
         assert code == 0, err
