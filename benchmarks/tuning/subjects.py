@@ -177,7 +177,7 @@ def _row_subjects(op: str, model: str, half: torch.dtype, device: str) -> Iterab
     sums = functools.partial(trials.sums, backward=backward, config=module.BACKWARD)
     for name, network_pass, size, table, build in (
         (f"{op}_jvp", "mixed", shape, "FORWARD", dual),
-        (op, "guidance", more, "FORWARD", single),
+        (op, "guidance", more, "PRIMAL" if hasattr(module, "PRIMAL") else "FORWARD", single),
         (f"{op}_bwd", "backward", shape, "BACKWARD", backward),
         (f"{op}_bwd sums", "backward", shape, "SUMS", sums),
     ):

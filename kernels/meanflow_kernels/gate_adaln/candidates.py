@@ -2,13 +2,16 @@
 
 from ..rows.config import RowConfig
 from ..tiling import TileConfig, variations
-from .config import BACKWARD, FORWARD, SUMS
+from .config import BACKWARD, FORWARD, PRIMAL, SUMS
 
 FORWARD_CANDIDATES: tuple[RowConfig, ...] = (
     variations(FORWARD, columns_per_warp=(384, 768, 1152), warps_per_sm=(32, 20, 40), most_rows=(8, 4, 2))
     + variations(FORWARD, columns_per_warp=(384, 768), stages=(2,))
     + variations(FORWARD, max_registers=(96, 112))
 )
+PRIMAL_CANDIDATES: tuple[RowConfig, ...] = variations(
+    PRIMAL, columns_per_warp=(384, 768, 1152), warps_per_sm=(32, 20), most_rows=(8, 4, 2)
+) + variations(PRIMAL, warps_per_sm=(32, 16), max_registers=(None, 64, 96, 112, 128))
 BACKWARD_CANDIDATES: tuple[RowConfig, ...] = (
     variations(BACKWARD, columns_per_warp=(384, 768), warps_per_sm=(16, 8, 12), stages=(3, 2, 1))
     + variations(BACKWARD, fewest_rows=(8, 16, 32), stages=(3, 1))

@@ -10,7 +10,7 @@ from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
 from ..tiling import TileConfig
-from .config import BACKWARD, FORWARD, SUMS
+from .config import BACKWARD, FORWARD, PRIMAL, SUMS
 from .reference import gate_adaln_ref, gate_adaln_tangent_ref
 
 _NAMES = ("x", "y", "gate", "shift", "scale")
@@ -115,7 +115,7 @@ def _gate_adaln(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(x, x.shape[0], out_dtype)
-    forward_launch((x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, FORWARD).run()
+    forward_launch((x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, PRIMAL).run()
     return out
 
 
@@ -214,7 +214,7 @@ def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:
     bias = x.new_empty(x.shape[2])
     backward, sums = backward_launches(x, y, vector, vector, bias, x, y, x, y, sums, bias, 1e-6)
     return {
-        "gate_adaln": forward_launch(primals, bias, (None,) * 5, (x, y), (None, None), 0, 1e-6),
+        "gate_adaln": forward_launch(primals, bias, (None,) * 5, (x, y), (None, None), 0, 1e-6, PRIMAL),
         "gate_adaln_jvp": forward_launch(primals, bias, primals, (x, y), (x, y), 0, 1e-6),
         "gate_adaln_bwd": backward,
         "gate_adaln_bwd sums": sums,

@@ -20,7 +20,8 @@ class RowConfig:
     stages: int = 1
     """Stages of the loop over rows: with n > 1, the next n - 1 rows are on their way while one is worked on."""
     max_registers: int | None = None
-    """Registers a thread takes at most, where the compiler would take more than `warps_per_sm` leave it."""
+    """Registers a thread may take, instead of as many as the compiler chooses by itself: fewer, so that `warps_per_sm`
+    fit, or more, for more loads at once."""
 
     def num_warps(self, width: int) -> int:
         """Warps that hold a row of `width` columns."""
