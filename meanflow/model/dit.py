@@ -18,7 +18,7 @@ from meanflow_kernels.dual import forbid_gradient
 from meanflow_kernels.linear import chunks
 
 from .copies import Kept
-from .pairs import BranchEnd, Dual, Linear, LinearGelu, SiLU, apply_dual, dual
+from .pairs import BranchEnd, Dual, Linear, LinearGelu, SiLU, Summand, apply_dual, dual
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
@@ -43,7 +43,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Summand(hidden_size, hidden_size))
 
     def forward(self, t: Dual, dtype: torch.dtype) -> Dual:
         """t (B,) -> (B, C)."""

@@ -96,8 +96,19 @@ class Linear(nn.Linear):
         return dual(*linear_jvp((x.primal,), (x.tangent,), weight, bias), x.tangent_start)
 
     def _in(self, name: str, dtype: torch.dtype) -> Tensor:
-        p, copy = getattr(self, name), getattr(self, self.buffers_of[name], None)
+        p, buffer = getattr(self, name), self.buffers_of.get(name)
+        copy = None if buffer is None else getattr(self, buffer, None)
         return p.to(dtype) if copy is None or copy.dtype != dtype else by_copy(p, copy)
+
+
+class Summand(Linear):
+    """A linear layer whose result is added to that of its like, of another time.
+
+    Their biases have the same gradient. Inductor's C++ of torch 2.13 declares such a sum twice where it is stored in 16
+    bits, and does not compile; so the bias has no copy, and its gradient is stored in fp32.
+    """
+
+    buffers_of = {"weight": "copy"}
 
 
 class BranchEnd(Linear):

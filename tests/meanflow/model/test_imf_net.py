@@ -127,7 +127,8 @@ def test_low_precision_products():
     # copies hold what a cast of each call gives
     before = [*found, *gradients(net, found[:2])]
     copies = net.make_copies()
-    of_products = {p for module in net.modules() if isinstance(module, Linear) for p in module.parameters()}
+    layers = [module for module in net.modules() if isinstance(module, Linear)]
+    of_products = {getattr(layer, name) for layer in layers for name in layer.buffers_of}
     assert [p in of_products for p in net.parameters()] == [x is not None for x in copies]
     found = net(*args, head="uv", tangents=tangents)
     assert all(torch.equal(x, y) for x, y in zip([*found, *gradients(net, found[:2])], before, strict=True))
