@@ -6,6 +6,10 @@ import inspect
 import torch
 
 from . import dual
+from .linear import op as linear
+
+IN_GRAPH = ((dual, dual._forbid_gradient), (linear, linear._chunks))
+"""Functions that Dynamo leaves in its graph as calls (allow_in_graph), each with its module."""
 
 
 def prepare_compiler() -> None:
@@ -17,16 +21,17 @@ def prepare_compiler() -> None:
 def declare_cacheable() -> None:
     """Let AOTAutograd keep compiled graphs that call the operators, for the next process to load.
 
-    It passes its cache by where a graph calls a function that it does not know, as it does :func:`forbid_gradient`,
-    since it sees the name and not the code. With the code as part of the key, a changed function is another one. A
+    It passes its cache by where a graph calls a function that it does not know, as those of IN_GRAPH, since it sees the
+    name and not the code. With the code as part of the key, a changed function is another one. A
     function of torch.autograd (the weights' copies) is in the graph with its forward and backward, which the key has.
     Graphs of torch.func.jvp it does not keep: they hold functions of torch's own that it does not know.
     """
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    code = hashlib.sha256(inspect.getsource(dual).encode()).hexdigest()
-    inductor.unsafe_marked_cacheable_functions |= {f"{dual.__name__}.{dual._forbid_gradient.__name__}": code}
+    for module, function in IN_GRAPH:
+        code = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+        inductor.unsafe_marked_cacheable_functions |= {f"{module.__name__}.{function.__name__}": code}
     functorch.autograd_cache_allow_custom_autograd_functions = True
 
 

@@ -9,6 +9,7 @@ from torch.torch_version import TorchVersion
 from meanflow.model.copies import by_copy
 from meanflow_kernels import bias_gelu_jvp
 from meanflow_kernels.inductor import declare_fallbacks, prepare_compiler
+from meanflow_kernels.linear import chunks
 
 
 def test_every_operator_has_a_fallback(monkeypatch):
@@ -37,7 +38,7 @@ def test_the_next_process_loads_what_this_one_compiled():
     def loss(x, x_dot):
         h, h_dot = ((y.bfloat16() @ by_copy(weight, copy)).float() for y in (x, x_dot))
         y, y_dot = bias_gelu_jvp((h,), (h_dot,), bias)
-        return (y - y_dot.detach()).square().mean()
+        return sum((part - y_dot[..., :4].detach()).square().mean() for part in chunks(y, 2))
 
     wanted = torch.autograd.grad(loss(x, x_dot), leaves)
     prepare_compiler()
