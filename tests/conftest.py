@@ -8,15 +8,20 @@ it: run it in a subprocess whose environment lacks TRITON_INTERPRET.
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        from interpreter import patch_language_once
 
-sys.path.insert(0, str(Path(__file__).parent))
+        patch_language_once()
 
 LONG = ("test_end_to_end.py", "test_static_report.py", "test_step.py", "test_accounting.py")
 """Files that come first: begun last, one would keep a worker busy while the others have nothing left."""
