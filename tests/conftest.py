@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton"):
-        from interpreter import patch_language_once
+        from interpreter import spare_work
 
-        patch_language_once()
+        spare_work()
 
 LONG = ("test_end_to_end.py", "test_static_report.py", "test_step.py", "test_accounting.py")
 """Files that come first: begun last, one would keep a worker busy while the others have nothing left."""
