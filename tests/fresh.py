@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,26 @@ def environment() -> dict[str, str]:
     # what comes behind is a GPU's stand-in, where there is one
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
     return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+BARE = """
+import importlib.abc, sys
+
+ABSENT = {"tyro", "diffusers", "flash_attn", "xformers", "apex", "jvp_flash_attention"}
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_bare(program: str) -> subprocess.CompletedProcess:
+    """Run a program's text where the package's other dependencies and the peers are not installed."""
+    command = [sys.executable, "-c", BARE + program]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 def run_forked(program: str, seconds: float = 300) -> subprocess.CompletedProcess:

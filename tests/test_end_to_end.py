@@ -55,8 +55,8 @@ def images_to_samples(command, tmp_path) -> tuple[Path, Path, Path]:
 
     data = f"--data.name latents --data.path {latents} --data.vae {vae} --train.device cpu"
     judge = f"--evaluation.every 4 --evaluation.count 4 --evaluation.inception {inception}"
-    arguments = ["digits", "--out", str(run), *f"{MODEL} {RUN} {data} {judge}".split()]
-    arguments += ["--evaluation.reference", str(latents / "reference.npz")]
+    judge = [*judge.split(), "--evaluation.reference", str(latents / "reference.npz")]
+    arguments = ["digits", "--out", str(run), *f"{MODEL} {RUN} {data}".split()]
     train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.Popen(
         [*train, str(ROOT / "scripts" / "train.py"), *arguments, "--train.parallel", "fsdp", "--train.steps", "5000"],
@@ -73,7 +73,7 @@ def images_to_samples(command, tmp_path) -> tuple[Path, Path, Path]:
 
     last = max(int(p.name[5:13]) for p in (run / "checkpoints").glob("step_????????"))
     steps = last + 2
-    code, said, err = command("train", *arguments, "--train.steps", steps)
+    code, said, err = command("train", *arguments, *judge, "--train.steps", steps)
     assert code == 0 and f"resuming from step {last}" in said and f"finished at step {steps}" in said, err
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = """
-import sys
+OURS = """
 import meanflow, meanflow_kernels
 import meanflow.model.dit
+assert meanflow.model.dit.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time under another name
+print(meanflow_kernels.__file__)
+"""
+# where our folder kernels/ lies beside
+THEIRS = """
 from kernels import get_kernel
 import diffusers, kernels
 from diffusers import AutoencoderKL
 assert callable(get_kernel) and "site-packages" in kernels.__file__, kernels.__file__
-assert meanflow.model.dit.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time under another name
-print(meanflow_kernels.__file__)
 """
 
 
@@ -38,7 +40,8 @@ def run_imports(cwd: Path, *path: Path) -> Path:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     if path:
         env["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=cwd, env=env, capture_output=True, text=True)
+    imports = THEIRS + OURS if cwd == ROOT else OURS
+    done = subprocess.run([sys.executable, "-c", imports], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.split()[-1])
 

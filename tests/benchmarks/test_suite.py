@@ -198,7 +198,9 @@ sys.exit(Suite(Path(sys.argv[1]), "cpu", "abc").run([stub("one"), stub("two", wa
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["killed", "asked"]
+)
 def test_a_run_that_was_killed_goes_on(tmp_path, seen, how):
     out, slow = tmp_path / "out", tmp_path / "slow"
     slow.touch()

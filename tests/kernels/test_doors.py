@@ -152,7 +152,9 @@ def test_a_users_transformer_of_all_operators_equals_plain_torch(each_route, bac
 
 
 @pytest.mark.parametrize(
-    ("backend", "tracked"), [("aot_eager", False), ("inductor", True)], ids=("primal alone", "with gradient, inductor")
+    ("backend", "tracked"),
+    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", True, marks=pytest.mark.slow)],
+    ids=("primal alone", "with gradient", "with gradient, inductor"),
 )
 def test_the_explicit_pair_compiles(each_route, backend, tracked, device):
     primals, tangents = make_inputs("iid", *SHAPE, device)

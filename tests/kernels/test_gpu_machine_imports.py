@@ -1,26 +1,11 @@
 """Kernels, step, benches and GPU tests run where the package's other dependencies and the peers are not installed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-import fresh
 import pytest
+from fresh import run_bare
 
 ROOT = Path(__file__).parents[2]
-
-BLOCK = """
-import importlib.abc, sys
-
-ABSENT = {"tyro", "diffusers", "flash_attn", "xformers", "apex", "jvp_flash_attention"}
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
 
 OPERATORS = """
 import torch
@@ -84,34 +69,20 @@ optimizer.main("--device cpu --model S/8 --repeats 2".split())
 """
 
 
-def _run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", BLOCK + code], cwd=ROOT, env=fresh.environment(), capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize("name", ["tyro", "diffusers", "flash_attn.flash_attn_interface"])
 def test_the_block_blocks(name):
-    assert f"No module named {name.partition('.')[0]!r}" in _run(f"import {name}").stderr
+    assert f"No module named {name.partition('.')[0]!r}" in run_bare(f"import {name}").stderr
 
 
 def test_code_runs():
-    run = _run(OPERATORS + STEP + BENCH)
+    run = run_bare(OPERATORS + STEP + BENCH)
     assert run.returncode == 0, run.stderr
 
 
-def test_benches_run():
-    arguments = ["-q", "-p", "no:cacheprovider", "--device", "cpu", "--benchmark-quiet"]
-    arguments += ["-k", "ours and not N1024 and not B/4"]
-    benches = sorted(str(path) for path in ROOT.glob("benchmarks/bench_*.py"))
-    run = _run(f"import pytest; sys.exit(pytest.main({[*arguments, *benches]!r}))")
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert "failed" not in run.stdout and "no measure of a GPU" in run.stdout
-
-
+@pytest.mark.slow
 def test_gpu_tests_are_collected():
     kernels = (ROOT / "tests/kernels").glob("test_*.py")
     others = [path for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()]
     arguments = ["-q", "-p", "no:cacheprovider", "--collect-only", *sorted({str(path) for path in [*kernels, *others]})]
-    run = _run(f"import pytest; sys.exit(pytest.main({arguments!r}))")
+    run = run_bare(f"import pytest; sys.exit(pytest.main({arguments!r}))")
     assert run.returncode == 0 and "test_attention" in run.stdout, run.stdout[-3000:]

@@ -251,10 +251,8 @@ os.rename = lambda a, b: die() if first and "00000008" in str(b) else rename(a, 
 }
 
 
-@pytest.mark.parametrize(
-    "fault, options", [next(iter(FAULTS.values())), *(pytest.param(*f, marks=SLOW) for f in list(FAULTS.values())[1:])],
-    ids=FAULTS,
-)  # fmt: skip
+@SLOW
+@pytest.mark.parametrize("fault, options", FAULTS.values(), ids=FAULTS)
 def test_fault_killed_and_restarted_by_torchrun(fault, options, whole, tmp_path):
     start = time.monotonic()
     done = runs.train_in_process(tmp_path, fault, ranks=2, restarts=1, groups=2, **options)

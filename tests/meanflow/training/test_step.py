@@ -317,6 +317,7 @@ def test_other_failures_stay_what_they_are():
         raise RuntimeError("something else")
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_names_the_setting(tmp_path):
     program = (
         f"import sys; sys.path[:0] = [{str(fresh.ROOT / 'tests')!r}]\n"
