@@ -1,6 +1,8 @@
 """A function of tensors, captured once as a CUDA graph and replayed, which removes the host's launch overhead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -9,6 +11,24 @@ from torch.utils import _pytree as pytree
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_capture_stream() -> Iterator[None]:
+    """Run on the stream that the current device's graphs are captured on, after what runs already, before the rest.
+
+    What remembers a stream, as DDP's hooks do, must be made and warmed up on it, or a capture would leave it.
+    """
+    outside, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
 
 
 class Graph(Generic[In, Out]):
@@ -24,8 +44,9 @@ class Graph(Generic[In, Out]):
     def __init__(self, run: Callable[[In], Out], inputs: In, pool=None):
         self._inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         self._graph = torch.cuda.CUDAGraph()
-        # other threads may go on allocating: one pins the next batches
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        stream = _capture_stream(torch.cuda.current_device())
+        # other threads may go on: one pins the next batches, NCCL's asks for events
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._outputs = run(self._inputs)
 
     def __call__(self, inputs: In) -> Out:

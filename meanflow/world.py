@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others, which may still compile or write a checkpoint."""
+"""How long a process waits for the others, which may still compile or write a checkpoint; then it ends."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,6 +67,8 @@ def fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
 class World:
     """This process among the others. A context manager: leaving it ends the connection.
 
+    Processes that torchrun started are connected, a single one too: what several do can be tried with one.
+
     Args:
         device: "auto", "cpu" or "cuda".
 
@@ -82,8 +84,10 @@ class World:
         self.host_group: Any = None
         self.checkpoint_group: Any = None
         self._pending: tuple[Tensor, dist.Work] | None = None
-        self._own = self.size > 1 and not dist.is_initialized()
-        if self.size > 1:
+        self.connected = self.size > 1 or dist.is_torchelastic_launched()
+        """Whether there is a process group, be it of one."""
+        self._own = self.connected and not dist.is_initialized()
+        if self.connected:
             self._connect()
 
     def _connect(self) -> None:
@@ -145,8 +149,8 @@ class World:
             raise error
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the processes, on the tensor's device; x itself in one process."""
-        if self.size > 1:
+        """The sum over the processes, on the tensor's device; x itself in a process alone."""
+        if self.connected:
             x = x.clone()
             dist.all_reduce(x)
         return x

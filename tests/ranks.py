@@ -1,4 +1,4 @@
-"""Two processes that take orders, connected by gloo."""
+"""Two processes that take orders, connected by gloo; this process as torchrun starts a single one."""
 
 import os
 import socket
@@ -14,6 +14,19 @@ from fresh import FORKS
 RANKS, SECONDS = 2, 240
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def started_by_torchrun(monkeypatch):
+    """What `torchrun --nproc-per-node 1` tells its process: a World is then a process group of one."""
+    told = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "of one"}
+    for name, value in (told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}).items():
+        monkeypatch.setenv(name, str(value))
+
+
 class Ranks:
     """Calls a function of (rank, ...) in each of two processes; what fails or hangs there fails here."""
 
@@ -21,9 +34,7 @@ class Ranks:
         self.start()
 
     def start(self):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(RANKS):
             here, there = FORKS.Pipe()

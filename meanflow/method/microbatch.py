@@ -6,6 +6,8 @@ and each group is spread so that every micro-batch keeps its share. The draws ar
 global batch: the numbers depend on the groups, not on how many processes there are.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class BatchSplit:
         require(batch % groups == 0, "train.groups", groups, f"a divisor of the batch {batch}", "0 takes one a process")
         self.batch, self.groups, self.micro_batches = batch, groups, micro_batches
         self.group_size, self.micro_batch_size = batch // groups, batch // micro_batches
+        # micro-batches share groups
+        self._group = lru_cache(groups)(self._draw_group)
 
     def samples(self, micro_batch: int) -> Tensor:
         """Indices in the global batch of a micro-batch's samples (size,) int64; each group's first ones come first."""
@@ -51,8 +55,10 @@ class BatchSplit:
         samples = self.samples(micro_batch)
         r, t, drop = torch.zeros(self.batch), torch.zeros(self.batch), torch.zeros(self.batch, dtype=torch.bool)
         for group in (samples // self.group_size).unique().tolist():
-            members = torch.arange(group * self.group_size, (group + 1) * self.group_size)
-            draws = Draws(seed, step, members)
-            r[members], t[members] = draw_times(config, draws)
-            drop[members] = drop_mask(config, draws.uniform(Purpose.LABEL_DROP))
+            members = slice(group * self.group_size, (group + 1) * self.group_size)
+            r[members], t[members], drop[members] = self._group(config, seed, step, group)
         return r[samples], t[samples], drop[samples]
+
+    def _draw_group(self, config: ObjectiveConfig, seed: int, step: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        draws = Draws(seed, step, torch.arange(group * self.group_size, (group + 1) * self.group_size))
+        return *draw_times(config, draws), drop_mask(config, draws.uniform(Purpose.LABEL_DROP))

@@ -6,7 +6,7 @@ guidance interval, no guidance is used. A plan says what is left. It is made on 
 labels, before the device is asked for anything.
 
 A group's size decides the shapes of a step, so groups are padded to a few declared sizes: whoever compiles or captures
-the step knows all of them beforehand.
+the step knows all of them beforehand. Processes that replay one captured step together take the same sizes.
 """
 
 from collections.abc import Iterable
@@ -66,6 +66,18 @@ def guided_mask(config: ObjectiveConfig, t: Tensor, drop: Tensor, inputs: Guidan
     return inside if config.guide_dropped else inside & ~drop
 
 
+class Drawn(NamedTuple):
+    """What a plan is made from, on the CPU."""
+
+    r: Tensor
+    t: Tensor
+    """Times (B,)."""
+    drop: Tensor
+    """Who trains on the null class (B,) bool."""
+    guidance: GuidanceInputs | None = None
+    """Of the network that is told of its guidance."""
+
+
 class Planner:
     """Makes the plans of one device's batches.
 
@@ -120,30 +132,50 @@ class Planner:
         Raises:
             UserError: for another batch size, or r < t where the configuration promises r = t.
         """
-        require(len(t) == self.batch, "batch", len(t), f"the plan's {self.batch}", "make a Planner for each size")
-        unequal, order = r != t, None
-        guided = guided_mask(self.config, t, drop, inputs)
-        if self.config.equal_placement == "bernoulli":
-            tangent_start = self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
-            order = unequal.int().argsort(stable=True)
-            guided, drop = guided[order], drop[order]
-        else:
-            known = (prefix for prefix in self._prefixes if not unequal[:prefix].any())
-            tangent_start = max(known, default=None)
-            wanted = f"r = t in the first {min(self._prefixes)} samples"
-            require(tangent_start is not None, "r", "r < t", wanted, "set objective.equal_placement to bernoulli")
-        return self._guidance(guided, drop, tangent_start, order)
+        return self.plan_together(Drawn(r, t, drop, inputs), ())
 
-    def _guidance(self, guided: Tensor, drop: Tensor, tangent_start: int, order: Tensor | None) -> Plan:
-        sample = torch.arange(self.batch)
-        null = sample[guided]
-        derived, conditional = sample >= tangent_start, guided & self.config.mixes_conditional
+    def plan_together(self, mine: Drawn, others: Iterable[Drawn]) -> Plan:
+        """Plan the passes of a batch with the largest sizes that it or another process's batch needs.
+
+        Raises:
+            UserError: as plan, for any of the batches.
+        """
+        drawn = (mine, *others)
+        tangent_start = min(map(self._tangent_start, drawn))
+        # the derivative's size first: it decides who needs a conditional prediction
+        masks = [self._masks(each, tangent_start) for each in drawn]
+        rows = max(int(guided.sum() + conditional.sum()) for guided, conditional, _ in masks)
+        return self._fill(*masks[0], tangent_start, _padded(rows, self.guidance_sizes))
+
+    def _tangent_start(self, drawn: Drawn) -> int:
+        unequal, count = drawn.r != drawn.t, len(drawn.t)
+        require(count == self.batch, "batch", count, f"the plan's {self.batch}", "make a Planner for each size")
+        if self.config.equal_placement == "bernoulli":
+            return self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
+        known = [prefix for prefix in self._prefixes if not unequal[:prefix].any()]
+        wanted = f"r = t in the first {min(self._prefixes)} samples"
+        require(len(known) > 0, "r", "r < t", wanted, "set objective.equal_placement to bernoulli")
+        return max(known)
+
+    def _masks(self, drawn: Drawn, tangent_start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Who is guided and who needs a conditional prediction, each (B,) bool in planned order, and that order."""
+        guided, drop, order = guided_mask(self.config, drawn.t, drawn.drop, drawn.guidance), drawn.drop, None
+        if self.config.equal_placement == "bernoulli":
+            order = (drawn.r != drawn.t).int().argsort(stable=True)
+            guided, drop = guided[order], drop[order]
+        derived, conditional = torch.arange(self.batch) >= tangent_start, guided & self.config.mixes_conditional
         if self._primal_serves:
             conditional &= derived | drop
         if self.config.predicts_direction:
             conditional |= derived
+        return guided, conditional, order
+
+    def _fill(self, guided: Tensor, conditional: Tensor, order: Tensor | None, tangent_start: int, size: int) -> Plan:
+        """The plan with so many rows of the guidance forward."""
+        sample = torch.arange(self.batch)
+        null = sample[guided]
         rows = torch.cat([null, sample[conditional]])
-        padding = _padded(len(rows), self.guidance_sizes) - len(rows)
+        padding = size - len(rows)
         null_row, cond_row = torch.zeros_like(sample), torch.full_like(sample, -1)
         null_row[null] = torch.arange(len(null))
         cond_row[conditional] = torch.arange(len(null), len(rows))

@@ -2,9 +2,11 @@
 
 import copy
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -50,7 +52,7 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
     net = net.to(world.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     guide = ema if config.objective.guidance_weights == "ema" else None
-    sharded = world.size > 1 and train.parallel != "ddp"
+    sharded = world.connected and train.parallel != "ddp"
     if sharded:
         mesh = make_mesh(config, world)
         for each in (net, ema):
@@ -61,11 +63,11 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
     if not sharded:
         if train.compile:
             compile_loss(loss)
-        if world.size > 1:
-            loss = replicate(loss)
+        if world.connected:
+            loss = replicate(loss, captured=train.cuda_graph)
     # under FSDP a block is gathered in the compute dtype: no low-precision copies are needed
     copies = dtype is not None and not sharded
-    products = world.size == 1 and train.accumulate == 1
+    products = not world.connected and train.accumulate == 1
     optimizer = make_optimizer(config.optim, net, ema, copies=copies, products=products, captured=train.cuda_graph)
     return Engine(net, ema, loss, optimizer)
 
@@ -76,12 +78,23 @@ def check(config: RunConfig, world: World) -> None:
     if train.cuda_graph:
         hint = "set train.cuda_graph False"
         require(world.device.type == "cuda", "train.cuda_graph", True, "a GPU to capture on", f"{hint}, or a GPU")
-        require(world.size == 1, "train.cuda_graph", True, f"one process instead of {world.size}", hint)
-        require(train.accumulate == 1, "train.cuda_graph", True, "train.accumulate 1", hint)
         got, wanted = config.optim.implementation, "native, whose step can be skipped within a CUDA graph"
         require(got == "native", "optim.implementation", got, wanted, hint)
-    if world.size > 1 and train.parallel != "ddp" and config.optim.implementation == "apex":
+    if world.connected and train.parallel != "ddp" and config.optim.implementation == "apex":
         raise UserError("optim.implementation: got apex, wanted native or torch for shards; take native")
+
+
+def capture_if_possible(config: RunConfig, world: World) -> RunConfig:
+    """The configuration, without train.cuda_graph where connected GPUs cannot capture their step; one line says so."""
+    train = config.train
+    if not (train.cuda_graph and world.connected and world.device.type == "cuda"):
+        return config
+    if train.parallel == "ddp" and "nccl" in dist.get_backend():
+        return config
+    got = f"train.parallel {train.parallel} over {dist.get_backend()}"
+    if world.is_main:
+        print(f"train.cuda_graph: got True with {got}, wanted ddp over nccl to capture; the step runs uncaptured")
+    return replace(config, train=replace(train, cuda_graph=False))
 
 
 def make_mesh(config: RunConfig, world: World):

@@ -27,29 +27,46 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_kernels.inductor import prepare_compiler
 
+from ..graph import on_capture_stream
+
 BUCKET_MB = 100
 """Size of DDP's gradient buckets. DDP cuts a compiled objective between buckets, so that sums overlap with backward;
 torch's 25 MB would cut an XL/2 into some hundred pieces, each compiled by itself."""
+
+MEASURED_PASSES = 10
+"""DDP times so many first passes, which no capture may hold: more of them must be made before."""
 
 # graphs per block: 2 positions (first, later) x 4 modes (tangents, none, no_grad, frozen) x 3 batch sizes (static,
 # dynamic, coinciding)
 BLOCK_VARIANTS = 2 * 4 * 3
 
 
-def replicate(loss: nn.Module) -> DistributedDataParallel:
+def replicate(loss: nn.Module, *, captured: bool = False) -> DistributedDataParallel:
     """Replicate the objective in every process, with gradients averaged; call the result once a step.
 
-    All processes get the first one's weights.
+    All processes get the first one's weights. Gradients live in DDP's buckets, whose memory stays from step to step.
 
     Args:
         loss: on its device; compiled before, if at all, as one graph (`compile_loss`), which DDP then cuts where it
             sends gradients. Marks of dynamic sizes on the plan reach it.
+        captured: its passes will be captured as CUDA graphs, sums included (torch's notes on CUDA graphs, "Usage with
+            DistributedDataParallel"), after more than MEASURED_PASSES, on the stream of captures.
     """
     # buffers follow from the parameters and need no broadcast; torch 2.13 renamed the argument
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    # no device_ids: inputs are passed on unchanged
-    return DistributedDataParallel(loss, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True, **{buffers: False})
+    with on_capture_stream() if captured else nullcontext():
+        # no device_ids: inputs are passed on unchanged
+        ddp = DistributedDataParallel(loss, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True, **{buffers: False})
+    if captured:
+        # it times every hundredth pass as well: never
+        ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return ddp
+
+
+def is_replicated(loss: nn.Module) -> bool:
+    """Whether an objective is replicated, and its gradients live in buckets."""
+    return isinstance(loss, DistributedDataParallel)
 
 
 def compile_blocks(net: nn.Module, backend: str = "inductor") -> None:
@@ -90,12 +107,12 @@ def no_gradient_sync(loss: nn.Module) -> AbstractContextManager:
 
     Shards are summed at once all the same: otherwise each process would hold whole gradients.
     """
-    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
+    return loss.no_sync() if is_replicated(loss) else nullcontext()
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a tensor over all processes."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized():
         x = x / dist.get_world_size()
         dist.all_reduce(x)
     return x

@@ -2,15 +2,18 @@
 
 import functools
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils import _pytree as pytree
 
 from ..command import heartbeat
 from ..config import RunConfig
-from ..graph import Graph
+from ..graph import Graph, on_capture_stream
 from ..method.plan import Plan, Planner
 from ..method.terms import Terms
 from ..model.copies import product_copies, products_kept
@@ -18,17 +21,28 @@ from .draw import draw_batch
 from .guard import SpikeGuard
 from .messages import StepInputs, StepResult, explained_failures
 from .optim import gradient_norm, step_unless
-from .parallel import full_tensor, mean_over_ranks, no_gradient_sync
+from .parallel import MEASURED_PASSES, full_tensor, is_replicated, mean_over_ranks, no_gradient_sync
 
 
 class Step:
     """A training step. A call makes one and leaves its gradient in ``p.grad``, for some weights in bf16 (`copies`).
 
-    So does a captured step, in whichever graph: the gradients stay where a graph's own backward wrote them, and after a
-    call ``p.grad`` is those tensors, valid until the next call. Their memory is lent (`Graph.lend`), so that graphs of
-    all sizes take the room of one gradient. One place for all would mean adding to zeros there, or a copy: 10.8 or
-    5.4 GB more to move for an XL/2, 2.5 or 1.3 ms of 84 on an H200. Assigning ``p.grad`` costs nothing: the host does
-    it while the GPU works.
+    So does a captured step, in whichever graph. Alone and without accumulation, the gradients stay where a graph's own
+    backward wrote them, and after a call ``p.grad`` is those tensors, valid until the next call. Their memory is lent
+    (`Graph.lend`), so that graphs of all sizes take the room of one gradient. One place for all would mean adding to
+    zeros there, or a copy: 10.8 or 5.4 GB more to move for an XL/2, 2.5 or 1.3 ms of 84 on an H200. Assigning
+    ``p.grad`` costs nothing: the host does it while the GPU works.
+
+    Several processes copy their gradients into DDP's buckets, whose sums run beside the backward, within the graph too.
+    With accumulation a size has two graphs: one adds a micro-batch's gradient to that of those before, the other is of
+    the last one and makes the rest of the step. Either way all graphs leave the gradients in one place outside of their
+    memory, where ``p.grad`` is always.
+
+    A process that dies within a replay leaves the others' GPUs waiting. torchrun ends those of its machine in half a
+    minute (SIGTERM, SIGKILL after 30 s); those of other machines fail where they next ask for it, at the next step
+    (`World.poll_stop`). Where a host waits for its GPU, NCCL's watchdog ends it after `world.TIMEOUT`, 30 minutes, the
+    process group's timeout (with TORCH_NCCL_ASYNC_ERROR_HANDLING as it is by default, 3), at once if NCCL reports an
+    error; a watchdog that hangs itself is ended after TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC, by default 8 minutes.
 
     Args:
         config: of the run; train.compile and train.cuda_graph decide the mode.
@@ -54,8 +68,9 @@ class Step:
         self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0
         """Time spent on compiling and capturing so far."""
-        self._graphs: dict[tuple, tuple[Graph, list[Tensor]]] = {}
-        """Graphs by the plan's sizes, each with the gradients it leaves."""
+        self._graphs: dict[tuple, _Graphs] = {}
+        """Graphs by the plan's sizes."""
+        self._pulse, self._behind = torch.zeros((), device=self.params[0].device), None
         if config.train.compile:
             self._draw = torch.compile(self._draw, fullgraph=True, dynamic=False)
 
@@ -73,44 +88,66 @@ class Step:
                     return self._replay(micro_batches)
                 return self._run(micro_batches)
 
-    def _gradient(self, inputs: StepInputs, share: float = 1.0) -> Terms:
+    def _gradient(self, inputs: StepInputs) -> Terms:
         """Add a micro-batch's share of the gradient."""
         batch, samples, step, r, t, drop, plan, guidance = inputs
         with record_function("draw"):
             x, e = self._draw(batch, samples, step)
         if self.config.train.compile:
             declare_sizes(plan)
+        count = self.config.train.accumulate
         with products_kept(self._products):
             with record_function("loss"):
                 terms = self.loss(x, e, r, t, batch.labels, drop, plan, guidance)
             with record_function("backward"):
-                (terms.loss if share == 1 else terms.loss * share).backward()
+                (terms.loss if count == 1 else terms.loss * (1 / count)).backward()
         return terms._replace(loss=terms.loss.detach())
 
     def _run(self, micro_batches: tuple[StepInputs, ...]) -> StepResult:
         self.optimizer.zero_grad()
-        terms = []
-        for inputs in micro_batches:
-            # gradients are summed over processes with the last one
-            with no_gradient_sync(self.loss) if inputs is not micro_batches[-1] else nullcontext():
-                terms.append(self._gradient(inputs, 1 / len(micro_batches)))
+        *earlier, last = micro_batches
+        terms = [self._part(inputs) for inputs in earlier]
+        done = self._last((last, [self._watched(each) for each in terms]))
+        return done._replace(terms=(*terms, *done.terms))
+
+    def _part(self, inputs: StepInputs) -> Terms:
+        """Add the gradient of a micro-batch before the last."""
+        with no_gradient_sync(self.loss):
+            return self._gradient(inputs)
+
+    def _last(self, given: tuple[StepInputs, list[list[Tensor]]]) -> StepResult:
+        """Add the gradient of the last micro-batch, sum over processes beside its backward, then guard and optimizer.
+
+        Args:
+            given: the inputs, and what the guard watches of each micro-batch before.
+        """
+        inputs, watched = given
+        terms = self._gradient(inputs)
         grad_norm = full_tensor(gradient_norm([p.grad for p in self.params]))
         skip = torch.zeros_like(grad_norm)
         if self.guard is not None:
-            losses = [torch.cat([getattr(each, name) for each in terms]).mean() for name in self.guard.losses]
-            losses = mean_over_ranks(torch.stack(losses))
-            skip = self.guard.check(losses, grad_norm, micro_batches[0].step)
+            losses = [torch.cat(each).mean() for each in zip(*watched, self._watched(terms), strict=True)]
+            # the norm as well: the processes decide by the same bits, whatever each has computed
+            means = mean_over_ranks(torch.stack([*losses, grad_norm]))
+            skip = self.guard.check(means[:-1], means[-1], inputs.step)
         with record_function("optimizer"):
             if self.guard is None:
                 self.optimizer.step()
             else:
                 step_unless(self.optimizer, skip)
-        return StepResult(tuple(terms), grad_norm, skip)
+        return StepResult((terms,), grad_norm, skip)
+
+    def _watched(self, terms: Terms) -> list[Tensor]:
+        """What the guard watches of a micro-batch, by its samples."""
+        return [] if self.guard is None else [getattr(terms, name) for name in self.guard.losses]
 
     def _warm_up(self, inputs: StepInputs) -> None:
         """Run every declared size once, to compile and load kernels, which a capture must not do; weights stay."""
-        with self._timed("compiling the step"):
-            for plan in self._declared_plans():
+        plans = self._declared_plans()
+        if self.config.train.cuda_graph and is_replicated(self.loss):
+            plans += plans[-1:] * (MEASURED_PASSES + 1 - len(plans))
+        with self._timed("compiling the step"), self._eagerly():
+            for plan in plans:
                 self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
             self.optimizer.zero_grad()
         self._warm = True
@@ -132,38 +169,80 @@ class Step:
 
     # --- CUDA graphs ---
 
+    def _eagerly(self) -> AbstractContextManager:
+        """Where a step runs that is captured afterwards."""
+        return on_capture_stream() if self.config.train.cuda_graph else nullcontext()
+
     def _replay(self, micro_batches: tuple[StepInputs, ...]) -> StepResult:
-        # no accumulation: each micro-batch has a size of its own, and their combinations are too many to capture
-        (inputs,) = micro_batches
         if not self._graphs:
             # the first step runs eagerly, which loads the optimizer's kernels too
-            result = self._run((inputs,))
-            self._capture(inputs)
+            with self._eagerly():
+                result = self._run(micro_batches)
+            self._capture(micro_batches[-1], [self._watched(each) for each in result.terms[:-1]])
             return result
-        graph, gradients = self._graphs[_shapes(inputs)]
-        result = graph(inputs)
-        self._leave(gradients)
-        return result
+        *earlier, last = micro_batches
+        if earlier:
+            torch._foreach_zero_([p.grad for p in self.params])
+        terms = []
+        for inputs in earlier:
+            found = self._graphs[_shapes(inputs)].part(inputs)
+            # the next graph overwrites what this one returns
+            terms.append(pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, found))
+        graphs = self._graphs[_shapes(last)]
+        done = graphs.last((last, [self._watched(each) for each in terms]))
+        if graphs.lent:
+            self._leave(graphs.lent)
+        if is_replicated(self.loss):
+            # NCCL's watchdog sees no sum of a graph, but this one behind it, which a dead peer never answers
+            self._behind = dist.all_reduce(self._pulse, async_op=True)
+        return done._replace(terms=(*terms, *done.terms))
 
-    def _capture(self, inputs: StepInputs) -> None:
-        """Capture the step in every declared size, after an eager one, whose gradient is kept."""
+    def _capture(self, inputs: StepInputs, watched: list[list[Tensor]]) -> None:
+        """Capture the step in every declared size, after an eager one, whose gradient is kept.
+
+        All processes capture the same sizes in the same order, and then replay the same size at a time: a replay of
+        sums is one of all processes.
+
+        Args:
+            watched: what the guard watches of each micro-batch before the last.
+        """
+        accumulates = self.config.train.accumulate > 1
+        # DDP's buckets stay where they are, and so do gradients that micro-batches are added to
+        lends = not (accumulates or is_replicated(self.loss))
         with self._timed("capturing the step"):
             # kept on the host: the device may have no room for it beside a graph's
-            gradients = [p.grad.cpu() for p in self.params]
+            gradients = [p.grad.cpu() for p in self.params] if lends else []
             pool = torch.cuda.graph_pool_handle()
             for plan in self._declared_plans():
                 example = inputs._replace(plan=plan).to(inputs.samples.device)
-                # drop the gradients that the previous graph has lent
-                self.optimizer.zero_grad()
-                graph = Graph(lambda inputs: self._run((inputs,)), example, pool)
-                self._graphs[_shapes(example)] = graph, [graph.lend(p.grad) for p in self.params]
-            _, lent = self._graphs[_shapes(inputs)]
-            self._leave(lent)
-            torch._foreach_copy_(lent, gradients)
+                if not accumulates:
+                    # the graph makes them; drop those that the previous one has lent
+                    self.optimizer.zero_grad()
+                part = Graph(self._part, example, pool) if accumulates else None
+                last = Graph(self._last, (example, watched), pool)
+                self._graphs[_shapes(example)] = _Graphs(part, last, [last.lend(p.grad) for p in self.params if lends])
+            if lends:
+                lent = self._graphs[_shapes(inputs)].lent
+                self._leave(lent)
+                torch._foreach_copy_(lent, gradients)
 
     def _leave(self, gradients: list[Tensor]) -> None:
         for p, gradient in zip(self.params, gradients, strict=True):
             p.grad = gradient
+
+    def drop_graphs(self) -> None:
+        """Free the graphs; another call would capture anew. NCCL ends a process group only when its graphs are gone."""
+        self._graphs.clear()
+
+
+class _Graphs(NamedTuple):
+    """The graphs of a size."""
+
+    part: Graph[StepInputs, Terms] | None
+    """Of a micro-batch before the last; None where a process has one a step."""
+    last: Graph[tuple[StepInputs, list[list[Tensor]]], StepResult]
+    lent: list[Tensor]
+    """The gradients that the last one leaves; empty where they are elsewhere."""
 
 
 def _shapes(inputs: StepInputs) -> tuple:

@@ -25,13 +25,13 @@ from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
 from ..method.guidance import draw_guidance, sampling_guidance
 from ..method.microbatch import BatchSplit
-from ..method.plan import Planner
+from ..method.plan import Drawn, Planner
 from ..method.sampling import sample
 from ..owner import owned
 from ..storage import checkpoint as ckpt
 from ..world import World
 from .draw import draw_flips
-from .engine import build_engine, fit_threads
+from .engine import build_engine, capture_if_possible, fit_threads
 from .flops import sample_flops
 from .guard import Findings, SpikeGuard
 from .messages import StepInputs
@@ -76,7 +76,7 @@ class Trainer:
         v_head = config.objective.direction == "v_head"
         self.log = RunLog(out, self.world, config.train.wandb, v_head)
         held = self.log.held()
-        config = self.config = _with_groups(config, held, self.world)
+        config = self.config = capture_if_possible(_with_groups(config, held, self.world), self.world)
         if held is not None:
             # options that are newer than the run have their defaults
             self.log.check(to_dict(from_dict(held)), to_dict(config), CONTINUABLE)
@@ -123,13 +123,26 @@ class Trainer:
         config, seed, inputs = self.config, self.config.train.seed, []
         for micro_batch in self.micro_batches:
             samples = self.split.samples(micro_batch)
-            r, t, drop = self.split.draw(config.objective, seed, position, micro_batch)
             flip = draw_flips(Draws(seed, position, samples)) if config.data.flip else None
             batch = self.dataset.read(self.order.indices(position)[samples.numpy()], flip)
-            guidance = draw_guidance(config.objective, Draws(seed, position, samples), r == t)
-            plan = self.planner.plan(r, t, drop, guidance)
+            drawn = self._drawn(position, micro_batch)
+            if config.train.cuda_graph and self.world.size > 1:
+                # one captured step runs in all processes: it has the largest size that any of them needs at this turn
+                first = micro_batch - self.world.rank
+                others = (self._drawn(position, first + rank) for rank in range(self.world.size))
+                plan = self.planner.plan_together(drawn, others)
+            else:
+                plan = self.planner.plan(*drawn)
+            r, t, drop, guidance = drawn
             inputs.append(StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan, guidance))
         return tuple(inputs)
+
+    def _drawn(self, position: int, micro_batch: int) -> Drawn:
+        """What is drawn for a micro-batch, of this process or another."""
+        objective, seed = self.config.objective, self.config.train.seed
+        r, t, drop = self.split.draw(objective, seed, position, micro_batch)
+        draws = Draws(seed, position, self.split.samples(micro_batch))
+        return Drawn(r, t, drop, draw_guidance(objective, draws, r == t))
 
     def train_step(self, micro_batches: tuple[StepInputs, ...]) -> None:
         """Make one optimizer step, unless the guard skips it."""
@@ -318,6 +331,8 @@ def train(config: RunConfig, out: Path) -> int:
     with World(config.train.device) as world, stop_on_signal() as received, ExitStack() as stack:
         world.agree(lambda: stack.enter_context(owned(out)), main_only=True)
         trainer = Trainer(config, out, world)
+        # before the world ends, which waits for them
+        stack.callback(trainer.make_step.drop_graphs)
         code = _train(trainer, received)
         trainer.log.close()
     return code

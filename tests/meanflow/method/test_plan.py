@@ -12,7 +12,7 @@ from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.objective import meanflow_terms
-from meanflow.method.plan import Planner, whole_batch
+from meanflow.method.plan import Drawn, Planner, whole_batch
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.dit import DiT
 
@@ -132,12 +132,26 @@ def test_passes_that_a_step_needs():
 def test_plans_have_declared_sizes(size, seed, name, first, share):
     placement = "first" if first else "bernoulli"
     objective = replace(OBJECTIVES[name], equal_placement=placement, share_equal=share, label_drop=0.2)
-    planner, draws = Planner(objective, size), Draws(seed, 0, torch.arange(size))
-    r, t = draw_times(objective, draws)
-    drop = drop_mask(objective, draws.uniform(Purpose.LABEL_DROP))
-    plan = planner.plan(r, t, drop)
-    assert len(plan.rows) in planner.guidance_sizes and size - plan.tangent_start in planner.tangent_sizes
+    planner = Planner(objective, size)
     assert len(planner.guidance_sizes) <= 18
+    drawn = []
+    for step in range(3):
+        draws = Draws(seed, step, torch.arange(size))
+        drawn.append(Drawn(*draw_times(objective, draws), drop_mask(objective, draws.uniform(Purpose.LABEL_DROP))))
+    alone, together = ([planner.plan_together(each, others) for each in drawn] for others in ((), drawn))
+    for plan, each in zip(alone + together, drawn + drawn, strict=True):
+        assert_serves(planner, plan, each)
+    # all take the largest of the sizes that they would take alone, or more rows where the derivative takes more
+    sizes, wanted = ([(len(plan.tangent), len(plan.rows)) for plan in plans] for plans in (together, alone))
+    assert len(set(sizes)) == 1
+    assert sizes[0][0] == max(tangent for tangent, _ in wanted) and sizes[0][1] >= max(rows for _, rows in wanted)
+    if len({tangent for tangent, _ in wanted}) == 1:
+        assert sizes[0] == max(wanted)
+
+
+def assert_serves(planner, plan, drawn):
+    (r, t, drop, _), size, objective = drawn, planner.batch, planner.config
+    assert len(plan.rows) in planner.guidance_sizes and size - plan.tangent_start in planner.tangent_sizes
     order = torch.arange(size) if plan.order is None else plan.order
     assert torch.equal(order.sort().values, torch.arange(size))
     assert (r == t)[order][: plan.tangent_start].all()

@@ -6,13 +6,17 @@ import gc
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import fresh
 import pytest
 import runs
 import torch
+from ranks import started_by_torchrun
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from meanflow.command import heartbeat
 from meanflow.errors import UserError
@@ -24,6 +28,7 @@ from meanflow.training.messages import explained_failures
 from meanflow.training.optim import load_state_tensors, make_optimizer, state_tensors
 from meanflow.training.step import Step
 from meanflow.training.trainer import Trainer, train
+from meanflow.world import World
 
 GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.6, "label_drop": 0.2}
 
@@ -138,58 +143,89 @@ def assert_gradients_are_lent(trainer):
     assert torch.equal(gradient, wanted)
 
 
+def spoil(tensors):
+    for x in tensors:
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+
+
 class Replay:
     """What a CUDA graph does, without a GPU: capturing changes no value; a call computes and runs none of the step's
-    Python, so that it assigns no gradient; what another graph of the pool had left is gone."""
+    Python, so that it assigns no gradient; what another graph of the pool had left or returned is gone."""
 
     def __init__(self, trainer):
-        self.trainer, self.graphs = trainer, []
+        self.trainer, self.params = trainer, list(trainer.net.parameters())
+        self.graphs, self.returned = [], []
+
+    def gradients(self):
+        return [p.grad for p in self.params]
+
+    def begin(self):
+        # those of the eager step are outside of the graphs' memory
+        self.outside = self.gradients()
+
+    def assign(self, gradients):
+        for p, gradient in zip(self.params, gradients, strict=True):
+            p.grad = gradient
 
     def __call__(self, run, inputs, pool):
-        trainer, lent = self.trainer, []
+        trainer, lent, captured_with = self.trainer, [], self.gradients()
         states = [x for state in trainer.optimizer.state.values() for x in state.values()]
-        held = [*trainer.net.parameters(), *trainer.ema.parameters(), *states, *trainer.guard.state().values()]
+        held = [*self.params, *trainer.ema.parameters(), *states, *trainer.guard.state().values(), *self.outside]
+        before = [x.detach().clone() for x in held]
+        run(inputs)
+        memory = {x.data_ptr() for x in self.outside}
+        spoil(x for x in self.gradients() if x.data_ptr() not in memory)
         with torch.no_grad():
-            before = [x.clone() for x in held]
-            with torch.enable_grad():
-                run(inputs)
             torch._foreach_copy_(held, before)
-            torch._foreach_mul_([p.grad for p in trainer.net.parameters()], float("nan"))
         self.graphs.append(lent)
 
         def replay(inputs):
-            params = list(trainer.net.parameters())
-            assigned = [p.grad for p in params]
+            inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+            spoil(self.returned)
+            assigned = self.gradients()
+            self.assign(captured_with)
             done = run(inputs)
             for other in self.graphs:
-                torch._foreach_mul_(other, float("nan"))
-            torch._foreach_copy_(lent, [p.grad for p in params])
-            for p, gradient in zip(params, assigned, strict=True):
-                p.grad = gradient
+                spoil(other)
+            if lent:
+                torch._foreach_copy_(lent, self.gradients())
+            self.assign(assigned)
+            self.returned = [x for x in pytree.tree_leaves(done) if isinstance(x, torch.Tensor)]
             return done
 
         replay.lend = lambda x: lent.append(torch.full_like(x, float("nan"))) or lent[-1]
         return replay
 
 
-def test_a_captured_step_leaves_its_own_gradient(tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulate", [1, 2], ids=["whole", "accumulated"])
+@pytest.mark.parametrize("connected", [False, True], ids=["alone", "in a group of one"])
+def test_a_captured_step_leaves_its_own_gradient(connected, accumulate, tmp_path, monkeypatch):
     """Of every size, from the first step on."""
-    run = config()
-    plain, captured = Trainer(run, tmp_path / "plain"), Trainer(run, tmp_path / "captured")
-    graphs = Replay(captured)
-    monkeypatch.setattr(step_module, "Graph", graphs)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    run = replace(run, train=replace(run.train, cuda_graph=True))
-    make_step = Step(run, captured.make_step.loss, captured.optimizer, captured.planner, captured.guard)
-    sizes = set()
-    for step in range(12):
-        (inputs,) = plain.inputs(step)
-        sizes.add((len(inputs.plan.rows), inputs.plan.tangent_start))
-        plain.make_step(inputs)
-        make_step(inputs)
-        for p, wanted in zip(captured.net.parameters(), plain.net.parameters(), strict=True):
-            assert torch.equal(p.grad, wanted.grad) and torch.equal(p, wanted)
-    assert len(sizes) > 2 and len(graphs.graphs) >= len(sizes)
+    run = config(accumulate=accumulate)
+    plain = Trainer(run, tmp_path / "plain")
+    if connected:
+        started_by_torchrun(monkeypatch)
+    with World("cpu") as world:
+        captured = Trainer(run, tmp_path / "captured", world)
+        run = replace(run, train=replace(run.train, cuda_graph=True))
+        make_step = Step(run, captured.make_step.loss, captured.optimizer, captured.planner, captured.guard)
+        assert isinstance(make_step.loss, DistributedDataParallel) == connected
+        graphs = Replay(captured)
+        monkeypatch.setattr(step_module, "Graph", graphs)
+        monkeypatch.setattr(step_module, "on_capture_stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", graphs.begin)
+        sizes = set()
+        for step in range(12):
+            micro_batches = plain.inputs(step)
+            sizes |= {(len(inputs.plan.rows), inputs.plan.tangent_start) for inputs in micro_batches}
+            wanted, done = plain.make_step(*micro_batches), make_step(*micro_batches)
+            for got, terms in zip(done.terms, wanted.terms, strict=True):
+                assert torch.equal(got.raw, terms.raw) and torch.equal(got.du_dt, terms.du_dt)
+            for p, wanted in zip(captured.net.parameters(), plain.net.parameters(), strict=True):
+                assert torch.equal(p.grad, wanted.grad) and torch.equal(p, wanted)
+        assert captured.guard.findings() == plain.guard.findings()
+        assert len(sizes) > 2 and len(graphs.graphs) >= accumulate * len(sizes)
 
 
 def test_capturing_needs_a_gpu(tmp_path):
