@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from meanflow.config import ObjectiveConfig
@@ -17,6 +18,7 @@ from meanflow.training.draw import draw_batch
 from meanflow.training.engine import compile_loss
 from meanflow.training.messages import StepInputs
 from meanflow.training.optim import make_optimizer, set_learning_rate
+from meanflow.training.parallel import replicate
 from meanflow.training.step import Step
 from meanflow_kernels.routing import Route, force_route
 
@@ -88,6 +90,7 @@ class Ours(Variant):
     Args:
         planner: of the passes, from an objective and a batch size. implementation: of the optimizer.
         reference: whether the operators run as plain torch.
+        replicated: whether gradients are summed over the processes there are, be it one.
         train: options of the step, on top of the workload's.
     """
 
@@ -98,6 +101,7 @@ class Ours(Variant):
         planner: Callable[[ObjectiveConfig, int], Planner] = Planner,
         implementation: str = "native",
         reference: bool = False,
+        replicated: bool = False,
         **train,
     ):
         run = work.run
@@ -106,10 +110,13 @@ class Ours(Variant):
             lambda: build_net(run.model, work.compute_dtype, checkpoint_blocks=run.train.checkpoint_blocks), work
         )
         low, captured = work.compute_dtype is not None, run.train.cuda_graph
-        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=True, captured=captured)
+        products = not replicated
+        self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=products, captured=captured)
         loss = MeanFlowLoss(run.objective, self.net)
         if run.train.compile:
             compile_loss(loss)
+        if replicated:
+            loss = replicate(loss, captured=captured)
         # the workload's inputs bring the usual plan
         self.planner, self.replan = planner(run.objective, run.train.batch), planner is not Planner
         self.reference = reference
@@ -161,6 +168,7 @@ VARIANTS: dict[str, Callable[[Workload], Variant]] = {
     "naive-compiled": functools.partial(Naive, compiled=True),
     "ours": functools.partial(Ours, compile=True),
     "ours-captured": functools.partial(Ours, compile=True, cuda_graph=True),
+    "ours-captured-replicated": functools.partial(Ours, compile=True, cuda_graph=True, replicated=True),
     "ours-whole-batch": functools.partial(Ours, compile=True, planner=WholeBatch),
     "ours-whole-tangent": functools.partial(Ours, compile=True, planner=whole_tangent),
     "ours-no-primal-reuse": functools.partial(Ours, compile=True, planner=own_predictions),
@@ -173,7 +181,8 @@ VARIANTS: dict[str, Callable[[Workload], Variant]] = {
     "ours-eager-no-kernels": functools.partial(Ours, reference=True),
     "ours-eager-torch-optimizer": functools.partial(Ours, implementation="torch"),
 }
-"""Whole steps by name: "ours" is compiled, "ours-captured" adds CUDA graphs, the other "ours-" leave something out."""
+"""Whole steps by name: "ours" is compiled, "ours-captured" adds CUDA graphs, "ours-captured-replicated" the sums of
+several processes, in a group of one; the other "ours-" leave something out."""
 
 LEFT_OUT = {
     "whole-batch": "the plan: every pass on the whole batch",
@@ -192,8 +201,10 @@ def left_out(name: str) -> str | None:
 
 
 def same_as(name: str, work: Workload) -> str | None:
-    """The reason why a variant would be the same step as another; None if it is a step of its own."""
+    """The reason why a variant would be the same step as another, or none; None if it is a step of its own."""
     objective = work.run.objective
+    if name.endswith("replicated") and not dist.is_initialized():
+        return "a step of a process group, of one: start it by torchrun --nproc-per-node 1 -m benchmarks.step ..."
     base = "ours-eager" if name.startswith("ours-eager") else "ours"
     if name.endswith("no-kernels") and work.device == "cpu":
         return f"the same step as {base}: on a CPU the operators run as plain torch anyway"

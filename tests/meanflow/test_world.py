@@ -3,10 +3,13 @@
 import threading
 
 import pytest
+import runs
 import torch
 import torch.distributed as dist
+from ranks import started_by_torchrun
 
 from meanflow.errors import UserError
+from meanflow.training.trainer import train
 from meanflow.world import World, choose_device, fresh_store
 
 
@@ -42,7 +45,7 @@ def test_processes_meet_apart_from_those_that_died():
 
 
 def test_one_process_alone_agrees_with_itself(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     with World("cpu") as world:
         assert world.is_main and world.size == 1 and not dist.is_initialized()
@@ -55,6 +58,26 @@ def test_one_process_alone_agrees_with_itself(monkeypatch):
         assert str(world.first_error(complain)).startswith("name")
         with pytest.raises(UserError):
             world.agree(complain)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    assert train(runs.tiny(steps=4, accumulate=2), out) == 0
+    return out
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_group_of_one_trains_as_a_process_alone(parallel, alone, tmp_path, monkeypatch):
+    started_by_torchrun(monkeypatch)
+    with World("cpu") as world:
+        assert world.connected and world.size == dist.get_world_size() == 1 and world.gather(3) == [3]
+        assert world.sum(torch.ones(2)).tolist() == [1, 1]
+    assert not dist.is_initialized()
+    # stopped in between, so that it resumes from its own checkpoint
+    for steps in (3, 4):
+        assert train(runs.tiny(steps=steps, accumulate=2, parallel=parallel), tmp_path) == 0
+    assert runs.final_state(tmp_path) == runs.final_state(alone)
 
 
 def test_more_processes_than_gpus(monkeypatch):

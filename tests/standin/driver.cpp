@@ -20,25 +20,46 @@ extern "C" {
 
 // --- kernels ---
 
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
-  return static_cast<cudaError_t>(standin_launch());
+// between <<< and >>>
+struct Configuration {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+};
+static thread_local Configuration configuration;
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+  configuration = {grid, block, shared, stream};
+  return 0;
 }
 
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
-  return static_cast<cudaError_t>(standin_launch());
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  *grid = configuration.grid;
+  *block = configuration.block;
+  *shared = configuration.shared;
+  *static_cast<cudaStream_t*>(stream) = configuration.stream;
+  return cudaSuccess;
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
-  return static_cast<cudaError_t>(standin_launch());
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return static_cast<cudaError_t>(standin_launch_on(stream));
 }
 
-CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
-                        void**, void**) {
-  return static_cast<CUresult>(standin_launch());
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+  return static_cast<cudaError_t>(standin_launch_on(config->stream));
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**) {
-  return static_cast<CUresult>(standin_launch());
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return static_cast<cudaError_t>(standin_launch_on(stream));
+}
+
+CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                        CUstream stream, void**, void**) {
+  return static_cast<CUresult>(standin_launch_on(stream));
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void**, void**) {
+  return static_cast<CUresult>(standin_launch_on(config->hStream));
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
@@ -150,6 +171,17 @@ int ncclCommGetAsyncError(void*, int* error) { return *error = 0; }
 int ncclCommInitRank(Communicator** out, int ranks, UniqueId, int) { return *out = new Communicator{ranks}, 0; }
 int ncclCommInitRankConfig(Communicator** out, int ranks, UniqueId id, int rank, void*) {
   return ncclCommInitRank(out, ranks, id, rank);
+}
+
+int ncclAllReduce(void*, void*, size_t, int, int, Communicator*, cudaStream_t stream) {
+  return standin_collective(stream);
+}
+int ncclBroadcast(void*, void*, size_t, int, int, Communicator*, cudaStream_t stream) {
+  return standin_collective(stream);
+}
+int ncclAllGather(void*, void*, size_t, int, Communicator*, cudaStream_t stream) { return standin_collective(stream); }
+int ncclReduceScatter(void*, void*, size_t, int, int, Communicator*, cudaStream_t stream) {
+  return standin_collective(stream);
 }
 
 }  // extern "C"

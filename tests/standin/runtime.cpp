@@ -2,7 +2,8 @@
 //
 // Device memory is the host's and copies between the two are made, but kernels, and whatever else writes on the device,
 // do nothing: results are what the memory held. What the host does is real: devices, dtypes and arguments, kernels that
-// Triton and Inductor compile for sm_90, and captures into CUDA graphs, where a call that CUDA forbids fails here too.
+// Triton and Inductor compile for sm_90, and captures into CUDA graphs, where a call that CUDA forbids fails here too,
+// work that no stream brings back to the first one, and work that goes past the capture.
 // Functions that torch needs and neither half defines return 0 (run.py).
 #include <cuda_runtime_api.h>
 #include <execinfo.h>
@@ -16,7 +17,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <set>
 #include <thread>
 #include <utility>
 
@@ -32,18 +32,22 @@ constexpr const char* kName = "stand-in for an H100";  // no datasheet has it: n
 constexpr size_t kMemory = size_t{80} << 30;
 constexpr int kL2 = 50 << 20, kProcessors = 132, kSharedMemory = 232448;
 
+using Work = std::map<cudaStream_t, long>;  // of each stream, how many of its nodes
+
 struct Event {
   Clock::time_point time;
-  bool captured = false;
+  unsigned long long capture = 0;  // in which it was recorded last, or 0
+  Work before;
 };
 
 struct Capture {
   bool on = false, broken = false;
   cudaStreamCaptureMode mode;
   std::thread::id thread;
-  std::set<cudaStream_t> streams;
+  cudaStream_t origin;
+  std::map<cudaStream_t, Work> streams;  // each with the nodes that its next one follows
   unsigned long long id = 0;
-  long launches = 0, memsets = 0;
+  long launches = 0, memsets = 0, collectives = 0;
 };
 
 struct Block {
@@ -55,23 +59,39 @@ std::recursive_mutex mutex;
 std::map<char*, Block> blocks;
 size_t held = 0;
 Capture capture;
-std::atomic<long> launches{0}, memsets{0}, waits{0}, violations{0};
+long held_by_graphs = 0;  // collectives, of graphs that are still there
+std::atomic<long> launches{0}, memsets{0}, collectives{0}, waits{0}, violations{0};
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int current = 0;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-cudaError_t violation(const char* what) {
+cudaError_t violation(const char* what, const char* when = "during a capture") {
   ++violations;
   capture.broken = true;
-  fprintf(stderr, "stand-in: %s during a capture\n", what);
+  fprintf(stderr, "stand-in: %s %s\n", what, when);
   void* frames[48];
   backtrace_symbols_fd(frames, backtrace(frames, 48), 2);
   return fail(cudaErrorStreamCaptureUnsupported);
 }
 
 bool capturing(cudaStream_t stream) { return capture.on && capture.streams.count(stream) > 0; }
+
+// the default streams, which no capture holds
+bool legacy(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
+
+void node(cudaStream_t stream) {
+  const std::lock_guard guard(mutex);
+  if (capturing(stream)) {
+    ++capture.streams[stream][stream];
+  } else if (capture.on) {
+    violation("work on a stream that is not captured");
+  }
+}
+
+// an event that was recorded in a capture has no meaning elsewhere
+bool foreign(const Event& event) { return event.capture && !(capture.on && event.capture == capture.id); }
 
 // calls that no thread may make while another captures in mode global, nor a thread that captures itself
 cudaError_t unsafe(const char* what) {
@@ -85,6 +105,11 @@ cudaError_t unsafe(const char* what) {
 cudaError_t wait_for(bool captured, const char* what) {
   ++waits;
   return captured ? violation(what) : cudaSuccess;
+}
+
+cudaError_t ask(const Event& event, const char* what) {
+  if (foreign(event)) return violation(what, "of an event that an earlier capture recorded");
+  return event.capture ? violation(what) : cudaSuccess;
 }
 
 const Block* block_of(const void* pointer) {
@@ -160,6 +185,17 @@ extern "C" {
 
 int standin_launch() {
   ++launches;
+  return 0;
+}
+
+int standin_launch_on(cudaStream_t stream) {
+  node(stream);
+  return standin_launch();
+}
+
+int standin_collective(cudaStream_t stream) {
+  node(stream);
+  ++collectives;
   return 0;
 }
 
@@ -272,13 +308,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   const std::lock_guard guard(mutex);
   const Block *target = block_of(to), *source = block_of(from);
   const bool within = target && source && target->device >= 0 && source->device >= 0;
+  if (within || capturing(stream)) node(stream);
   if (capturing(stream)) return target && source ? cudaSuccess : violation("cudaMemcpyAsync of pageable memory");
   if (!within) memcpy(to, from, bytes);
   return cudaSuccess;
 }
 
 // what is set is left as it was, as by a kernel
-cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t stream) {
+  node(stream);
   ++memsets;
   return cudaSuccess;
 }
@@ -342,7 +380,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const std::lock_guard guard(mutex);
-  *reinterpret_cast<Event*>(event) = {Clock::now(), capturing(stream)};
+  auto& recorded = *reinterpret_cast<Event*>(event);
+  recorded = {Clock::now(), capturing(stream) ? capture.id : 0};
+  if (recorded.capture) recorded.before = capture.streams[stream];
   return cudaSuccess;
 }
 
@@ -351,12 +391,15 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  const bool captured = capture.on && reinterpret_cast<Event*>(event)->captured;
-  return captured ? violation("cudaEventQuery of a captured event") : unsafe("cudaEventQuery");
+  const std::lock_guard guard(mutex);
+  const auto error = ask(*reinterpret_cast<Event*>(event), "cudaEventQuery");
+  return error ? error : unsafe("cudaEventQuery");
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return wait_for(capture.on && reinterpret_cast<Event*>(event)->captured, "cudaEventSynchronize");
+  const std::lock_guard guard(mutex);
+  ++waits;
+  return ask(*reinterpret_cast<Event*>(event), "cudaEventSynchronize");
 }
 
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
@@ -367,9 +410,13 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const std::lock_guard guard(mutex);
-  const bool captured = capture.on && reinterpret_cast<Event*>(event)->captured;
-  if (captured) capture.streams.insert(stream);
-  return !captured && capturing(stream) ? violation("waiting for an event from outside") : cudaSuccess;
+  const auto& awaited = *reinterpret_cast<Event*>(event);
+  if (foreign(awaited)) return violation("cudaStreamWaitEvent", "of an event that an earlier capture recorded");
+  if (!awaited.capture) return capturing(stream) ? violation("waiting for an event from outside") : cudaSuccess;
+  if (legacy(stream)) return violation("the default stream waits for a captured event");
+  auto& known = capture.streams[stream];
+  for (const auto& [other, nodes] : awaited.before) known[other] = std::max(known[other], nodes);
+  return cudaSuccess;
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
@@ -379,16 +426,20 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   const std::lock_guard guard(mutex);
-  capture = {true, false, mode, std::this_thread::get_id(), {stream}, capture.id + 1, launches, memsets};
+  if (legacy(stream)) return violation("cudaStreamBeginCapture", "on the default stream");
+  const auto thread = std::this_thread::get_id();
+  capture = {true, false, mode, thread, stream, {{stream, {}}}, capture.id + 1, launches, memsets, collectives};
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
   const std::lock_guard guard(mutex);
+  for (auto& [stream, known] : capture.streams)
+    if (known[stream] > capture.streams[capture.origin][stream]) violation("work that is not joined", "in a capture");
   capture.on = false;
-  *graph = static_cast<cudaGraph_t>(malloc(1));
-  fprintf(stderr, "stand-in: captured %ld launches and %ld memsets\n", launches - capture.launches,
-          memsets - capture.memsets);
+  *graph = reinterpret_cast<cudaGraph_t>(new long(collectives - capture.collectives));
+  fprintf(stderr, "stand-in: captured %ld launches, %ld memsets and %ld collectives\n", launches - capture.launches,
+          memsets - capture.memsets, collectives - capture.collectives);
   return capture.broken ? fail(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 
@@ -404,9 +455,24 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* graph, cudaGraph_t, unsigned long long) {
-  *graph = static_cast<cudaGraphExec_t>(malloc(1));
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* graph, cudaGraph_t captured, unsigned long long) {
+  const std::lock_guard guard(mutex);
+  *graph = reinterpret_cast<cudaGraphExec_t>(new long(*reinterpret_cast<long*>(captured)));
+  held_by_graphs += *reinterpret_cast<long*>(captured);
   return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  const std::lock_guard guard(mutex);
+  held_by_graphs -= *reinterpret_cast<long*>(graph);
+  delete reinterpret_cast<long*>(graph);
+  return cudaSuccess;
+}
+
+// NCCL 2.26 and later wait until all graphs of a communicator are gone
+int ncclCommDestroy(void*) {
+  const std::lock_guard guard(mutex);
+  return held_by_graphs ? violation("ncclCommDestroy", "before the graphs that hold collectives") : 0;
 }
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* count) {

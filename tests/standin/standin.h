@@ -1,7 +1,11 @@
 // What the two halves of the stand-in share.
 #pragma once
 
-extern "C" int standin_launch();  // counts a kernel; returns success
+#include <cuda_runtime_api.h>
+
+extern "C" int standin_launch();                        // counts a kernel; returns success
+extern "C" int standin_launch_on(cudaStream_t stream);   // and where it runs
+extern "C" int standin_collective(cudaStream_t stream);  // counts a sum or an exchange of several processes
 
 namespace standin {
 
