@@ -105,8 +105,8 @@ class World:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self._own and dist.is_initialized():
-            # after a failure the others may be gone: nothing to wait for
+        # after a failure the others may be gone: nothing to wait for, as NCCL would even to end
+        if self._own and dist.is_initialized() and (kind is None or self.device.type == "cpu"):
             if kind is None:
                 dist.barrier(self.host_group)
             dist.destroy_process_group()
