@@ -1,5 +1,6 @@
 """The GPU's stand-in runs what the host does for a GPU, and finds what a capture forbids."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def on_standin(*arguments: str) -> subprocess.CompletedProcess:
+def on_standin(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
     command = [sys.executable, "tests/standin/run.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    env = environment() | {"STANDIN_DEVICES": str(devices)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
 def test_a_training_step_is_captured():
@@ -26,6 +28,17 @@ def test_a_training_step_is_captured():
     assert "stand-in: captured" in done.stderr and "0 calls that a capture forbids" in done.stderr
 
 
+@pytest.mark.parametrize("count, options", [(1, "batch=8"), (2, "accumulate=2")], ids=["one", "two, accumulated"])
+def test_a_step_is_captured_with_its_sums(count, options):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    done = on_standin(*torchrun, "tests/standin/train.py", options, devices=count)
+    assert done.returncode == 0 and done.stdout.count("40 steps, a size each") == count, done.stdout + done.stderr
+    # a sum a bucket, and the guard's
+    graphs = [int(n) for n in re.findall(r"captured .* and (\d+) collectives", done.stderr)]
+    assert graphs.count(6) == 40 * count and set(graphs) <= {0, 6}
+    assert done.stderr.count(", 0 calls that a capture forbids") == count
+
+
 @pytest.mark.slow
 def test_a_compiled_step_is_captured():
     done = on_standin("-m", "benchmarks.step", *"--model S/8 --batch 16 --compare ours-captured --repeats 3".split())
@@ -33,17 +46,26 @@ def test_a_compiled_step_is_captured():
     assert "0 calls that a capture forbids" in done.stderr
 
 
-@pytest.mark.parametrize("line", ["x.sum().item()", "torch.cuda.synchronize()"])
+FORBIDDEN = {
+    "a value read": "x.sum().item()",
+    "a wait": "torch.cuda.synchronize()",
+    "work elsewhere": "with torch.cuda.stream(other): x + 1",
+    "work that is not joined": "other.wait_stream(torch.cuda.current_stream())\n    with torch.cuda.stream(other): x + 1",
+    "the default stream": "torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())",
+}
+
+
+@pytest.mark.parametrize("line", FORBIDDEN.values(), ids=FORBIDDEN)
 def test_what_a_capture_forbids_is_found(line, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
 import torch
-x = torch.ones(4, device="cuda")
+x, other = torch.ones(4, device="cuda"), torch.cuda.Stream()
 with torch.cuda.graph(torch.cuda.CUDAGraph()):
     {line}
 """)
     done = on_standin(str(script))
-    assert done.returncode != 0 and "during a capture" in done.stderr + done.stdout, done.stderr
+    assert done.returncode != 0 and "a capture\n" in done.stderr + done.stdout, done.stderr
 
 
 def test_devices_do_not_mix(tmp_path):
