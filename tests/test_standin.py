@@ -50,7 +50,7 @@ FORBIDDEN = {
     "a value read": "x.sum().item()",
     "a wait": "torch.cuda.synchronize()",
     "work elsewhere": "with torch.cuda.stream(other): x + 1",
-    "work that is not joined": "other.wait_stream(torch.cuda.current_stream())\n    with torch.cuda.stream(other): x + 1",
+    "work not joined": "other.wait_stream(torch.cuda.current_stream())\n    with torch.cuda.stream(other): x + 1",
     "the default stream": "torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())",
 }
 
