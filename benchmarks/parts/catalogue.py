@@ -103,6 +103,7 @@ ELSEWHERE = [
         f"tests/meanflow/{name}.py"
         for name in (
             "training/test_step",
+            "training/test_captured",
             "training/test_training",
             "model/test_copies",
             "method/test_sampling",

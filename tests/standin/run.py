@@ -1,7 +1,7 @@
 """Run a command on a GPU's stand-in: ``python tests/standin/run.py COMMAND ...`` or ``... run.py -m MODULE ...``.
 
 python tests/standin/run.py -m benchmarks.step --model S/8 --batch 16 --compare ours-captured --repeats 3
-python tests/standin/run.py -m pytest -m gpu tests/meanflow/training/test_step.py
+python tests/standin/run.py -m pytest -m gpu tests/meanflow/training/test_captured.py
 STANDIN_DEVICES=2 python tests/standin/run.py -m torch.distributed.run --nproc-per-node 2 scripts/train.py ...
 
 For a machine without a GPU whose torch is a CUDA build (PyPI's is one on Linux), with nvcc. The host's side of GPU code
