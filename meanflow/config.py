@@ -279,9 +279,10 @@ class TrainConfig:
     """Keep every checkpoint whose step is a multiple of this number; 0: none beyond keep_last."""
     accumulate: int = 1
     """Micro-batches into which each process splits its share of the batch: less memory, the same step."""
-    parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """Several processes (torchrun): a copy of the network in each (ddp); its parameters, gradients and optimizer state
-    sharded over all (fsdp), or over the processes of a machine and copied between machines (hybrid)."""
+    parallel: Literal["ddp", "zero1", "fsdp", "hybrid"] = "ddp"
+    """Several processes (torchrun): a copy of all in each (ddp), or of what the network reads, with fp32 weights,
+    average and optimizer state sharded (zero1); parameters, gradients and optimizer state sharded over all (fsdp), or
+    over the processes of a machine and copied between machines (hybrid)."""
     shard_size: int = 0
     """hybrid: number of processes that share one copy; 0: those of one machine."""
     groups: int = 0

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_kernels.inductor import prepare_compiler
 
@@ -17,8 +18,8 @@ from ..errors import UserError, require
 from ..method.objective import MeanFlowLoss
 from ..model.build import Network, build_net, fill
 from ..world import World
-from .optim import make_optimizer
-from .parallel import compile_blocks, replicate, shard
+from .optim import make_optimizer, optimizer_of
+from .parallel import OwnRows, Zero1, compile_blocks, replicate, shard
 
 GRAIN = 32_768
 """Fewest numbers per thread that torch parallelises over: at::internal::GRAIN_SIZE."""
@@ -52,7 +53,8 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
     net = net.to(world.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     guide = ema if config.objective.guidance_weights == "ema" else None
-    sharded = world.connected and train.parallel != "ddp"
+    zero1 = world.connected and train.parallel == "zero1"
+    sharded = world.connected and train.parallel in ("fsdp", "hybrid")
     if sharded:
         mesh = make_mesh(config, world)
         for each in (net, ema):
@@ -64,12 +66,30 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
         if train.compile:
             compile_loss(loss)
         if world.connected:
-            loss = replicate(loss, captured=train.cuda_graph)
+            loss = replicate(loss, Zero1 if zero1 else DistributedDataParallel, captured=train.cuda_graph)
     # under FSDP a block is gathered in the compute dtype: no low-precision copies are needed
     copies = dtype is not None and not sharded
+    if zero1:
+        return shard_optimizer(config, net, ema, loss, copies)
     products = not world.connected and train.accumulate == 1
     optimizer = make_optimizer(config.optim, net, ema, copies=copies, products=products, captured=train.cuda_graph)
     return Engine(net, ema, loss, optimizer)
+
+
+def shard_optimizer(config: RunConfig, net: Network, ema: Network, loss: Zero1, copies: bool) -> Engine:
+    """The engine of a replicated objective whose weights, average and optimizer are sharded.
+
+    Raises:
+        UserError: for a number of processes that does not divide the network's width.
+    """
+    size, width = dist.get_world_size(), config.model.hidden_size
+    wanted = f"a number that divides model.hidden_size {width}, for zero1 gives each an equal part of a weight's rows"
+    require(width % size == 0, "processes", size, wanted, "take another, or --train.parallel ddp or fsdp")
+    guides = config.objective.guidance_weights == "ema"
+    rows = OwnRows(net, ema, copies=copies and config.optim.implementation == "native", guides=guides)
+    optimizer = optimizer_of(config.optim, rows.weights, rows.averages, rows.copies, captured=config.train.cuda_graph)
+    rows.follow(optimizer, loss)
+    return Engine(rows.net, rows.ema, loss, optimizer)
 
 
 def check(config: RunConfig, world: World) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meanflow_kernels.adamw_ema import AdamWEMA
 
@@ -43,16 +44,35 @@ def make_optimizer(
     """
     params = list(net.parameters())
     averages = [] if ema is None else list(ema.parameters())
+    kept = net.make_copies() if copies and config.implementation == "native" else []
+    if kept and products:
+        keep_products(params, kept)
+    return optimizer_of(config, params, averages, kept, captured=captured)
+
+
+def optimizer_of(
+    config: OptimConfig,
+    params: list[Tensor],
+    averages: list[Tensor],
+    copies: Sequence[Tensor | None] = (),
+    *,
+    captured: bool = False,
+) -> torch.optim.Optimizer:
+    """Make the same of tensors.
+
+    Args:
+        averages: what follows the parameters, or none. copies: what the native one writes in low precision, or none.
+
+    Raises:
+        UserError: for apex if NVIDIA's apex is not installed.
+    """
     betas = (config.beta1, config.beta2)
     options: dict[str, Any] = dict(lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     if captured:
         options["lr"] = torch.tensor(config.lr, device=params[0].device)
     if config.implementation == "native":
         emas = {config.ema_decay: averages} if averages else None
-        kept = net.make_copies() if copies else ()
-        if copies and products:
-            keep_products(params, kept)
-        return AdamWEMA(params, **options, emas=emas, copies=kept)
+        return AdamWEMA(params, **options, emas=emas, copies=copies)
     if config.implementation == "apex":
         optimizer = _apex(params, options, captured)
     else:
@@ -119,13 +139,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by name, the same for every implementation: steps taken and moments of each parameter."""
-    tensors = {}
-    for name, p in net.named_parameters():
-        state = optimizer.state[p]
-        step = state["step"] if _counts_by_parameter(optimizer) else optimizer.param_groups[0]["step"]
+    """The optimizer's state by name, the same for every implementation: steps taken and moments of each parameter.
+
+    Moments are sharded as net's parameters, of which the optimizer may step the local shards.
+    """
+    group, tensors = optimizer.param_groups[0], {}
+    for (name, p), stepped in zip(net.named_parameters(), group["params"], strict=True):
+        state = optimizer.state[stepped]
+        step = state["step"] if _counts_by_parameter(optimizer) else group["step"]
         tensors[f"step.{name}"] = torch.as_tensor(step, dtype=torch.float32).reshape(())
-        tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
+        for key in MOMENTS:
+            x = state[key]
+            if isinstance(p, DTensor) and not isinstance(x, DTensor):
+                x = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False)
+            tensors[f"{key}.{name}"] = x
     return tensors
 
 
@@ -145,11 +172,14 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors
         KeyError: for a parameter whose state is missing.
     """
     group = optimizer.param_groups[0]
-    for name, p in net.named_parameters():
+    for (name, p), stepped in zip(net.named_parameters(), group["params"], strict=True):
         step = tensors[f"step.{name}"]
-        optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in MOMENTS}
+        state = {key: tensors[f"{key}.{name}"].to(p.device) for key in MOMENTS}
+        if not isinstance(stepped, DTensor):
+            state = {key: x.to_local() if isinstance(x, DTensor) else x for key, x in state.items()}
+        optimizer.state[stepped] = state
         if _counts_by_parameter(optimizer):
-            optimizer.state[p]["step"] = step.to(p.device)
+            state["step"] = step.to(p.device)
         else:
             group["step"] = step.to(p.device, torch.int32).reshape(1) if optimizer.capturable else int(step)
 

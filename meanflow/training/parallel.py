@@ -1,5 +1,17 @@
 """Training in several processes by torch's own engines: the objective replicated (DDP), or the network sharded (FSDP2).
 
+What a process holds of each tensor, and who makes it whole:
+
+                            ddp             zero1                               fsdp, hybrid
+    what the network reads  whole           whole, gathered after the step      shards, gathered in a block's passes
+    gradients               whole, summed   whole; its own rows are summed      shards, summed as backward makes them
+    fp32 weights            whole           its own rows                        shards
+    average, moments        whole           its own rows                        shards
+
+A process's own rows of a tensor are an equal part of them (`own_rows`); a tensor whose rows the processes do not divide
+is whole everywhere. The network reads a weight's bf16 copy, where it has one, which the step writes; else a copy in fp32
+(in fp32 precision all; in bf16 biases, embeddings and the like). Both collectives work in place: nothing is packed.
+
     DDP                                         FSDP2
     loss = MeanFlowLoss(config, net, guide)     ema = copy.deepcopy(net)
     compile_loss(loss)                          compile_blocks(net), compile_blocks(ema)
@@ -13,21 +25,25 @@ batch. Under FSDP2 a forward pass is a collective operation: all processes must 
 Gradients are means over the processes: with batches of one size, those of the whole batch in one process.
 """
 
+import copy
 import inspect
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _coalescing_manager
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_kernels.inductor import prepare_compiler
 
 from ..graph import on_capture_stream
+from .optim import gradient_norm
 
 BUCKET_MB = 100
 """Size of DDP's gradient buckets. DDP cuts a compiled objective between buckets, so that sums overlap with backward;
@@ -41,7 +57,9 @@ MEASURED_PASSES = 10
 BLOCK_VARIANTS = 2 * 4 * 3
 
 
-def replicate(loss: nn.Module, *, captured: bool = False) -> DistributedDataParallel:
+def replicate(
+    loss: nn.Module, kind: type[DistributedDataParallel] = DistributedDataParallel, *, captured: bool = False
+) -> DistributedDataParallel:
     """Replicate the objective in every process, with gradients averaged; call the result once a step.
 
     All processes get the first one's weights. Gradients live in DDP's buckets, whose memory stays from step to step.
@@ -49,6 +67,7 @@ def replicate(loss: nn.Module, *, captured: bool = False) -> DistributedDataPara
     Args:
         loss: on its device; compiled before, if at all, as one graph (`compile_loss`), which DDP then cuts where it
             sends gradients. Marks of dynamic sizes on the plan reach it.
+        kind: DDP, or :class:`Zero1`.
         captured: its passes will be captured as CUDA graphs, sums included (torch's notes on CUDA graphs, "Usage with
             DistributedDataParallel"), after more than MEASURED_PASSES, on the stream of captures.
     """
@@ -57,7 +76,7 @@ def replicate(loss: nn.Module, *, captured: bool = False) -> DistributedDataPara
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     with on_capture_stream() if captured else nullcontext():
         # no device_ids: inputs are passed on unchanged
-        ddp = DistributedDataParallel(loss, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True, **{buffers: False})
+        ddp = kind(loss, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True, **{buffers: False})
     if captured:
         # it times every hundredth pass as well: never
         ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)
@@ -102,12 +121,169 @@ def shard(net: nn.Module, mesh: DeviceMesh | None = None) -> None:
     fully_shard(net, **options)
 
 
+# --- zero1 ---
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """This process's equal part of the rows of a tensor, a view; x itself where the processes do not divide them."""
+    size = dist.get_world_size()
+    rows, rest = divmod(len(x), size)
+    return x if rest or size == 1 else x.narrow(0, dist.get_rank() * rows, rows)
+
+
+def _start(collective: Callable, outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options) -> list[dist.Work]:
+    """Start a collective on each pair of tensors: as a single one by NCCL, which gloo cannot."""
+    nccl = inputs[0].is_cuda
+    with _coalescing_manager(async_ops=True) if nccl else nullcontext() as together:
+        works = [collective(y, x, async_op=True, **options) for y, x in zip(outputs, inputs, strict=True)]
+    return together.works if nccl else works
+
+
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _average_own_rows(works: list[dist.Work], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook on a bucket of gradients that are ready: start to average, each process its own rows, in place."""
+    average = dist.ReduceOp.AVG
+    if not bucket.buffer().is_cuda:  # gloo has sums only
+        average = dist.ReduceOp.SUM
+        bucket.buffer().div_(dist.get_world_size())
+    pairs = [(own_rows(grad), grad) for grad in bucket.gradients()]
+    works += [dist.all_reduce(x, average, async_op=True) for own, x in pairs if own is x]
+    if cut := [(own, x) for own, x in pairs if own is not x]:
+        works += _start(_reduce_scatter, *zip(*cut, strict=True), op=average)
+    # DDP need not wait, for the gradients lie where it expects them: whoever reads them does
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+class Zero1(DistributedDataParallel):
+    """A replicated objective (`replicate`), of whose gradients each process has the mean in its own rows only."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._works: list[dist.Work] = []
+        self.register_comm_hook(self._works, _average_own_rows)
+
+    def forward(self, *inputs):
+        """Call the objective."""
+        # backward would write where a step that never was, to compile, still sends
+        self._wait()
+        return super().forward(*inputs)
+
+    def _wait(self) -> None:
+        while self._works:
+            self._works.pop().wait()
+
+    def gradients(self) -> list[Tensor]:
+        """The own rows of each parameter's gradient, in order (views). The host does not wait for a GPU."""
+        self._wait()
+        return [own_rows(p.grad) for p in self.parameters()]
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient (), alike in all processes."""
+        grads = zip(self.parameters(), self.gradients(), strict=True)
+        # what is whole everywhere counts once
+        norm = gradient_norm([grad for p, grad in grads if dist.get_rank() == 0 or grad.shape != p.shape])
+        square = norm.double().square()
+        dist.all_reduce(square)
+        return square.sqrt().to(norm.dtype)
+
+
+class OwnRows:
+    """This process's rows of a network's fp32 weights and of their average, which an optimizer steps.
+
+    Args:
+        net: in training, with the same whole weights in every process. It goes on to read whole tensors; fp32 weights
+            that it has copies of are given up.
+        ema: its average, whole.
+        copies: whether net reads low-precision copies (`DiT.make_copies`).
+        guides: whether ema is read in training too, and must stay whole.
+    """
+
+    def __init__(self, net: nn.Module, ema: nn.Module, *, copies: bool, guides: bool):
+        params, averages = list(net.parameters()), list(ema.parameters())
+        # copied, not viewed: torch can only save a DTensor that begins where its memory does
+        self.weights, self.averages = ([own_rows(p.detach()).clone() for p in each] for each in (params, averages))
+        self.net, self.ema = _holder(ema, self.weights), _holder(ema, self.averages)
+        """Networks that hold the rows by name, as DTensors, to save, to load and to compare; not to run."""
+        kept = net.make_copies() if copies else [None] * len(params)
+        self.copies = [None if x is None else own_rows(x) for x in kept]
+        """What a step writes beside the weights, None for a weight without."""
+        # what is read in fp32, and what it follows
+        followed = [(p.detach(), own) for p, own, x in zip(params, self.weights, kept, strict=True) if x is None]
+        followed += [(p, own) for p, own in zip(averages, self.averages, strict=True) if guides]
+        self._followers, self._followed = [own_rows(x) for x, _ in followed], [own for _, own in followed]
+        read = [x for x in kept if x is not None] + [x for x, _ in followed]
+        self._cut = [(x, own) for x in read if (own := own_rows(x)) is not x]
+        for p, x in zip(params, kept, strict=True):
+            if x is not None:
+                # a parameter without memory, which takes gradients
+                p.data = p.new_full((), float("nan")).expand(p.shape)
+        self.net.register_load_state_dict_post_hook(lambda *_: self._renew())
+
+    def follow(self, optimizer: torch.optim.Optimizer, loss: Zero1) -> None:
+        """Give an optimizer of the rows their gradients before each step, and gather what it has changed after it."""
+        optimizer.register_step_pre_hook(lambda *_: self._take(loss.gradients()))
+        optimizer.register_step_post_hook(lambda *_: self._gather())
+
+    def _take(self, gradients: Sequence[Tensor | None]) -> None:
+        for own, grad in zip(self.weights, gradients, strict=True):
+            own.grad = grad
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        self._take([None] * len(self.weights))
+        torch._foreach_copy_(self._followers, self._followed)
+        for work in _start(_all_gather, *zip(*self._cut, strict=True)):
+            work.wait()
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Bring what the network reads up to date with weights that were loaded."""
+        for x, own in zip(self.copies, self.weights, strict=True):
+            if x is not None:
+                x.copy_(own)
+        self._gather()
+
+
+def _holder(net: nn.Module, rows: Sequence[Tensor]) -> nn.Module:
+    mesh = init_device_mesh(rows[0].device.type, (dist.get_world_size(),))
+    holder = copy.deepcopy(net)
+    held = {
+        name: own if own.shape == p.shape else DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+        for (name, p), own in zip(net.named_parameters(), rows, strict=True)
+    }
+    holder.load_state_dict(held, assign=True)
+    return holder
+
+
+def runnable(net: nn.Module) -> nn.Module:
+    """A network to run: one with whole weights if it holds rows of them (a collective call), else net itself."""
+    if isinstance(net, FSDPModule) or not any(isinstance(p, DTensor) for p in net.parameters()):
+        return net
+    whole = copy.deepcopy(net)
+    whole.load_state_dict({name: full_tensor(x) for name, x in net.state_dict().items()}, assign=True)
+    return whole
+
+
+# --- all kinds ---
+
+
 def no_gradient_sync(loss: nn.Module) -> AbstractContextManager:
     """Keep a replicated objective's gradients local within a with block; the next backward outside sums them all.
 
     Shards are summed at once all the same: otherwise each process would hold whole gradients.
     """
     return loss.no_sync() if is_replicated(loss) else nullcontext()
+
+
+def total_norm(loss: nn.Module, grads: Sequence[Tensor]) -> Tensor:
+    """The norm of the whole gradient (), of whose tensors this process may hold a part."""
+    return loss.gradient_norm() if isinstance(loss, Zero1) else full_tensor(gradient_norm(grads))
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

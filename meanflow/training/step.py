@@ -20,8 +20,8 @@ from ..model.copies import product_copies, products_kept
 from .draw import draw_batch
 from .guard import SpikeGuard
 from .messages import StepInputs, StepResult, explained_failures
-from .optim import gradient_norm, step_unless
-from .parallel import MEASURED_PASSES, full_tensor, is_replicated, mean_over_ranks, no_gradient_sync
+from .optim import step_unless
+from .parallel import MEASURED_PASSES, is_replicated, mean_over_ranks, no_gradient_sync, total_norm
 
 
 class Step:
@@ -104,7 +104,7 @@ class Step:
         return terms._replace(loss=terms.loss.detach())
 
     def _run(self, micro_batches: tuple[StepInputs, ...]) -> StepResult:
-        self.optimizer.zero_grad()
+        self.loss.zero_grad()
         *earlier, last = micro_batches
         terms = [self._part(inputs) for inputs in earlier]
         done = self._last((last, [self._watched(each) for each in terms]))
@@ -123,7 +123,7 @@ class Step:
         """
         inputs, watched = given
         terms = self._gradient(inputs)
-        grad_norm = full_tensor(gradient_norm([p.grad for p in self.params]))
+        grad_norm = total_norm(self.loss, [p.grad for p in self.params])
         skip = torch.zeros_like(grad_norm)
         if self.guard is not None:
             losses = [torch.cat(each).mean() for each in zip(*watched, self._watched(terms), strict=True)]
@@ -149,7 +149,7 @@ class Step:
         with self._timed("compiling the step"), self._eagerly():
             for plan in plans:
                 self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
-            self.optimizer.zero_grad()
+            self.loss.zero_grad()
         self._warm = True
 
     def _declared_plans(self) -> list[Plan]:
@@ -217,7 +217,7 @@ class Step:
                 example = inputs._replace(plan=plan).to(inputs.samples.device)
                 if not accumulates:
                     # the graph makes them; drop those that the previous one has lent
-                    self.optimizer.zero_grad()
+                    self.loss.zero_grad()
                 part = Graph(self._part, example, pool) if accumulates else None
                 last = Graph(self._last, (example, watched), pool)
                 self._graphs[_shapes(example)] = _Graphs(part, last, [last.lend(p.grad) for p in self.params if lends])

@@ -36,7 +36,7 @@ from .flops import sample_flops
 from .guard import Findings, SpikeGuard
 from .messages import StepInputs
 from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
-from .parallel import full_tensor
+from .parallel import full_tensor, runnable
 from .prefetch import Prefetcher
 from .runlog import RunLog
 from .step import Step
@@ -51,6 +51,8 @@ CONTINUABLE = (
     *(f"evaluation.{name}" for name in ("every", "count", "inception", "reference", "guidance")),
     "optim.implementation", "guard.patience", "guard.then", "guard.rollbacks", "data.path", "data.vae",
 )  # fmt: skip
+# names of files, which each machine may have in another place
+OF_A_MACHINE = ("data.path", "data.vae", "train.init", "evaluation.inception", "evaluation.reference")
 
 
 class Trainer:
@@ -68,6 +70,7 @@ class Trainer:
     def __init__(self, config: RunConfig, out: Path, world: World | None = None):
         self.world = world or World(config.train.device)
         self.out, self.device = out, self.world.device
+        _check_same(config, self.world)
 
         # the run that the folder holds, which the configuration must continue; nothing is written yet
         self.guidance = sampling_guidance(
@@ -183,7 +186,7 @@ class Trainer:
                 if self._due(train.sample_every):
                     self.draw_picture()
                 if self.judge is not None and self._due(self.config.evaluation.every):
-                    self.log.scores(self.step, self.judge(self.ema))
+                    self.log.scores(self.step, self.judge(runnable(self.ema)))
                 if self._due(train.save_every):
                     self.save()
 
@@ -260,7 +263,7 @@ class Trainer:
     def draw_picture(self) -> None:
         """Log one-step samples of the averaged weights, one column per class; without a decoder, say so and go on."""
         sharded = self.config.train.parallel != "ddp" and self.world.size > 1
-        if not (sharded or self.world.is_main):  # a forward of shards needs all processes
+        if not (sharded or self.world.is_main):  # shards are gathered by all processes
             return
         try:
             decode = self._decoder()
@@ -272,7 +275,7 @@ class Trainer:
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
         noise = draws.normal(Purpose.NOISE, self.dataset.shape)
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
-        latents = sample(self.ema, noise, labels, guidance=self.guidance)
+        latents = sample(runnable(self.ema), noise, labels, guidance=self.guidance)
         if self.world.is_main:
             names = self.dataset.classes
             captions = [names[i] if names else str(i) for i in labels.tolist()]
@@ -360,6 +363,20 @@ def _train(trainer: Trainer, received: list[int]) -> int:
     say(f"{state} at step {trainer.step}, {images / max(seconds, 1e-9):.0f} img/s in {seconds:.0f} s")
     # the signal may have reached another process alone
     return 0 if finished else 128 + (received[0] if received else signal.SIGTERM)
+
+
+def _check_same(config: RunConfig, world: World) -> None:
+    """Raise, in all processes, if they were started with different options."""
+    first, *others = world.gather(to_dict(config))
+    for rank, other in enumerate(others, 1):
+        for section, options in other.items():
+            for name, value in options.items():
+                option, wanted = f"{section}.{name}", first[section][name]
+                if value != wanted and option not in OF_A_MACHINE:
+                    raise UserError(
+                        f"{option}: got {value!r} in process {rank}, wanted {wanted!r}, as in process 0; start all "
+                        "with the same options"
+                    )
 
 
 def _with_groups(config: RunConfig, held: dict | None, world: World) -> RunConfig:

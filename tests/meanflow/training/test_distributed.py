@@ -82,18 +82,26 @@ def assert_same_curve(out: Path, wanted: Path):
 SLOW = pytest.mark.slow
 ENGINES = {
     "ddp": {"parallel": "ddp"},
+    "zero1": {"parallel": "zero1"},
     "fsdp": {"parallel": "fsdp"},
     "hybrid": {"parallel": "hybrid", "shard_size": 1},
     "ddp, accumulated": {"parallel": "ddp", "accumulate": 2},
+    "zero1, accumulated": {"parallel": "zero1", "accumulate": 2},
     "fsdp, accumulated": {"parallel": "fsdp", "accumulate": 4},
     "ddp, blocks computed again": {"parallel": "ddp", "checkpoint_blocks": True},
+    "zero1, blocks computed again": {"parallel": "zero1", "checkpoint_blocks": True},
     "fsdp, blocks computed again": {"parallel": "fsdp", "checkpoint_blocks": True},
     "ddp, improved MeanFlow": {"parallel": "ddp", "accumulate": 2, "name": "digits-imf"},
+    "zero1, improved MeanFlow": {"parallel": "zero1", "accumulate": 2, "name": "digits-imf"},
     "fsdp, improved MeanFlow": {"parallel": "fsdp", "name": "digits-imf"},
     "ddp, compiled": pytest.param({"parallel": "ddp", "compile": True}, marks=SLOW),
+    "zero1, compiled": pytest.param({"parallel": "zero1", "compile": True}, marks=SLOW),
     "fsdp, compiled": pytest.param({"parallel": "fsdp", "compile": True}, marks=SLOW),
     "ddp, all": pytest.param(
         {"parallel": "ddp", "compile": True, "accumulate": 2, "checkpoint_blocks": True}, marks=SLOW
+    ),
+    "zero1, all": pytest.param(
+        {"parallel": "zero1", "compile": True, "accumulate": 2, "checkpoint_blocks": True}, marks=SLOW
     ),
     "fsdp, all": pytest.param(
         {"parallel": "fsdp", "compile": True, "accumulate": 2, "checkpoint_blocks": True}, marks=SLOW
