@@ -1,4 +1,4 @@
-"""Two processes that take orders, connected by gloo; this process as torchrun starts a single one."""
+"""Some processes that take orders, connected by gloo; this process as torchrun starts a single one."""
 
 import os
 import socket
@@ -28,17 +28,18 @@ def started_by_torchrun(monkeypatch):
 
 
 class Ranks:
-    """Calls a function of (rank, ...) in each of two processes; what fails or hangs there fails here."""
+    """Calls a function of (rank, ...) in each of some processes; what fails or hangs there fails here."""
 
-    def __init__(self):
+    def __init__(self, count: int = RANKS):
+        self.count = count
         self.start()
 
     def start(self):
         port = free_port()
         self.pipes, self.processes = [], []
-        for rank in range(RANKS):
+        for rank in range(self.count):
             here, there = FORKS.Pipe()
-            self.processes.append(FORKS.Process(target=serve, args=(rank, port, there), daemon=True))
+            self.processes.append(FORKS.Process(target=serve, args=(rank, self.count, port, there), daemon=True))
             self.processes[-1].start()
             self.pipes.append(here)
 
@@ -58,8 +59,8 @@ class Ranks:
         return [answer for _, answer in answers]
 
 
-def serve(rank: int, port: int, pipe):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+def serve(rank: int, count: int, port: int, pipe):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS / 2))
     while True:

@@ -1,4 +1,4 @@
-"""One process, DDP and FSDP2 compute the same; two processes on the CPU (gloo)."""
+"""One process, DDP, zero1 and FSDP2 compute the same; two processes on the CPU (gloo)."""
 
 import copy
 import gc
@@ -15,7 +15,16 @@ from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Planner
 from meanflow.model.dit import DiT
 from meanflow.training.optim import update_ema
-from meanflow.training.parallel import compile_blocks, full_tensor, replicate, shard
+from meanflow.training.parallel import (
+    OwnRows,
+    Zero1,
+    compile_blocks,
+    full_tensor,
+    own_rows,
+    replicate,
+    shard,
+    total_norm,
+)
 from meanflow.training.step import declare_sizes
 from meanflow_kernels.adamw_ema import AdamWEMA
 
@@ -73,10 +82,10 @@ class Engine:
     def __init__(self, name: str, objective: ObjectiveConfig, net: DiT, guide: DiT | None = None, backend: str = ""):
         self.objective, self.net, self.compiled = objective, net, bool(backend)
         self.loss = MeanFlowLoss(objective, net, guide)
-        if name == "ddp":
+        if name in ("ddp", "zero1"):
             if backend:
                 self.loss.compile(fullgraph=True, dynamic=False, backend=backend)
-            self.loss = replicate(self.loss)
+            self.loss = replicate(self.loss, Zero1) if name == "zero1" else replicate(self.loss)
             return
         for each in (net,) if guide is None else (net, guide):
             if backend:
@@ -94,6 +103,12 @@ class Engine:
         terms = self.terms(inputs, plan)
         terms.loss.backward()
         return terms
+
+    def gradient_error(self, wanted: DiT) -> float:
+        """Of this process's gradients, whole or in part."""
+        if isinstance(self.loss, Zero1):
+            return furthest(self.loss.gradients(), map(own_rows, grads(wanted)))
+        return furthest(grads(self.net), grads(wanted))
 
 
 def furthest(got, wanted) -> float:
@@ -114,7 +129,7 @@ def gradient_error(
 ) -> dict:
     batches = [batch(rank) for rank in range(RANKS)] if batches is None else batches
     # wide enough for DDP, whose first bucket holds 1 MB, to cut the compiled graph
-    sizes = dict(hidden_size=96) if backend and name == "ddp" else {}
+    sizes = dict(hidden_size=96) if backend and name != "fsdp" else {}
     # each block is compiled
     sizes |= dict(depth=1) if backend and not all_sizes else {}
     wanted = network(**sizes)
@@ -130,7 +145,7 @@ def gradient_error(
     with torch.compiler.set_stance("fail_on_recompile") if backend else nullcontext():
         terms = engine.backward(batches[rank])
     return {
-        "error": furthest(grads(engine.net), grads(wanted)),
+        "error": engine.gradient_error(wanted),
         "guidance rows": len(plan_of(objective, batches[rank]).rows),
         "tangent recorded": terms.du_dt.requires_grad,
     }
@@ -139,10 +154,11 @@ def gradient_error(
 # --- gradients ---
 
 ENGINES = ("ddp", "fsdp")
+KINDS = ("ddp", "zero1", "fsdp")
 
 
 @pytest.mark.parametrize("checkpoint_blocks", (False, True), ids=("kept", "checkpointed"))
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KINDS)
 def test_gradients_are_those_of_one_process(ranks, name, checkpoint_blocks):
     for found in ranks(gradient_error, name, GUIDED, checkpoint_blocks, ""):
         assert found["error"] < 1e-10 and found["guidance rows"] and not found["tangent recorded"]
@@ -153,6 +169,8 @@ def test_gradients_are_those_of_one_process(ranks, name, checkpoint_blocks):
     [
         ("ddp", False),
         ("fsdp", False),
+        pytest.param("zero1", False, marks=pytest.mark.slow),
+        pytest.param("zero1", True, marks=pytest.mark.slow),
         pytest.param("ddp", True, marks=pytest.mark.slow),
         pytest.param("fsdp", True, marks=pytest.mark.slow),
     ],
@@ -202,6 +220,9 @@ def step_error(rank: int, name: str, objective, native: bool, dtype) -> float:
         if name == "fsdp" and not single and guide is None:
             shard(ema)
         params, averages = list(net.parameters()), list(ema.parameters())
+        if name == "zero1" and not single:
+            rows = OwnRows(net, ema, copies=False, guides=guide is not None)
+            params, averages = rows.weights, rows.averages
         # the biases of keys have no gradient but rounding errors, which Adam without its eps would make steps of
         settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8 if dtype is F64 else 1e-2)
         if native:
@@ -209,6 +230,9 @@ def step_error(rank: int, name: str, objective, native: bool, dtype) -> float:
         else:
             optimizer = torch.optim.AdamW(params, **settings)
             optimizer.register_step_post_hook(lambda *_, a=averages, p=params: update_ema(a, p, 0.9))
+        if name == "zero1" and not single:
+            rows.follow(optimizer, engine.loss)
+            params, averages = rows.net.parameters(), rows.ema.parameters()
         for step in range(3):
             batches = [batch(rank, step, dtype) for rank in range(RANKS)]
             if single:
@@ -216,7 +240,7 @@ def step_error(rank: int, name: str, objective, native: bool, dtype) -> float:
                 whole_loss(engine, batches).backward()
             else:
                 engine.backward(batches[rank])
-            norm = full_tensor(nn.utils.get_total_norm(grads(net)))
+            norm = total_norm(engine if single else engine.loss, grads(net))
             optimizer.step()
         results.append([norm, *(full_tensor(x.detach()) for x in (*params, *averages))])
     return furthest(*reversed(results))
@@ -224,13 +248,13 @@ def step_error(rank: int, name: str, objective, native: bool, dtype) -> float:
 
 @pytest.mark.parametrize("objective", (GUIDED, BY_EMA), ids=("guided by itself", "guided by the average"))
 @pytest.mark.parametrize("native", (False, True), ids=("torch", "native"))
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KINDS)
 def test_steps_are_those_of_one_process(ranks, name, native, objective):
     for error in ranks(step_error, name, objective, native, F64):
         assert error < 1e-10
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KINDS)
 def test_native_fp32_steps_are_those_of_one_process(ranks, name):
     for error in ranks(step_error, name, GUIDED, True, torch.float32):
         assert error < 1e-5
