@@ -9,8 +9,8 @@ What a process holds of each tensor, and who makes it whole:
     average, moments        whole           its own rows                        shards
 
 A process's own rows of a tensor are an equal part of them (`own_rows`); a tensor whose rows the processes do not divide
-is whole everywhere. The network reads a weight's bf16 copy, where it has one, which the step writes; else a copy in fp32
-(in fp32 precision all; in bf16 biases, embeddings and the like). Both collectives work in place: nothing is packed.
+is whole everywhere. The network reads a weight's bf16 copy, where it has one, which the step writes; else a copy in
+fp32 (in fp32 precision all; in bf16 some biases, embeddings and the like). Both collectives work in place.
 
     DDP                                         FSDP2
     loss = MeanFlowLoss(config, net, guide)     ema = copy.deepcopy(net)
