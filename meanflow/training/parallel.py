@@ -208,7 +208,8 @@ class OwnRows:
         params, averages = list(net.parameters()), list(ema.parameters())
         # copied, not viewed: torch can only save a DTensor that begins where its memory does
         self.weights, self.averages = ([own_rows(p.detach()).clone() for p in each] for each in (params, averages))
-        self.net, self.ema = _holder(ema, self.weights), _holder(ema, self.averages)
+        mesh = init_device_mesh(params[0].device.type, (dist.get_world_size(),))
+        self.net, self.ema = _holder(ema, self.weights, mesh), _holder(ema, self.averages, mesh)
         """Networks that hold the rows by name, as DTensors, to save, to load and to compare; not to run."""
         kept = net.make_copies() if copies else [None] * len(params)
         self.copies = [None if x is None else own_rows(x) for x in kept]
@@ -250,8 +251,7 @@ class OwnRows:
         self._gather()
 
 
-def _holder(net: nn.Module, rows: Sequence[Tensor]) -> nn.Module:
-    mesh = init_device_mesh(rows[0].device.type, (dist.get_world_size(),))
+def _holder(net: nn.Module, rows: Sequence[Tensor], mesh: DeviceMesh) -> nn.Module:
     holder = copy.deepcopy(net)
     held = {
         name: own if own.shape == p.shape else DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
