@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fresh
+import pytest
 from safetensors.torch import load_file
 
 from meanflow.presets import preset
@@ -31,11 +32,34 @@ def tiny(name="digits", **train):
     )
 
 
+GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75, "label_drop": 0.3, "share_equal": 0.5}
+
+
+def guided(guidance_weights="current", implementation="native", **options):
+    """The same with guidance, of the network that learns or of its average."""
+    config = tiny(**options)
+    told = config.objective.guidance_input != "none"
+    guidance = {"label_drop": 0.3} if told else GUIDED | {"guidance_weights": guidance_weights}
+    optim = replace(config.optim, implementation=implementation)
+    return replace(config, objective=replace(config.objective, **guidance), optim=optim)
+
+
 def curve(out: Path) -> list[dict]:
     """The log without what depends on the clock."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     clocks = ("time", "images_per_second", "data_wait", "memory_gb", "mfu")
     return [{key: row[key] for key in row if key not in clocks} for row in rows]
+
+
+def assert_same_curve(out: Path, wanted: Path):
+    """Two runs logged the same, but for rounding."""
+    got, rows = curve(out), curve(wanted)
+    assert [row["step"] for row in got] == [row["step"] for row in rows]
+    for a, b in zip(got, rows, strict=True):
+        for name in {"raw", "raw_equal", "raw_unequal", "v_loss", "weight", "raw_v", "loss", "lr", "epoch"} & b.keys():
+            assert a[name] == pytest.approx(b[name], rel=2e-5), (a["step"], name)
+        for name in ("grad_norm", "ema_distance", "du_dt_rms"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
 
 
 def final_state(out: Path) -> dict:

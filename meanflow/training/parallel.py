@@ -131,11 +131,11 @@ def own_rows(x: Tensor) -> Tensor:
     return x if rest or size == 1 else x.narrow(0, dist.get_rank() * rows, rows)
 
 
-def _start(collective: Callable, outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options) -> list[dist.Work]:
-    """Start a collective on each pair of tensors: as a single one by NCCL, which gloo cannot."""
-    nccl = inputs[0].is_cuda
+def _start(collective: Callable, pairs: Sequence[tuple[Tensor, Tensor]], **options) -> list[dist.Work]:
+    """Start a collective on pairs of an output and an input: as a single one by NCCL, which gloo cannot."""
+    nccl = any(x.is_cuda for _, x in pairs)
     with _coalescing_manager(async_ops=True) if nccl else nullcontext() as together:
-        works = [collective(y, x, async_op=True, **options) for y, x in zip(outputs, inputs, strict=True)]
+        works = [collective(y, x, async_op=True, **options) for y, x in pairs]
     return together.works if nccl else works
 
 
@@ -152,8 +152,7 @@ def _average_own_rows(works: list[dist.Work], bucket: dist.GradBucket) -> torch.
         bucket.buffer().div_(dist.get_world_size())
     pairs = [(own_rows(grad), grad) for grad in bucket.gradients()]
     works += [dist.all_reduce(x, average, async_op=True) for own, x in pairs if own is x]
-    if cut := [(own, x) for own, x in pairs if own is not x]:
-        works += _start(_reduce_scatter, *zip(*cut, strict=True), op=average)
+    works += _start(_reduce_scatter, [(own, x) for own, x in pairs if own is not x], op=average)
     # DDP need not wait, for the gradients lie where it expects them: whoever reads them does
     done = torch.futures.Future()
     done.set_result(bucket.buffer())
@@ -239,7 +238,7 @@ class OwnRows:
     def _gather(self) -> None:
         self._take([None] * len(self.weights))
         torch._foreach_copy_(self._followers, self._followed)
-        for work in _start(_all_gather, *zip(*self._cut, strict=True)):
+        for work in _start(_all_gather, self._cut):
             work.wait()
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -22,26 +21,13 @@ from meanflow.errors import UserError
 from meanflow.interop.weights import load_ema
 from meanflow.method.microbatch import BatchSplit
 from meanflow.method.times import draw_times, drop_mask
-from meanflow.model.copies import kept_copies
-from meanflow.storage import checkpoint as ckpt
-from meanflow.training.engine import shard_optimizer
-from meanflow.training.parallel import full_tensor
 from meanflow.training.trainer import Trainer, train
 
 TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_every": 99, "groups": 2}
-GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75, "label_drop": 0.3, "share_equal": 0.5}
-
-
-def guided(guidance_weights="current", implementation="native", **options):
-    config = runs.tiny(**options)
-    told = config.objective.guidance_input != "none"
-    guidance = {"label_drop": 0.3} if told else GUIDED | {"guidance_weights": guidance_weights}
-    optim = replace(config.optim, implementation=implementation)
-    return replace(config, objective=replace(config.objective, **guidance), optim=optim)
 
 
 def train_guided(rank: int, out: str, options: dict) -> int:
-    return train(guided(**options), Path(out))
+    return train(runs.guided(**options), Path(out))
 
 
 def train_tiny(rank: int, out: str, options: dict) -> int:
@@ -56,20 +42,13 @@ def ranks():
 
 
 @pytest.fixture(scope="module")
-def four_ranks():
-    processes = Ranks(4)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
     """Twenty steps of one process, by the preset's name."""
 
     @cache
     def run(name: str) -> Path:
         out = tmp_path_factory.mktemp(f"twenty-{name}")
-        assert train(guided(name=name, **TWENTY), out) == 0
+        assert train(runs.guided(name=name, **TWENTY), out) == 0
         return out
 
     return run
@@ -80,16 +59,6 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     assert train(runs.tiny(groups=2), out) == 0
     return out
-
-
-def assert_same_curve(out: Path, wanted: Path):
-    got, rows = runs.curve(out), runs.curve(wanted)
-    assert [row["step"] for row in got] == [row["step"] for row in rows]
-    for a, b in zip(got, rows, strict=True):
-        for name in {"raw", "raw_equal", "raw_unequal", "v_loss", "weight", "raw_v", "loss", "lr", "epoch"} & b.keys():
-            assert a[name] == pytest.approx(b[name], rel=2e-5), (a["step"], name)
-        for name in ("grad_norm", "ema_distance", "du_dt_rms"):
-            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
 
 
 SLOW = pytest.mark.slow
@@ -126,116 +95,11 @@ ENGINES = {
 def test_twenty_steps_are_those_of_one_process(ranks, engine, twenty, tmp_path):
     assert ranks(train_guided, str(tmp_path), TWENTY | engine) == [0, 0]
     one = twenty(engine.get("name", "digits"))
-    assert_same_curve(tmp_path, one)
+    runs.assert_same_curve(tmp_path, one)
     # what the guard watches is of all processes
     for name in ("guard.means", "guard.good"):
         watched, wanted = (np.frombuffer(runs.final_state(out)[name]) for out in (tmp_path, one))
         np.testing.assert_allclose(watched, wanted, rtol=1e-4)
-
-
-@SLOW
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "checkpoint_blocks": True}], ids=("", "accumulated"))
-@pytest.mark.parametrize("name", ("digits", "digits-imf"))
-def test_twenty_steps_of_four_processes_are_those_of_one(four_ranks, name, options, twenty, tmp_path):
-    options = TWENTY | {"parallel": "zero1", "name": name} | options
-    assert four_ranks(train_guided, str(tmp_path), options) == [0] * 4
-    assert_same_curve(tmp_path, twenty(name))
-
-
-# --- zero1 ---
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    """Weights, average and optimizer's state of the last checkpoint, whole."""
-    path = ckpt.checkpoints(out / ckpt.FOLDER)[-1]
-    parts = {part: ckpt.load_network(path, part) for part in ("model", "ema", "optimizer")}
-    return {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
-
-
-BITS = {
-    "fp32": {},
-    "bf16": {"precision": "bf16"},
-    "bf16, guided by the average": {"precision": "bf16", "guidance_weights": "ema"},
-    "bf16, torch's optimizer": {"precision": "bf16", "implementation": "torch"},
-}
-
-
-@pytest.mark.parametrize("options", BITS.values(), ids=BITS)
-def test_zero1_is_ddp_to_the_last_bit(ranks, options, tmp_path):
-    """Resumed as itself, and as DDP; of two processes both sum in one order."""
-    for out, kinds in {"ddp": ("ddp", "ddp"), "zero1": ("zero1", "zero1"), "both": ("ddp", "zero1")}.items():
-        for kind, steps in zip(kinds, (4, 6), strict=True):
-            assert ranks(train_guided, str(tmp_path / out), options | {"parallel": kind, "steps": steps}) == [0, 0]
-    wanted, picture = weights_of(tmp_path / "ddp"), sorted((tmp_path / "ddp" / "samples").iterdir())[-1]
-    for out in ("zero1", "both"):
-        got = weights_of(tmp_path / out)
-        assert got.keys() == wanted.keys()
-        assert [name for name, x in got.items() if not torch.equal(x, wanted[name])] == []
-        assert (tmp_path / out / "samples" / picture.name).read_bytes() == picture.read_bytes()
-
-
-def looked_at(rank: int, out: str, options: dict) -> dict:
-    """What a process of a run holds after three steps and a fourth, which is left out."""
-    trainer = Trainer(guided(**options), Path(out))
-    net = trainer.make_step.loss.module.net
-    for position in range(3):
-        trainer.train_step(trainer.inputs(position))
-
-    def held():
-        state = [x for each in trainer.optimizer.state.values() for x in each.values()]
-        return [x.clone() for x in (*rows, *state, *net.parameters(), *(kept.copy for kept in kept_copies(net)))]
-
-    rows = [x.detach() for each in (trainer.net, trainer.ema) for x in map(local, each.parameters())]
-    before, bad = held(), trainer.inputs(3)
-    if rank == 1:
-        for inputs in bad:
-            inputs.batch.mean.fill_(float("nan"))
-    trainer.train_step(bad)
-    unchanged = all(x.equal(y) or y.isnan().all() for x, y in zip(before, held(), strict=True))
-
-    whole = [full_tensor(p.detach()) for p in trainer.net.parameters()]
-    by_parameter = dict(zip(net.parameters(), whole, strict=True))
-    copies = {p: kept for kept in kept_copies(net) for p in kept.params}
-    state = [x for each in trainer.optimizer.state.values() for name, x in each.items() if name != "step"]
-    return {
-        "skipped": trainer.guard.findings().skipped,
-        "a left-out step changed nothing": unchanged,
-        "copies are the rounded weights": all(
-            kept.copy.equal(torch.cat([by_parameter[p] for p in kept.params]).bfloat16()) for kept in copies.values()
-        ),
-        "the others are the weights": all(p.equal(x) for p, x in by_parameter.items() if p not in copies),
-        "copies": len(copies),
-        "fp32 left of weights with a copy": sum(p.untyped_storage().nbytes() for p in copies) // 4,
-        "share of the moments": sum(x.numel() for x in state) / sum(2 * x.numel() for x in whole),
-        "share of weights and average": sum(x.numel() for x in rows) / sum(2 * x.numel() for x in whole),
-    }
-
-
-def local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def assert_looks_right(found: dict, count: int, low: bool):
-    assert found["skipped"] == 1 and found["a left-out step changed nothing"]
-    assert found["copies are the rounded weights"] and found["the others are the weights"]
-    assert bool(found["copies"]) == low and found["fp32 left of weights with a copy"] == found["copies"]
-    # but for a few tensors whose rows the processes do not divide
-    for name in ("moments", "weights and average"):
-        assert 1 / count <= found[f"share of the {name}" if name == "moments" else f"share of {name}"] < 1.1 / count
-
-
-@pytest.mark.parametrize("name", ("digits", "digits-imf"))
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-def test_what_a_process_of_zero1_holds(ranks, precision, name, tmp_path):
-    for found in ranks(looked_at, str(tmp_path), {"parallel": "zero1", "precision": precision, "name": name}):
-        assert_looks_right(found, 2, precision == "bf16")
-
-
-@SLOW
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-def test_what_each_of_four_processes_of_zero1_holds(four_ranks, precision, tmp_path):
-    for found in four_ranks(looked_at, str(tmp_path), {"parallel": "zero1", "precision": precision}):
-        assert_looks_right(found, 4, precision == "bf16")
 
 
 # --- the batch, split ---
@@ -316,12 +180,6 @@ def test_processes_with_different_options(ranks, message, options, tmp_path):
         assert answer == f"{message}, as in process 0; start all with the same options"
 
 
-def test_zero1_on_processes_that_cannot_share_a_weight():
-    with mock.patch("torch.distributed.get_world_size", lambda: 3), pytest.raises(UserError) as error:
-        shard_optimizer(runs.tiny(parallel="zero1"), *[None] * 4)
-    assert str(error.value).startswith("processes: got 3, wanted a number that divides model.hidden_size 16")
-
-
 # --- processes that come and go ---
 
 
@@ -334,7 +192,7 @@ def test_resume_on_fewer_and_on_more_processes(ranks, name, whole, tmp_path):
     assert header["processes"] == 2
     assert train(runs.tiny(steps=6), tmp_path) == 0
     assert ranks(train_tiny, str(tmp_path), engine) == [0, 0]
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
     # the average is whole again in one process, and that of one process
     (net, *_), (wanted, *_) = load_ema(tmp_path, torch.device("cpu")), load_ema(whole, torch.device("cpu"))
     for a, b in zip(net.parameters(), wanted.parameters(), strict=True):
@@ -345,7 +203,7 @@ def test_resume_as_another_kind(ranks, whole, tmp_path):
     for kind, steps in {"ddp": 3, "zero1": 6, "fsdp": 9}.items():
         assert ranks(train_tiny, str(tmp_path), {"parallel": kind, "groups": 2, "steps": steps}) == [0, 0]
     assert ranks(train_tiny, str(tmp_path), {"parallel": "zero1", "accumulate": 2}) == [0, 0]
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
 
 
 # --- faults; a process dies at once by SIGKILL ---
@@ -390,29 +248,6 @@ flush, checkpoint._flush = checkpoint._flush, half
 """,
         {"parallel": "fsdp"},
     ),
-    "one of two processes of zero1, its rows stepped but not gathered": (
-        """
-from meanflow.training import parallel
-gather = parallel.OwnRows._gather
-first, steps = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", [0]
-def gather_or_die(self):
-    steps[0] += 1
-    if RANK and first and steps[0] == 7:
-        die()
-    gather(self)
-parallel.OwnRows._gather = gather_or_die
-""",
-        {"parallel": "zero1"},
-    ),
-    "one of two processes of zero1, before its rows are written": (
-        """
-write = checkpoint.dcp.HuggingFaceStorageWriter.write_data
-first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-checkpoint.dcp.HuggingFaceStorageWriter.write_data = (
-    lambda self, *args: die() if RANK and first and "00000008" in str(self.path) else write(self, *args))
-""",
-        {"parallel": "zero1"},
-    ),
     "the first of two, the checkpoint not yet named": (
         """
 rename = os.rename
@@ -431,7 +266,7 @@ def test_fault_killed_and_restarted_by_torchrun(fault, options, whole, tmp_path)
     done = runs.train_in_process(tmp_path, fault, ranks=2, restarts=1, groups=2, **options)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 4" in done.stdout
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
     assert not list(tmp_path.rglob("*.partial"))
     assert time.monotonic() - start < 120
 
@@ -467,7 +302,7 @@ def test_fault_a_signal_to_one_process_saves_and_stops_all(ranks, whole, tmp_pat
     assert ranks(train_signalled, str(tmp_path), {"groups": 2}) == [128 + signal.SIGTERM] * 2
     assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) in ("step_00000005", "step_00000006")
     assert train(runs.tiny(groups=2), tmp_path) == 0
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
 
 
 @SLOW
@@ -483,7 +318,7 @@ if RANK == {full}: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.R
     assert "MiB free" in line and "step_00000004" in line
     assert not list(tmp_path.rglob("*.partial")) and not list((tmp_path / "checkpoints").iterdir())
     assert train(runs.tiny(groups=2), tmp_path) == 0
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
 
 
 def test_fault_a_damaged_shard_of_two(ranks, whole, tmp_path):
@@ -493,7 +328,7 @@ def test_fault_a_damaged_shard_of_two(ranks, whole, tmp_path):
     content[-20] ^= 1
     shard.write_bytes(content)
     assert ranks(train_tiny, str(tmp_path), {"parallel": "fsdp"}) == [0, 0]
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
     assert shard.parent.with_name("step_00000008.aside").exists()
 
 
@@ -549,4 +384,4 @@ trainer.Trainer.train_step = train_step
     assert time.monotonic() - start < 60 and "stopped and saved at step" in out
     shutil.rmtree(tmp_path / "tensorboard")
     assert train(runs.tiny(groups=2), tmp_path) == 0
-    assert_same_curve(tmp_path, whole)
+    runs.assert_same_curve(tmp_path, whole)
