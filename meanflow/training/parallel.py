@@ -131,12 +131,15 @@ def own_rows(x: Tensor) -> Tensor:
     return x if rest or size == 1 else x.narrow(0, dist.get_rank() * rows, rows)
 
 
+def _has_nccl() -> bool:
+    return "nccl" in dist.get_backend()
+
+
 def _start(collective: Callable, pairs: Sequence[tuple[Tensor, Tensor]], **options) -> list[dist.Work]:
     """Start a collective on pairs of an output and an input: as a single one by NCCL, which gloo cannot."""
-    nccl = any(x.is_cuda for _, x in pairs)
-    with _coalescing_manager(async_ops=True) if nccl else nullcontext() as together:
+    with _coalescing_manager(async_ops=True) if _has_nccl() else nullcontext() as together:
         works = [collective(y, x, async_op=True, **options) for y, x in pairs]
-    return together.works if nccl else works
+    return works if together is None else together.works
 
 
 # torch 2.13 renamed them
@@ -147,7 +150,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def _average_own_rows(works: list[dist.Work], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's hook on a bucket of gradients that are ready: start to average, each process its own rows, in place."""
     average = dist.ReduceOp.AVG
-    if not bucket.buffer().is_cuda:  # gloo has sums only
+    if not _has_nccl():  # gloo has sums only
         average = dist.ReduceOp.SUM
         bucket.buffer().div_(dist.get_world_size())
     pairs = [(own_rows(grad), grad) for grad in bucket.gradients()]
