@@ -262,7 +262,7 @@ class TrainConfig:
     """Compute each block again in backward instead of keeping what it saves: less memory, a third more work."""
     cuda_graph: bool = False
     """Replay the whole step, optimizer included, as a CUDA graph, which removes the host's launch overhead; that of
-    several processes too (ddp). Shards (fsdp, hybrid) run uncaptured."""
+    several processes too (ddp, zero1). Shards (fsdp, hybrid) run uncaptured."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms: a resumed run is bit-exact on CUDA too (on the CPU it always is)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -109,11 +109,11 @@ def capture_if_possible(config: RunConfig, world: World) -> RunConfig:
     train = config.train
     if not (train.cuda_graph and world.connected and world.device.type == "cuda"):
         return config
-    if train.parallel == "ddp" and "nccl" in dist.get_backend():
+    if train.parallel in ("ddp", "zero1") and "nccl" in dist.get_backend():
         return config
     got = f"train.parallel {train.parallel} over {dist.get_backend()}"
     if world.is_main:
-        print(f"train.cuda_graph: got True with {got}, wanted ddp over nccl to capture; the step runs uncaptured")
+        print(f"train.cuda_graph: got True with {got}, wanted ddp or zero1 over nccl; the step runs uncaptured")
     return replace(config, train=replace(train, cuda_graph=False))
 
 

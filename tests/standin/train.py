@@ -4,7 +4,7 @@ python tests/standin/run.py -m torch.distributed.run --nproc-per-node 1 tests/st
 STANDIN_DEVICES=2 python tests/standin/run.py -m torch.distributed.run --nproc-per-node 2 tests/standin/train.py \
     accumulate=2
 
-Words name=value are options of train.*, whole numbers all of them.
+Words name=value are options of train.*, whole numbers or names.
 """
 
 import sys
@@ -24,7 +24,7 @@ parallel.BUCKET_MB = 0.01  # several for so small a network
 
 
 def main(words: list[str]) -> None:
-    options = {name: int(value) for name, value in (word.split("=") for word in words)}
+    options = {name: int(value) if value.isdigit() else value for name, value in (word.split("=") for word in words)}
     run = runs.tiny(**{"batch": 32, "device": "cuda", "cuda_graph": True} | options)
     # several sizes of both groups
     objective = replace(run.objective, omega=0.2, kappa=0.92, equal_placement="bernoulli", label_drop=0.2)
