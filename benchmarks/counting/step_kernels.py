@@ -23,6 +23,8 @@ from meanflow.config import RunConfig
 from meanflow.method.plan import Plan
 from meanflow_kernels.adaln import op as adaln
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
+from meanflow_kernels.attention.config import backward_configs
+from meanflow_kernels.attention.launches import backward_launches
 from meanflow_kernels.bias_gelu import op as bias_gelu
 from meanflow_kernels.counts import moved_bytes
 from meanflow_kernels.gate_adaln import op as gate_adaln
@@ -70,7 +72,17 @@ OPERATORS = {  # by the name of a share: the kernels or operators that serve it;
     "adamw_ema": (r"adamw_ema", ("adamw_ema",)),
 }  # fmt: skip
 
+
+def _attention_qkv_bwd(args, out) -> list:
+    do, qkv, o, lse, scale, bias_dtype = args
+    (q, k, v), dbias = qkv.unbind(2), None if bias_dtype is None else out[1]
+    # meta tensors have no architecture: sm_90's, as they have an H200's multiprocessors
+    configs = backward_configs(90, q.dtype, q.shape[-1], q.shape[1])
+    return list(backward_launches(do, (q, k, v, o, lse), lse, out[0].unbind(2), scale, configs, dbias))[1:]
+
+
 SECOND_STAGES: dict[str, Callable] = {
+    "attention_qkv_bwd": _attention_qkv_bwd,
     "adaln_bwd": lambda args, out: adaln.backward_launches(*args[:3], *out, args[3]),
     "gate_adaln_bwd": lambda args, out: gate_adaln.backward_launches(
         *args[:7], *out[:2], [*out[3:5], out[2]], out[5], args[7]
@@ -80,7 +92,7 @@ SECOND_STAGES: dict[str, Callable] = {
     "qk_rope_bwd": lambda args, out: qk_rope.backward_launches(args[0], args[1:5], args[5:7], out[0], out[1:], args[7]),
     "rmsnorm_bwd": lambda args, out: rmsnorm.backward_launches(*args[:3], *out, args[3]),
 }
-"""Builds the two launches of a backward call from its arguments and results: the second adds up the first's sums."""
+"""Builds the launches of a backward call from its arguments and results: any second adds up the first's sums."""
 
 
 class Activity(NamedTuple):
@@ -149,8 +161,8 @@ class OperatorCalls(TorchDispatchMode):
             flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
             self._add(name, Counted(1, flops, moved_bytes(args, pytree.tree_leaves(out))))
             if name in SECOND_STAGES:
-                _, second = SECOND_STAGES[name](args, out)
-                self._add("sum_partials", Counted(1, 0, moved_bytes(second.args.values(), ())))
+                for second in list(SECOND_STAGES[name](args, out))[1:]:
+                    self._add("sum_partials", Counted(1, 0, moved_bytes(second.args.values(), ())))
         return out
 
     def _add(self, name: str, counted: Counted) -> None:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from meanflow.model.imf import padded, rope_table
 from meanflow_kernels.adaln import op as adaln_op
-from meanflow_kernels.attention.backends import attention_backward, attention_forward, force_backend, serves
+from meanflow_kernels.attention.backends import attention_forward, attention_qkv_backward, force_backend, serves
 from meanflow_kernels.attention.config import FORWARD, AttentionConfig, Backend
 from meanflow_kernels.attention.launches import backward_launches, forward_launch
 from meanflow_kernels.attention.reference import attention_ref
@@ -346,25 +346,32 @@ def attention(
 def attention_bwd(
     shape: Shape, half: torch.dtype, device: str, *, shipped: tuple[AttentionConfig, AttentionConfig]
 ) -> Trial:
-    """The backward into one packed gradient, to which a library's are copied; ``shipped`` are Triton's configs."""
-    q, k, v = _packed(shape, half, device)
-    scale = shape.head_dim**-0.5
+    """The backward into one packed gradient, a library's packed into it, and that of a bias; ``shipped`` are Triton's
+    configs.
+    """
+    qkv = torch.stack(_packed(shape, half, device), 2)
+    (q, k, v), scale = qkv.unbind(2), shape.head_dim**-0.5
     o, lse = (q.new_empty(q.shape), q.new_empty((shape.batch, shape.heads, shape.tokens), dtype=torch.float32))
     if device != "meta":
         o, lse = (x.contiguous() for x in attention_ref(q, k, v, scale=scale))
-    do, delta, outputs = torch.randn_like(o), torch.empty_like(lse), _packed(shape, half, device)
+    do, delta = torch.randn_like(o), torch.empty_like(lse)
+    dqkv, dbias = outputs = qkv.new_empty(qkv.shape), qkv.new_empty(3 * shape.heads * shape.head_dim)
 
     def launches(config):
         config = shipped if config is Backend.TRITON else config
-        return backward_launches(do, (q, k, v, o, lse), delta, outputs, scale, config)
+        return backward_launches(do, (q, k, v, o, lse), delta, dqkv.unbind(2), scale, config, dbias)
 
     def library(backend):
         _require(backend, q)
         with force_backend(backward=backend):
-            return attention_backward(do, q, k, v, o, lse, scale, outputs)
+            attention_qkv_backward(do, qkv, o, lse, scale, *outputs)
+        return outputs
 
-    results = functools.partial(_gradients, functools.partial(plain.attention), (q, k, v), (do,))
-    return Trial(launches, outputs, results, library)
+    def by_plain(exact):
+        gradient = torch.stack(_gradients(functools.partial(plain.attention), (q, k, v), (do,), exact), 2)
+        return [gradient, gradient.sum((0, 1)).flatten()]
+
+    return Trial(launches, outputs, by_plain, library)
 
 
 def _require(backend: Backend, q: Tensor) -> None:

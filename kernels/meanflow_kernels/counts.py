@@ -112,7 +112,7 @@ def _attention_qkv(qkv, *_, **__) -> int:
 
 
 @register_flop_formula(_ops.attention_qkv_jvp)
-def _attention_qkv_jvp(qkv, qkv_dot, *_, **__) -> int:
+def _attention_qkv_jvp(qkv, bias, qkv_dot, *_, **__) -> int:
     return _attention_jvp(*_split(qkv), *_split(qkv_dot))
 
 

@@ -18,7 +18,7 @@ from meanflow_kernels.dual import forbid_gradient
 from meanflow_kernels.linear import chunks
 
 from .copies import Kept
-from .pairs import BranchEnd, Dual, Linear, LinearGelu, SiLU, Summand, apply_dual, dual
+from .pairs import BranchEnd, Dual, Linear, LinearGelu, Projection, SiLU, Summand, apply_dual, dual
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
@@ -68,13 +68,14 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Projection(hidden_size, 3 * hidden_size)
         self.proj = BranchEnd(hidden_size, hidden_size)
 
     def forward(self, x: Dual) -> tuple[Dual, Tensor]:
         """x (B, L, C) -> (B, L, C), and the bias (C,) that is to be added to it."""
-        qkv = self.qkv(x).map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
-        o = apply_dual(attention_qkv_jvp, qkv)  # (B, L, H, D)
+        qkv, bias = self.qkv(x)
+        qkv = qkv.map(lambda a: a.unflatten(-1, (3, self.num_heads, -1)))  # (B, L, 3, H, D)
+        o = apply_dual(attention_qkv_jvp, qkv, bias=bias)  # (B, L, H, D)
         return self.proj(o.map(lambda a: a.flatten(2)))
 
 

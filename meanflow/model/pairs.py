@@ -111,6 +111,19 @@ class Summand(Linear):
     buffers_of = {"weight": "copy"}
 
 
+class Projection(Linear):
+    """The projection to q, k and v: its product with its bias, whose gradient comes from the attention of the product.
+
+    So the product's gradient is not read a second time, for its sum alone.
+    """
+
+    def forward(self, x: Dual) -> tuple[Dual, Tensor]:
+        """x (..., in_features) -> (..., out_features), and the bias (out_features,) that it contains."""
+        bias = self._in("bias", x.primal.dtype)
+        # a view, made here: hooks cast or free the parameter before it is handed on
+        return self._product(x, bias.detach()), bias.view_as(bias)
+
+
 class BranchEnd(Linear):
     """The last linear layer of a branch: its product, and its bias, which the kernel that adds the branch up adds."""
 

@@ -123,15 +123,18 @@ def test_calls_and_bytes_of_operators():
             primals, tangents = (x, y, *[vector] * 3), (x[:n], y[:n], *[vector[:n]] * 3)
             ops.gate_adaln_jvp(*primals, x[0, 0], *tangents, b - n, n, 1e-6, torch.bfloat16)
         ops.bias_gelu_bwd(y[:1, :1], vector[0], y[:1, :1])
+        qkv, lse = y.new_empty(b, length, 3, 2, 16), x.new_empty(b, 2, length)
+        for dtype in (None, torch.bfloat16):
+            ops.attention_qkv_bwd(qkv[:, :, 0], qkv, qkv[:, :, 0], lse, 1.0, dtype)
     rows, tangents = b * length * c, n * length * c
     # x and x_out fp32, y and h bf16, three vectors; the tangent's alike; and a bias in fp32
     dual = (4 + 4 + 2 + 2) * (rows + tangents) + 3 * 2 * c * (b + n) + 4 * c
     assert calls.found["gate_adaln_jvp"] == Counted(2, 0, 2 * dual)
     # x, dy and dx of one row, bias and dbias
     assert calls.found["bias_gelu_bwd"] == Counted(1, 0, 2 * 5 * c)
-    # one row leaves one fp32 sum a column, and the result is bf16
-    assert calls.found["sum_partials"] == Counted(1, 0, (4 + 2) * c)
-    assert set(calls.found) == {"gate_adaln_jvp", "bias_gelu_bwd", "sum_partials"}
+    # one row leaves one fp32 sum a column, and the result is bf16; of qkv's bias, where it is asked for, a row a sample
+    assert calls.found["sum_partials"] == Counted(2, 0, (4 + 2) * c + (4 * b + 2) * 3 * c)
+    assert set(calls.found) == {"gate_adaln_jvp", "bias_gelu_bwd", "attention_qkv_bwd", "sum_partials"}
 
 
 def test_calls_of_a_step():
@@ -146,8 +149,8 @@ def test_calls_of_a_step():
     assert (counted["gate_adaln_jvp"].calls, counted["gate_adaln"].calls) == tuple(2 * calls for calls in shape)
     assert (
         counted["sum_partials"].calls
-        == 3 * model.depth + 1
-        == sum(counted[f"{op}_bwd"].calls for op in ("gate_adaln", "bias_gelu", "adaln"))
+        == 4 * model.depth + 1
+        == sum(counted[f"{op}_bwd"].calls for op in ("attention_qkv", "gate_adaln", "bias_gelu", "adaln"))
     )
     # 4 B H M N D of the primal, and twice that of the tangent's samples: 2 of the 4 once, all of them twice
     flops = 4 * 4 * model.tokens**2 * model.hidden_size * model.depth

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from attention_inputs import make_inputs, plain_attention
-from tolerances import assert_error, relative_error
+from tolerances import assert_error, largest_error, relative_error
 
 from meanflow_kernels import attention, attention_qkv
 from meanflow_kernels.attention import backends
@@ -113,13 +113,18 @@ def flash_attn(all_serve, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", _flash_attn_in_torch())
 
 
-def test_a_librarys_gradients_are_copied_into_a_packed_one(kernel_route, flash_attn, device):
-    qkv = torch.randn(2, 17, 3, 2, 24, device=device).requires_grad_()
+@pytest.mark.parametrize(("length", "head_dim"), ((17, 24), (131, 72)))
+def test_a_librarys_gradients_are_packed_and_summed_in_one_pass(kernel_route, flash_attn, device, length, head_dim):
+    qkv = torch.randn(2, length, 3, 2, head_dim, device=device).requires_grad_()
+    bias = torch.randn(6 * head_dim, device=device).half().requires_grad_()
     leaves = tuple(x.detach().requires_grad_() for x in qkv.unbind(2))
     with force_backend(forward=Backend.FLASH_ATTN, backward=Backend.FLASH_ATTN):
-        (dqkv,) = torch.autograd.grad(attention_qkv(qkv).square().sum(), qkv)
+        dqkv, dbias = torch.autograd.grad(attention_qkv(qkv, bias=bias).square().sum(), (qkv, bias))
+        (alone,) = torch.autograd.grad(attention_qkv(qkv).square().sum(), qkv)
         gradients = torch.autograd.grad(attention(*leaves).square().sum(), leaves)
-    assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(gradients, 2))
+    assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(gradients, 2)) and torch.equal(alone, dqkv)
+    exact = dqkv.double().sum((0, 1)).flatten()
+    assert dbias.dtype == torch.float16 and largest_error(dbias, exact) <= 2**-11 * exact.abs().max()
 
 
 def test_a_library_serves_the_op(kernel_route, flash_attn, strict, device):

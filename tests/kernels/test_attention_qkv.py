@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from attention_inputs import HARD, make_inputs, plain_attention
 from dual_properties import Case, DualProperties, assert_as_exact
+from tolerances import relative_error
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-from meanflow_kernels import attention, attention_jvp, attention_qkv, attention_qkv_jvp
+from meanflow_kernels import attention, attention_jvp, attention_qkv, attention_qkv_jvp, linear
+from meanflow_kernels.attention import backends
 from meanflow_kernels.attention.backends import force_backend, serves
 from meanflow_kernels.attention.config import Backend
 from meanflow_kernels.routing import Route, force_route
@@ -46,6 +49,24 @@ def _apart(qkv, qkv_dot, do, start=None):
     return o, o_dot.detach(), torch.stack(torch.autograd.grad(o, leaves, do), 2)
 
 
+def _contained(qkv, bias):
+    """A projection that contains a bias, in plain torch."""
+    return qkv + (bias - bias.detach()).to(qkv.dtype).unflatten(-1, qkv.shape[2:])
+
+
+def _bias(qkv):
+    return torch.randn(qkv[0, 0].numel(), device=qkv.device).to(qkv.dtype)
+
+
+WITH_BIAS = Case(
+    op=lambda qkv, bias: attention_qkv(qkv, bias=bias),
+    op_jvp=lambda primals, tangents, bias, **options: attention_qkv_jvp(primals, tangents, bias=bias, **options),
+    plain=lambda qkv, bias=None: plain_attention(*(qkv if bias is None else _contained(qkv, bias)).unbind(2)),
+    make=lambda device: tuple((x,) for x in _inputs(SHAPE, device)),
+)
+"""The bias follows the projection."""
+
+
 class TestProperties(DualProperties):
     case = Case(
         op=attention_qkv,
@@ -70,7 +91,63 @@ def test_a_slice_has_the_bits_of_that_of_q_k_and_v(each_route, device, start):
 def test_as_exact_as_plain_torch(kernel_route, shape, device):
     qkv, qkv_dot = _inputs(shape, device)
     with force_backend(backward=Backend.TRITON):
-        assert_as_exact(TestProperties.case, (qkv,), (qkv_dot[-1:],), start=shape[0] - 1)
+        assert_as_exact(WITH_BIAS, (qkv,), (qkv_dot[-1:],), extra=(_bias(qkv),), start=shape[0] - 1)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_keys_are_indifferent_to_their_bias(kernel_route, device):
+    qkv, bias = torch.randn(2, 33, 3, 2, 72, device=device).half(), torch.randn(432, device=device, requires_grad=True)
+    do = torch.randn_like(qkv[:, :, 0])
+    (dbias,) = torch.autograd.grad(attention_qkv(qkv, bias=bias), bias, do)
+    # summed in fp32, in the bias's dtype
+    _, dk_sum, dv_sum = dbias.view(3, 2, 72)
+    assert dbias.dtype == FP32 and not dk_sum.any()
+    assert torch.allclose(dv_sum, do.float().sum((0, 1)), rtol=1e-6, atol=1e-5)
+
+
+def test_the_bias_is_summed_where_a_gradient_is_asked_of_it(kernel_route, device, monkeypatch):
+    (qkv, qkv_dot), bias = _inputs(SHAPE, device), torch.randn(144, device=device)
+    asked, backward = [], backends._triton_backward
+
+    def spy(*args):
+        asked.append(args[-1] is not None)
+        return backward(*args)
+
+    monkeypatch.setattr(backends, "_triton_backward", spy)
+    for some in (None, bias, bias.half().requires_grad_()):
+        attention_qkv_jvp((qkv.requires_grad_(),), (qkv_dot,), bias=some)[0].sum().backward()
+    assert asked == [False, False, True] and some.grad.dtype == FP16
+
+
+def test_the_bias_carries_its_tangent_in_forward_mode(each_route, device):
+    (qkv, qkv_dot), (bias, bias_dot) = _inputs(SHAPE, device), torch.randn(2, 144, device=device)
+    for some in (qkv_dot, None):
+        with forward_ad.dual_level():
+            qkv_dual = qkv if some is None else forward_ad.make_dual(qkv, some)
+            bias_dual = forward_ad.make_dual(bias, bias_dot)
+            o_dot = forward_ad.unpack_dual(attention_qkv(qkv_dual, bias=bias_dual)).tangent
+            with pytest.raises(ValueError, match="^bias: got a tensor with a forward-mode tangent"):
+                attention_qkv_jvp((qkv,), (qkv_dot,), bias=bias_dual)
+        wanted = bias_dot.view(3, 2, 24).expand_as(qkv) + (0 if some is None else some)
+        assert relative_error(o_dot, attention_qkv_jvp((qkv,), (wanted,))[1]) < 1e-6
+
+
+def test_a_projection_hands_its_bias_over(each_route, device):
+    x, weight, bias = (
+        torch.randn(2, 17, 48, device=device),
+        torch.randn(144, 48, device=device),
+        torch.randn(144, device=device),
+    )
+    leaves = tuple(a.requires_grad_() for a in (x, weight, bias))
+
+    def loss(x, weight, bias, handed):
+        qkv = linear(x, weight, bias.detach() if handed else bias).unflatten(-1, (3, 2, 24))
+        return attention_qkv(qkv, bias=bias if handed else None).square().sum()
+
+    wanted = torch.autograd.grad(loss(*leaves, False), leaves)
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        for found, exact in zip(torch.autograd.grad(call(*leaves, True), leaves), wanted, strict=True):
+            assert relative_error(found, exact) < 2e-6
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -117,7 +194,7 @@ def test_every_backward_in_bf16(backward, head_dim, kind):
     if not serves(backward, *qkv.unbind(2)[:2]):
         pytest.skip(f"{backward.value} is not installed or does not serve this GPU")
     with force_backend(backward=backward):
-        assert_as_exact(TestProperties.case, (qkv,), (qkv_dot[2:],), start=2)
+        assert_as_exact(WITH_BIAS, (qkv,), (qkv_dot[2:],), extra=(_bias(qkv),), start=2)
         if backward is Backend.TRITON:
             do = torch.randn_like(qkv[:, :, 0])
             for x, y in zip(_packed(qkv, qkv_dot, do), _apart(qkv, qkv_dot, do), strict=True):
@@ -164,6 +241,7 @@ def test_scale(each_route, device):
 
 QKV = torch.zeros(2, 5, 3, 2, 16)
 BAD = ("text", QKV[0], QKV[:, :, :2], QKV[:, :0], QKV.double(), QKV[..., :12])
+BAD_BIASES = ("text", torch.zeros(32), torch.zeros(3, 2, 16), torch.zeros(96).double(), torch.zeros(96).int())
 
 
 @pytest.mark.parametrize("qkv", BAD)
@@ -173,10 +251,19 @@ def test_a_wrong_projection_raises(kernel_route, qkv):
             call()
 
 
+@pytest.mark.parametrize("bias", BAD_BIASES, ids=str)
+def test_a_wrong_bias_raises(kernel_route, bias):
+    for call in (attention_qkv, lambda qkv, bias: attention_qkv_jvp((qkv,), (QKV,), bias=bias)):
+        with pytest.raises(ValueError, match=r"^bias: got .*, wanted .*; "):
+            call(QKV, bias=bias)
+
+
 def test_an_empty_batch(each_route, device):
-    qkv = QKV[:0].to(device)
-    o, o_dot = attention_qkv_jvp((qkv,), (qkv,))
+    qkv, bias = QKV[:0].to(device).requires_grad_(), torch.ones(96, device=device, requires_grad=True)
+    o, o_dot = attention_qkv_jvp((qkv,), (qkv.detach(),), bias=bias)
     assert o.shape == o_dot.shape == (0, 5, 2, 16)
+    o.sum().backward()
+    assert not bias.grad.any()
 
 
 def test_the_reference_by_gradcheck():

@@ -136,12 +136,14 @@ def attention(device):
 
 def attention_qkv(device):
     qkv, qkv_dot = (torch.stack(x, 2) for x in make_inputs("iid", 2, 17, 17, 2, 24, F32, device))
-    o, lse = ops.attention_qkv(qkv, 0.3)
-    yield "attention_qkv", WITHOUT_GRADIENT, (qkv, 0.3)
-    yield "attention_qkv", WITH_GRADIENT, (*leaves(qkv), 0.3)
-    yield "attention_qkv_jvp", WITHOUT_GRADIENT, (qkv, qkv_dot[1:], 0.3, 1)
-    yield "attention_qkv_jvp", WITH_GRADIENT, (*leaves(qkv), qkv_dot, 0.3, 0)
-    yield "attention_qkv_bwd", WITHOUT_GRADIENT, (o, qkv, o, lse, 0.3)
+    (bias,), (o, lse) = random((144,), device=device), ops.attention_qkv(qkv, None, 0.3)
+    yield "attention_qkv", WITHOUT_GRADIENT, (qkv, bias, 0.3)
+    yield "attention_qkv", WITH_GRADIENT, (*leaves(qkv), None, 0.3)
+    yield "attention_qkv", WITH_GRADIENT, (*leaves(qkv, bias), 0.3)
+    yield "attention_qkv_jvp", WITHOUT_GRADIENT, (qkv, None, qkv_dot[1:], 0.3, 1)
+    yield "attention_qkv_jvp", WITH_GRADIENT, (*leaves(qkv, bias), qkv_dot, 0.3, 0)
+    for dtype in (None, F16):
+        yield "attention_qkv_bwd", WITHOUT_GRADIENT, (o, qkv, o, lse, 0.3, dtype)
 
 
 def adamw_ema(device):

@@ -2,7 +2,8 @@
 
 from .backends import force_backend
 from .config import Backend
-from .op import attention, attention_jvp, attention_qkv, attention_qkv_jvp, compile_cases
+from .launches import compile_cases
+from .op import attention, attention_jvp, attention_qkv, attention_qkv_jvp
 
 __all__ = [
     "Backend",

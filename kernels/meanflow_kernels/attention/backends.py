@@ -15,7 +15,7 @@ from torch import Tensor
 from ..launch import arch_of
 from ..routing import overriding
 from .config import BACKWARD, Backend, Backends, backward_configs, plain_config, preferred
-from .launches import aligned, backward_launches, forward_launch
+from .launches import aligned, backward_launches, forward_launch, pack_launches
 
 Triple = tuple[Tensor, Tensor, Tensor]
 _REPEATABLE = (Backend.FLASH, Backend.FLASH_ATTN, Backend.TRITON)
@@ -128,24 +128,37 @@ def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, heads, m), dtype=torch.float32)
 
 
-def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, out: Triple | None = None
-) -> Triple:
-    """Gradients of o (B, M, H, D) with respect to q, k and v, contiguous; lse (B, H, M) is the natural logarithm.
+def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Triple:
+    """Gradients of o (B, M, H, D) with respect to q, k and v, contiguous; lse (B, H, M) is the natural logarithm."""
+    backend = _choose(BACKWARD, q, k)
+    if backend is not Backend.TRITON:
+        return _library_backward(backend, do, q, k, v, o, lse, scale)
+    out = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _triton_backward(do, q, k, v, o, lse, scale, out)
+    return out
 
-    Written into ``out`` where it is given, by its strides; a library's result is copied there.
+
+def attention_qkv_backward(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, dqkv: Tensor, dbias: Tensor | None
+) -> None:
+    """The same of qkv (B, L, 3, H, D), into dqkv, contiguous; a library's results are packed into it.
+
+    Into dbias (3 H D,), where it is given, the gradient of a bias that qkv contains.
     """
+    q, k, v = qkv.unbind(2)
     backend = _choose(BACKWARD, q, k)
     if backend is Backend.TRITON:
-        out = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)) if out is None else out
-        _triton_backward(do, q, k, v, o, lse, scale, out)
-        return out
+        _triton_backward(do, q, k, v, o, lse, scale, dqkv.unbind(2), dbias)
+        return
+    for launch in pack_launches(_library_backward(backend, do, q, k, v, o, lse, scale), dqkv, dbias):
+        launch.run()
+
+
+def _library_backward(backend, do, q, k, v, o, lse, scale) -> Triple:
     backward = {Backend.FLASH_ATTN: _flash_attn_backward, Backend.XFORMERS: _xformers_backward}.get(backend)
     inputs = (aligned(do.contiguous()), *(_readable(x) for x in (q, k, v)), o, lse, scale)
     dq, dk, dv = backward(*inputs) if backward else _sdpa_backward(backend, *inputs)
-    if out is None:
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    return out[0].copy_(dq), out[1].copy_(dk), out[2].copy_(dv)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _sdpa_forward(backend, q, k, v, scale):
@@ -211,8 +224,8 @@ def _xformers_backward(do, q, k, v, o, lse, scale):
     return fmha.memory_efficient_attention_backward(do, o, lse, q, k, v, scale=scale, op=fmha.cutlass.BwOp)
 
 
-def _triton_backward(do, q, k, v, o, lse, scale, out):
+def _triton_backward(do, q, k, v, o, lse, scale, out, dbias=None):
     saved = (aligned(q), aligned(k), aligned(v), o, lse)
     configs = backward_configs(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
-    for launch in backward_launches(aligned(do), saved, torch.empty_like(lse), out, scale, configs):
+    for launch in backward_launches(aligned(do), saved, torch.empty_like(lse), out, scale, configs, dbias):
         launch.run()

@@ -5,6 +5,12 @@
 
 One kernel a row tile of q gives dq and delta, a second a row tile of k gives dk and dv. Shapes and tiles as in
 kernel.py; the first's score tiles are [BLOCK_M, BLOCK_N], the second's [BLOCK_N, BLOCK_M].
+
+A bias that every row of q, k and v shares has the gradients
+
+    sum_m dq            sum_n dk = scale sum_m (sum_n ds) q = 0             sum_n dv = sum_m (sum_n p) do = sum_m do
+
+since p adds up to 1 over n, and ds to 0: the first kernel has all of them at hand, and the second none to add.
 """
 
 import triton
@@ -30,6 +36,14 @@ def _score_gradient(p, a, b, delta, PRECISION: tl.constexpr):
     return (p * (dot_nt(a, b, PRECISION) - delta)).to(b[0].dtype)
 
 
+@triton.jit
+def _store_sums(sums_ptr, x, D: tl.constexpr):
+    """The sum of the rows of x [rows, D]."""
+    for i in tl.static_range(len(x)):
+        cols = i * x[0].shape[1] + tl.arange(0, x[i].shape[1])
+        tl.store(sums_ptr + cols, tl.sum(x[i].to(tl.float32), 0), mask=cols < D)
+
+
 @triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
 def attention_bwd_dq_kernel(
     q_ptr,  # (B, M, H, D)
@@ -40,6 +54,7 @@ def attention_bwd_dq_kernel(
     lse_ptr,  # (B, H, M) fp32
     delta_ptr,  # (B, H, M) fp32, written
     dq_ptr,  # (B, M, H, D), written
+    partial_ptr,  # (B tiles, 3, H, D) fp32, written: a tile's sums for the bias of q, k and v; or None
     stride_q_b,
     stride_q_h,
     stride_k_b,
@@ -86,6 +101,11 @@ def attention_bwd_dq_kernel(
     if BLOCK_D1 > 0:
         delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
     tl.store(delta_ptr + (b * H + h) * M + offs_m, delta, mask=offs_m < M)
+    if partial_ptr is not None:
+        tiles = tl.cdiv(M, BLOCK_M)
+        partial_ptr += ((b * tiles + tl.program_id(0) % tiles) * 3 * H + h) * D
+        _store_sums(partial_ptr + H * D, zero_tiles(1, BLOCK_D0, BLOCK_D1), D)
+        _store_sums(partial_ptr + 2 * H * D, do, D)
     lse_log2 = tl.load(lse_ptr + (b * H + h) * M + offs_m, mask=offs_m < M, other=0.0) * LOG2_E
 
     # [BLOCK_M, D]
@@ -104,7 +124,11 @@ def attention_bwd_dq_kernel(
         ds = _score_gradient(p, do, v, delta[:, None], PRECISION)
         # dq = sum_n ds k
         dq = dot(ds, k, dq, PRECISION)
-    store_tiles(dq_ptr, stride_dq_l * VEC, offs_m, times(dq, scale), M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
+    dq = times(dq, scale)
+    if partial_ptr is not None:
+        # before dq is stored: behind it ptxas takes up to 16 registers more. Rows beyond M are zero, as do is
+        _store_sums(partial_ptr, dq, D)
+    store_tiles(dq_ptr, stride_dq_l * VEC, offs_m, dq, M, D, BLOCK_D0, BLOCK_D1, EVEN_M)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "H", "M", "N"])
@@ -183,3 +207,40 @@ def attention_bwd_dkdv_kernel(
         dk = dot(ds, q, dk, PRECISION)
     store_tiles(dk_ptr, stride_dk_l * VEC, offs_n, times(dk, scale), N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
     store_tiles(dv_ptr, stride_dv_l * VEC, offs_n, dv, N, D, BLOCK_D0, BLOCK_D1, EVEN_N)
+
+
+@triton.jit
+def attention_bwd_pack_kernel(
+    dq_ptr,  # (rows, C), contiguous
+    dk_ptr,  # (rows, C), contiguous
+    dv_ptr,  # (rows, C), contiguous
+    dqkv_ptr,  # (rows, 3, C), contiguous
+    partial_ptr,  # (chunks, 3, C) fp32: sums over a chunk of rows; or None
+    rows,
+    rows_per_chunk,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    part = tl.program_id(0) % (3 * blocks) // blocks
+    chunk = (tl.program_id(0) // (3 * blocks)).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_ptr = dq_ptr
+    if part == 1:
+        x_ptr = dk_ptr
+    if part == 2:
+        x_ptr = dv_ptr
+    first = chunk * rows_per_chunk
+    end = tl.minimum(first + rows_per_chunk, rows)
+    # [BLOCK_R, BLOCK_C]
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(first, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row < end)[:, None] & (cols < C)[None, :]
+        x = tl.load(x_ptr + row[:, None] * C + cols[None, :], mask=mask, other=0.0)
+        tl.store(dqkv_ptr + (row[:, None] * 3 + part) * C + cols[None, :], x, mask=mask)
+        if partial_ptr is not None:
+            total += x.to(tl.float32)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + (chunk * 3 + part) * C + cols, tl.sum(total, 0), mask=cols < C)

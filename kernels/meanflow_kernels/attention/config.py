@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..launch import ANY
+from ..tiling import StripConfig, TileConfig
 
 
 class Backend(enum.Enum):
@@ -200,6 +201,12 @@ _BWD_DKDV_FP32: Rows = (
     (96, 0, AttentionConfig(16, 16, 8, 2)),
     (128, 0, AttentionConfig(16, 16, 4, 2)),
 )
+
+# a library's three gradients into one, and their sums for a bias: two 16-byte loads a thread and tile on their way, as
+# bias_gelu's backward, and a partial sum of 4 bytes a column where a row is 4. Neither is timed yet
+PACK = StripConfig(block_r=16, block_c=128, num_warps=4, warps_per_sm=32, fewest_rows=32, most_rows=128)
+# as bias_gelu's: more programs than SMs, all their loads on their way at once
+BIAS_SUMS = TileConfig(block_r=256, block_c=16, num_warps=8)
 
 
 def dual_config(

@@ -5,9 +5,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..launch import Launch, strides
+from ..launch import CompileCase, Launch, strides
 from ..tiling import ceil_div, multiprocessors, next_power_of_two
-from .config import AttentionConfig, PersistentConfig
+from .config import (
+    BIAS_SUMS,
+    PACK,
+    AttentionConfig,
+    PersistentConfig,
+    backward_configs,
+    dual_config,
+    plain_config,
+)
 
 _SIXTEEN_BYTES = 16
 
@@ -120,11 +128,14 @@ def backward_launches(
     gradients: tuple[Tensor, Tensor, Tensor],
     scale: float,
     configs: tuple[AttentionConfig, AttentionConfig],
+    dbias: Tensor | None = None,
 ) -> Iterator[Launch]:
     """dq and delta, then dk and dv, of :func:`aligned` ``do`` and ``saved`` = (q, k, v, o, lse) with contiguous o.
 
-    The gradients are written by their strides, on 16-byte boundaries as what is read.
+    The gradients are written by their strides, on 16-byte boundaries as what is read. Into ``dbias`` (3 H D,), where it
+    is given, a third launch writes the gradient of a bias that q, k and v, equally long, contain.
     """
+    from ..partials import sum_partials
     from .backward_kernel import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 
     (q, k, v, o, lse), (dq, dk, dv) = saved, gradients
@@ -135,7 +146,8 @@ def backward_launches(
 
     config = configs[0]
     grid = (ceil_div(m, config.block_m) * batch * heads,)
-    args = read | {"o_ptr": o} | _written({"dq": dq})
+    partial = None if dbias is None else lse.new_empty((1, ceil_div(m, config.block_m) * batch, len(dbias)))
+    args = read | {"o_ptr": o, "partial_ptr": partial} | _written({"dq": dq})
     constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
@@ -144,3 +156,80 @@ def backward_launches(
     args = read | _written({"dk": dk, "dv": dv})
     constants = strides | _shape_constants(q, k, config)
     yield Launch(attention_bwd_dkdv_kernel, grid, args, constants, config.num_warps, config.num_stages)
+
+    if partial is not None:
+        yield sum_partials(partial, [dbias[None]], BIAS_SUMS)
+
+
+def pack_launches(gradients: tuple[Tensor, Tensor, Tensor], dqkv: Tensor, dbias: Tensor | None) -> Iterator[Launch]:
+    """Contiguous dq, dk and dv (B, L, H, D) side by side into dqkv (B, L, 3, H, D).
+
+    A second launch writes their sums over samples and tokens into dbias (3 H D,), where it is given.
+    """
+    from ..partials import sum_partials
+    from .backward_kernel import attention_bwd_pack_kernel
+
+    dq, dk, dv = gradients
+    batch, length, heads, head_dim = dq.shape
+    rows, width = batch * length, heads * head_dim
+    strips = 3 * ceil_div(width, PACK.block_c)
+    rows_per_chunk = PACK.rows_per_program(strips, rows, dq.device)
+    chunks = ceil_div(rows, rows_per_chunk)
+    partial = None if dbias is None else dq.new_empty((1, chunks, 3 * width), dtype=torch.float32)
+    args = {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "dqkv_ptr": dqkv, "partial_ptr": partial}
+    args |= {"rows": rows, "rows_per_chunk": rows_per_chunk}
+    constants = {"C": width, "BLOCK_R": PACK.block_r, "BLOCK_C": PACK.block_c}
+    yield Launch(attention_bwd_pack_kernel, (strips * chunks,), args, constants, PACK.num_warps, 1)
+    if partial is not None:
+        yield sum_partials(partial, [dbias[None]], BIAS_SUMS)
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors.
+
+    Odd lengths ("ragged") need all that even ones do and masks besides, so most cases are ragged; the head dims of DiT
+    have both, and 64 tokens, whose configs are others. Architectures that share the common table are compiled at its
+    extremes only.
+    """
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if arch not in (80, 90):
+        cases = [case for head_dim in (64, 72, 128) for case in _head_dim_cases(arch, bf16, head_dim, 1023)]
+        return [*cases, _pack_case()]
+    rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [
+        (bf16, d, length) for d in (64, 72) for length in (1024, 64)
+    ]
+    rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
+    cases = [case for row in rows for case in _head_dim_cases(arch, *row)]
+    # no length is a constant: what has the same label is the same kernel
+    return [*{(case.op, case.label, case.dtype, case.width): case for case in cases}.values(), _pack_case()]
+
+
+def _pack_case() -> CompileCase:
+    """What packs a library's gradients, as XL/2 has them."""
+    qkv = torch.empty(32, 256, 3, 16, 72, dtype=torch.bfloat16, device="meta")
+    pack, _ = pack_launches([x.contiguous() for x in qkv.unbind(2)], qkv, qkv[0, 0].flatten())
+    return CompileCase("attention_bwd_pack", f"{PACK.block_r}x{PACK.block_c} w{PACK.num_warps}", qkv.dtype, 72, pack)
+
+
+def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
+    """The dual and plain forwards and both backward kernels of one head dim."""
+    qkv = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta")
+    q, k, v = qkv.unbind(2)
+    o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
+
+    def case(op, config, launch):
+        even = launch.constexprs["EVEN_M"] and launch.constexprs["EVEN_N"]
+        return CompileCase(op, f"{config}{'' if even else ' ragged'}", dtype, head_dim, launch)
+
+    duals = dict.fromkeys(dual_config(arch, dtype, head_dim, length, every=every) for every in (True, False))
+    plain = plain_config(arch, dtype, head_dim, length)
+    configs = backward_configs(arch, dtype, head_dim, length)
+    # with a bias: all that a launch without one needs, and the sums besides
+    gradients, dbias = torch.empty_like(qkv).unbind(2), qkv.new_empty(3 * q[0, 0].numel())
+    dq, dkdv, _ = backward_launches(o, (q, k, v, o, lse), lse, gradients, 1.0, configs, dbias)
+    return [
+        *(case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)) for dual in duals),
+        case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
+        case("attention_bwd_dq", configs[0], dq),
+        case("attention_bwd_dkdv", configs[1], dkdv),
+    ]

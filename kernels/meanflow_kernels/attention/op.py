@@ -1,4 +1,4 @@
-"""Softmax attention on (primal, tangent) pairs: checks, launches, registration and the public functions.
+"""Softmax attention on (primal, tangent) pairs: checks, registration and the public functions.
 
 Each exists twice: on (q, k, v), and on (qkv,), a packed projection, whose gradient is one tensor that the backward
 fills with the parts of q, k and v. Primals and tangents are tuples of either kind here.
@@ -11,13 +11,23 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_interpreted, check_kernel_dtype, check_real, check_shape, check_tangents, fail
+from ..checks import (
+    check_alike,
+    check_interpreted,
+    check_kernel_dtype,
+    check_parameter,
+    check_real,
+    check_shape,
+    check_tangents,
+    fail,
+)
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
-from ..launch import CompileCase, arch_of
+from ..launch import arch_of
 from ..routing import runs_kernel
-from .backends import attention_backward, attention_forward, empty_outputs
-from .config import BESIDE, FORWARD, backward_configs, dual_config, plain_config
-from .launches import aligned, backward_launches, forward_launch
+from ..transforms import tracked
+from .backends import attention_backward, attention_forward, attention_qkv_backward, empty_outputs
+from .config import BESIDE, FORWARD, dual_config
+from .launches import aligned, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
 _ops = torch.ops.meanflow_kernels
@@ -30,11 +40,17 @@ def _split(inputs: tuple) -> tuple:
     return inputs[0].unbind(2) if len(inputs) == 1 else inputs
 
 
-def _check(primals: tuple, scale: float | None) -> tuple[float, bool]:
+def _check(primals: tuple, bias: Tensor | None, scale: float | None) -> tuple[float, bool]:
     """Shapes, dtypes and devices of the primals; returns the scale and whether the kernel runs."""
     names, first = _NAMES[len(primals)], primals[0]
     if len(primals) == 1:
         check_shape("qkv", first, (None, None, 3, None, None), "(B, L, 3, H, D)")
+        if bias is not None:
+            check_shape("bias", bias, (math.prod(first.shape[2:]),), "(3 H D,)")
+            check_alike(("qkv", "bias"), (first, bias), dtype=False)
+            check_real("bias", bias)
+            if runs_kernel(first):
+                check_kernel_dtype("bias", bias)
     else:
         check_shape("q", first, (None, None, None, None), "(B, M, H, D)")
         check_shape("k", primals[1], (first.shape[0], None, *first.shape[2:]), "(B, N, H, D)")
@@ -102,6 +118,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*primals, o, lse)
     (ctx.scale,) = [x for x in inputs if isinstance(x, float)]
     ctx.inputs = len(inputs)
+    ctx.bias_dtype = inputs[1].dtype if len(primals) == 1 and inputs[1] is not None else None
 
 
 def _differentiate(ctx, do, *cotangents):
@@ -112,12 +129,14 @@ def _differentiate(ctx, do, *cotangents):
             "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
         )
     *primals, _, _ = ctx.saved_tensors
-    grads = (None,) * len(primals)
+    grads = ()
     if do is not None and len(primals) == 1:
-        grads = last(_ops.attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale))
+        bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[1] else None
+        dqkv, dbias = _ops.attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale, bias_dtype)
+        grads = last(dqkv, None if bias_dtype is None else dbias)
     elif do is not None:
         grads = last(*_ops.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
-    return (*grads, *[None] * (ctx.inputs - len(primals)))
+    return (*grads, *[None] * (ctx.inputs - len(grads)))
 
 
 @torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
@@ -163,113 +182,112 @@ def _(do, q, k, v, o, lse, scale):
 
 
 @torch.library.custom_op("meanflow_kernels::attention_qkv", mutates_args=())
-def _attention_qkv_op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attention_qkv_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     check_interpreted("qkv", qkv)
     q, k, v = qkv.unbind(2)
     return attention_forward(q, k, v, scale, FORWARD)
 
 
 @_attention_qkv_op.register_fake
-def _(qkv, scale):
+def _(qkv, bias, scale):
     return empty_outputs(qkv[:, :, 0])
 
 
 @torch.library.custom_op("meanflow_kernels::attention_qkv_jvp", mutates_args=())
 def _attention_qkv_jvp_op(
-    qkv: Tensor, qkv_dot: Tensor, scale: float, tangent_start: int
+    qkv: Tensor, bias: Tensor | None, qkv_dot: Tensor, scale: float, tangent_start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _launch_dual((qkv,), (qkv_dot,), scale, tangent_start)
 
 
 @_attention_qkv_jvp_op.register_fake
-def _(qkv, qkv_dot, scale, tangent_start):
+def _(qkv, bias, qkv_dot, scale, tangent_start):
     return _empty_dual(qkv[:, :, 0], (qkv_dot,))
 
 
 @torch.library.custom_op("meanflow_kernels::attention_qkv_bwd", mutates_args=())
-def _attention_qkv_bwd_op(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
-    (q, k, v), dqkv = qkv.unbind(2), qkv.new_empty(qkv.shape)
-    attention_backward(do, q, k, v, o, lse, scale, dqkv.unbind(2))
-    return dqkv
+def _attention_qkv_bwd_op(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    dqkv, dbias = _packed_gradients(qkv, bias_dtype)
+    attention_qkv_backward(do, qkv, o, lse, scale, dqkv, None if bias_dtype is None else dbias)
+    return dqkv, dbias
+
+
+def _packed_gradients(qkv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Room for dqkv and dbias, which is empty where there is none."""
+    width = 0 if bias_dtype is None else math.prod(qkv.shape[2:])
+    return qkv.new_empty(qkv.shape), qkv.new_empty(width, dtype=bias_dtype)
 
 
 @_attention_qkv_bwd_op.register_fake
-def _(do, qkv, o, lse, scale):
-    return qkv.new_empty(qkv.shape)
+def _(do, qkv, o, lse, scale, bias_dtype):
+    return _packed_gradients(qkv, bias_dtype)
 
 
 for op in (_attention_op, _attention_jvp_op, _attention_qkv_op, _attention_qkv_jvp_op):
     op.register_autograd(_differentiate, setup_context=_save)
 
 
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Every shipped config as its launches, on packed (B, L, 3, H, D) meta tensors.
+class _Contained(torch.autograd.Function):
+    """qkv itself; a bias that it contains gets the sum of its gradient."""
 
-    Odd lengths ("ragged") need all that even ones do and masks besides, so most cases are ragged; the head dims of DiT
-    have both, and 64 tokens, whose configs are others. Architectures that share the common table are compiled at its
-    extremes only.
-    """
-    bf16, fp32 = torch.bfloat16, torch.float32
-    if arch not in (80, 90):
-        return [case for head_dim in (64, 72, 128) for case in _head_dim_cases(arch, bf16, head_dim, 1023)]
-    rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [
-        (bf16, d, length) for d in (64, 72) for length in (1024, 64)
-    ]
-    rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
-    cases = (case for row in rows for case in _head_dim_cases(arch, *row))
-    # no length is a constant: what has the same label is the same kernel
-    return list({(case.op, case.label, case.dtype, case.width): case for case in cases}.values())
+    generate_vmap_rule = True
 
+    @staticmethod
+    def forward(qkv, bias):
+        return qkv.view_as(qkv)
 
-def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
-    """The dual and plain forwards and both backward kernels of one head dim."""
-    qkv = torch.empty(2, length, 3, 4, head_dim, dtype=dtype, device="meta")
-    q, k, v = qkv.unbind(2)
-    o, lse = q.new_empty(q.shape), q.new_empty((2, 4, length), dtype=torch.float32)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.bias_dtype = inputs[1].dtype
 
-    def case(op, config, launch):
-        even = launch.constexprs["EVEN_M"] and launch.constexprs["EVEN_N"]
-        return CompileCase(op, f"{config}{'' if even else ' ragged'}", dtype, head_dim, launch)
-
-    duals = dict.fromkeys(dual_config(arch, dtype, head_dim, length, every=every) for every in (True, False))
-    plain = plain_config(arch, dtype, head_dim, length)
-    configs = backward_configs(arch, dtype, head_dim, length)
-    dq, dkdv = backward_launches(o, (q, k, v, o, lse), lse, torch.empty_like(qkv).unbind(2), 1.0, configs)
-    return [
-        *(case("attention_jvp", dual, forward_launch((q, k, v), (q, k, v), (o, o, lse), 1.0, dual)) for dual in duals),
-        case("attention", plain, forward_launch((q, k, v), (None, None, None), (o, None, lse), 1.0, plain)),
-        case("attention_bwd_dq", configs[0], dq),
-        case("attention_bwd_dkdv", configs[1], dkdv),
-    ]
+    @staticmethod
+    def backward(ctx, dqkv):
+        return dqkv, dqkv.sum((0, 1), dtype=ctx.bias_dtype).flatten()
 
 
-def _attend(primals: tuple, scale: float | None) -> Tensor:
-    scale, kernel = _check(primals, scale)
-    primals, tangents = unpack(*primals)
-    if not absent(tangents):
-        return pack(*_attend_dual(primals, tangents, scale, None))
-    if not kernel:
+def _reference(primals: tuple, bias: Tensor | None, scale: float) -> Tensor:
+    if bias is None or not torch.is_grad_enabled() or not tracked(bias):
         return attention_ref(*_split(once(*primals)), scale=scale)[0]
-    op = _ops.attention_qkv if len(primals) == 1 else _ops.attention
-    return op(*primals, scale)[0]
+    return attention_ref(*_Contained.apply(*once(*primals, bias)).unbind(2), scale=scale)[0]
+
+
+def _attend(primals: tuple, bias: Tensor | None, scale: float | None) -> Tensor:
+    scale, kernel = _check(primals, bias, scale)
+    (*inputs, bias), (*tangents, bias_dot) = unpack(*primals, bias)
+    primals = tuple(inputs)
+    if bias_dot is not None:
+        # it moves qkv as a tangent of qkv does
+        bias_dot = bias_dot.to(primals[0].dtype).view(primals[0].shape[2:])
+        tangents[0] = bias_dot.expand_as(primals[0]) if tangents[0] is None else tangents[0] + bias_dot
+    if not absent(tuple(tangents)):
+        return pack(*_attend_dual(primals, tuple(tangents), bias, scale, None))
+    if not kernel:
+        return _reference(primals, bias, scale)
+    return _ops.attention_qkv(*primals, bias, scale)[0] if len(primals) == 1 else _ops.attention(*primals, scale)[0]
 
 
 def _attend_dual(
-    primals: tuple, tangents: tuple, scale: float | None, tangent_start: int | None
+    primals: tuple, tangents: tuple, bias: Tensor | None, scale: float | None, tangent_start: int | None
 ) -> tuple[Tensor, Tensor | None]:
     if absent(tangents):
-        return _attend(primals, scale), None
-    scale, kernel = _check(primals, scale)
+        return _attend(primals, bias, scale), None
+    scale, kernel = _check(primals, bias, scale)
+    if bias is not None:
+        check_parameter("bias", bias)
     tangent_start, _ = check_tangents(_NAMES[len(primals)], primals, tangents, tangent_start)
-    if kernel:
-        op = _ops.attention_qkv_jvp if len(primals) == 1 else _ops.attention_jvp
-        o, o_dot, _ = op(*primals, *tangents, scale, tangent_start)
+    if kernel and len(primals) == 1:
+        o, o_dot, _ = _ops.attention_qkv_jvp(*primals, bias, *tangents, scale, tangent_start)
         return o, o_dot
-    o, _ = attention_ref(*_split(once(*primals)), scale=scale)
+    if kernel:
+        o, o_dot, _ = _ops.attention_jvp(*primals, *tangents, scale, tangent_start)
+        return o, o_dot
+    o = _reference(primals, bias, scale)
     with torch.no_grad():
         rows = tangent_rows(primals, tangents, tangent_start)
         o_dot = attention_tangent_ref(_split(rows), _split(tangents), scale=scale)
-    return o, forbid_gradient(o_dot, *primals, *tangents)
+    return o, forbid_gradient(o_dot, *primals, *tangents, bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -293,7 +311,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         ValueError: a shape, dtype, device, head dim or scale outside the above.
         RuntimeError: other transforms of torch.func around the call, or a second derivative of o.
     """
-    return _attend((q, k, v), scale)
+    return _attend((q, k, v), None, scale)
 
 
 def attention_jvp(
@@ -320,17 +338,20 @@ def attention_jvp(
         TangentGradientError: from backward, where a gradient reaches o_dot.
     """
     q, k, v = primals
-    return _attend_dual((q, k, v), tangents, scale, tangent_start)
+    return _attend_dual((q, k, v), tangents, None, scale, tangent_start)
 
 
-def attention_qkv(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+def attention_qkv(qkv: Tensor, *, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """:func:`attention` of a packed projection: the same numbers, and a gradient that is one tensor too.
 
     The backward writes the gradients of q, k and v side by side, where torch would put three tensors together. (A
-    library's backward makes three, which are copied.)
+    library's backward makes three, which one kernel packs.)
 
     Args:
         qkv: (B, L, 3, H, D), read in place as q, k and v are. scale: as for :func:`attention`.
+        bias: (3 H D,), of any dtype, or None: the projection's, which qkv contains already and without a gradient
+            (``linear(x, weight, bias.detach())``). It is not read. Its gradient comes from here, summed in the pass
+            that makes qkv's, which is not read again.
 
     Returns:
         o (B, L, H, D), contiguous.
@@ -338,13 +359,14 @@ def attention_qkv(qkv: Tensor, *, scale: float | None = None) -> Tensor:
     Raises:
         ValueError: as :func:`attention`.
     """
-    return _attend((qkv,), scale)
+    return _attend((qkv,), bias, scale)
 
 
 def attention_qkv_jvp(
     primals: tuple[Tensor],
     tangents: tuple[Tensor | None],
     *,
+    bias: Tensor | None = None,
     scale: float | None = None,
     tangent_start: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -353,6 +375,7 @@ def attention_qkv_jvp(
     Args:
         primals: qkv (B, L, 3, H, D).
         tangents: qkv_dot, shaped like qkv but for the batch, or None.
+        bias: as for :func:`attention_qkv`; a parameter: it has no tangent.
         scale, tangent_start: as for :func:`attention_jvp`.
 
     Returns:
@@ -363,4 +386,4 @@ def attention_qkv_jvp(
         TangentGradientError: from backward, where a gradient reaches o_dot.
     """
     (qkv,) = primals
-    return _attend_dual((qkv,), tangents, scale, tangent_start)
+    return _attend_dual((qkv,), tangents, bias, scale, tangent_start)
