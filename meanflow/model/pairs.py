@@ -117,11 +117,11 @@ class Projection(Linear):
     So the product's gradient is not read a second time, for its sum alone.
     """
 
-    def forward(self, x: Dual) -> tuple[Dual, Tensor]:
-        """x (..., in_features) -> (..., out_features), and the bias (out_features,) that it contains."""
+    def forward(self, x: Dual) -> tuple[Dual, Tensor | None]:
+        """x (..., in_features) -> (..., out_features), and the bias in it, where gradients are recorded."""
         bias = self._in("bias", x.primal.dtype)
         # a view, made here: hooks cast or free the parameter before it is handed on
-        return self._product(x, bias.detach()), bias.view_as(bias)
+        return self._product(x, bias.detach()), bias.view_as(bias) if torch.is_grad_enabled() else None
 
 
 class BranchEnd(Linear):

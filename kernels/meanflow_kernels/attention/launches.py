@@ -194,21 +194,27 @@ def compile_cases(arch: int) -> list[CompileCase]:
     bf16, fp32 = torch.bfloat16, torch.float32
     if arch not in (80, 90):
         cases = [case for head_dim in (64, 72, 128) for case in _head_dim_cases(arch, bf16, head_dim, 1023)]
-        return [*cases, _pack_case()]
+        return cases + _pack_cases()
     rows = [(bf16, d, 1023) for d in (32, 64, 72, 96, 128)] + [
         (bf16, d, length) for d in (64, 72) for length in (1024, 64)
     ]
     rows += [(fp32, d, 1023) for d in (40, 48, 64, 72, 80, 128)]
     cases = [case for row in rows for case in _head_dim_cases(arch, *row)]
     # no length is a constant: what has the same label is the same kernel
-    return [*{(case.op, case.label, case.dtype, case.width): case for case in cases}.values(), _pack_case()]
+    different = {(case.op, case.label, case.dtype, case.width): case for case in cases}
+    return [*different.values(), *_pack_cases()]
 
 
-def _pack_case() -> CompileCase:
-    """What packs a library's gradients, as XL/2 has them."""
+def _pack_cases() -> list[CompileCase]:
+    """What packs a library's gradients, as XL/2 has them, and what adds up the partial sums of either backward."""
     qkv = torch.empty(32, 256, 3, 16, 72, dtype=torch.bfloat16, device="meta")
-    pack, _ = pack_launches([x.contiguous() for x in qkv.unbind(2)], qkv, qkv[0, 0].flatten())
-    return CompileCase("attention_bwd_pack", f"{PACK.block_r}x{PACK.block_c} w{PACK.num_warps}", qkv.dtype, 72, pack)
+    q, k, v = (x.contiguous() for x in qkv.unbind(2))
+    ops = {"attention_bwd pack": PACK, "attention_bwd sums": BIAS_SUMS}
+    launches = pack_launches((q, k, v), qkv, qkv[0, 0].flatten())
+    return [
+        CompileCase(op, f"{tile.block_r}x{tile.block_c} w{tile.num_warps}", qkv.dtype, q.shape[-1], launch)
+        for (op, tile), launch in zip(ops.items(), launches, strict=True)
+    ]
 
 
 def _head_dim_cases(arch: int, dtype: torch.dtype, head_dim: int, length: int) -> list[CompileCase]:
