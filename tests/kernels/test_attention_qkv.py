@@ -221,10 +221,10 @@ def test_nothing_moves_the_gradients_in_a_compiled_backward(kernel_route, attend
 
 
 def test_one_tensor_is_saved_for_three(kernel_route, device):
-    qkv, qkv_dot = _inputs(SHAPE, device)
-    saved = []
+    (qkv, qkv_dot), saved = _inputs(SHAPE, device), []
+    bias = _bias(qkv).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        o, _ = attention_qkv_jvp((qkv.requires_grad_(),), (qkv_dot,))
+        o, _ = attention_qkv_jvp((qkv.requires_grad_(),), (qkv_dot,), bias=bias)
     assert sorted(tuple(x.shape) for x in saved) == sorted([tuple(qkv.shape), tuple(o.shape), (3, 2, 17)])
     assert any(x.data_ptr() == qkv.data_ptr() for x in saved)
 
