@@ -2,7 +2,8 @@
 
 Every folder of benchmarks/results with rows gets its report.html and, where it has the steps of HEADLINE, step.png. The
 tables between the marks of a block are written again: the headline figures in README.md, what the recipes ask in
-meanflow/README.md. Nothing is measured. ``--check`` writes nothing: exit code 1 where a file differs from the rows.
+meanflow/README.md, their steps on several GPUs in benchmarks/README.md. Nothing is measured. ``--check`` writes
+nothing: exit code 1 where a file differs from the rows.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from . import recipes, report
+from . import projection, recipes, report
 from .harness.rows import hardware, machine, newest, read, short_commit
 from .harness.table import markdown_table
 from .pages import plots
@@ -152,10 +153,14 @@ def blocks() -> dict[str, dict[str, str]]:
         for folder, found in steps.items()
         if any(row.get("gpu") and of_step(found, wanted) for row in found for wanted in HEADLINE["cuda"])
     ]
-    projected = recipes.measured([row for found in steps.values() for row in found])
+    found = [row for rows in steps.values() for row in rows]
+    projected = recipes.measured(found)
     demands = [recipes.demands(name, gpus=8, mfu=0.4) for name in recipes.RECIPES]
+    scaled, _ = projection.scale(projection.usable(found), [8], list(projection.CARDS.values()))
+    hours = wrapped(projection.sentence(scaled, "imagenet-xl2", "H200"))
     return {
-        "README.md": {"headline": "\n\n".join(tables)},
+        "README.md": {"headline": "\n\n".join([*tables, hours])},
+        "benchmarks/README.md": {"several GPUs": projection.markdown(scaled)},
         "meanflow/README.md": {"recipes": recipes.markdown(demands, projected)},
     }
 

@@ -22,7 +22,7 @@ from .counting.accounts import account
 from .harness.arguments import finite
 from .harness.rows import read
 from .harness.table import markdown_table, table
-from .projection import LINK_GBPS, project, usable
+from .projection import LINKS, project, usable
 
 RECIPES = [name for name in PRESETS if name.startswith("imagenet-")]
 CARDS = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
@@ -70,7 +70,7 @@ def demands(name: str, gpus: int, mfu: float) -> dict:
 def measured(steps: list[dict]) -> dict[str, dict]:
     """The projection of each recipe from its shortest measured step, per image."""
     found = sorted(usable(steps), key=lambda row: row["ms"] / row["batch"], reverse=True)
-    return {row["preset"]: project(row, LINK_GBPS) for row in found}
+    return {row["preset"]: project(row, LINKS.nvlink) for row in found}
 
 
 def lines_of(rows: list[dict], projected: dict[str, dict]) -> tuple[list[str], list[list[str]]]:

@@ -335,16 +335,18 @@ def accounting(page: Page, rows: list[dict]) -> str:
 
 
 def projection(page: Page, rows: list[dict]) -> str:
-    rows, left_over = newest(rows, lambda row: (row["preset"], row["gpu"], row.get("gpus"), row.get("variant")))
+    tells = ("preset", "gpu", "gpus", "variant", "parallel")
+    rows, left_over = newest(rows, lambda row: tuple(row.get(name) for name in tells))
     lines, bars, words = [], {}, {}
     for row in rows:
         gpus, name = row.get("gpus", 1), row["preset"]
         gpu_hours = row.get("gpu_hours", gpus * row["hours"])
         hours = [row["hours_hidden"]] if row.get("hours_hidden") is not None else []
-        lines.append([name, row.get("variant") or NONE, row["gpu"], str(gpus), number(row.get("measured_ms"))])
+        variant = ", ".join(filter(None, (row.get("variant"), row.get("parallel"))))
+        lines.append([name, variant or NONE, row["gpu"], str(gpus), number(row.get("measured_ms"))])
         lines[-1] += [number(row.get("exchange_ms")), " to ".join(number(h) for h in (*hours, row["hours"]))]
         lines[-1] += [number(gpu_hours), row.get("note") or "", hardware([row])]
-        label = f"{name}, {gpus} x {row['gpu']}, {row.get('variant') or 'step'}"
+        label = f"{name}, {gpus} x {row['gpu']}, {variant or 'step'}"
         bars[label], words[label] = (gpu_hours,), f"{number(gpu_hours)} GPU-hours"
     header = ["=recipe", "=variant", "=GPU", "GPUs", "measured, ms a step", "exchange, ms (projection)"]
     header += ["hours (projection)", "GPU-hours (projection)", "=how", "=measured on"]

@@ -143,6 +143,39 @@ def test_hours_from_measured_steps():
         assert high is None if gpus == "1" else float(high) > float(low)
 
 
+def test_steps_of_several_gpus():
+    (header, *lines), *_ = tables(block("several GPUs", (ROOT / "benchmarks" / "README.md").read_text()))
+    assert header[:5] == ["recipe", "GPUs", "samples a GPU", "measured", "ddp: GB sent, ms a step *, hours *"]
+    assert {(line[0].strip("`"), line[1]) for line in lines} == {
+        (row["preset"], f"8 {card}") for row in STEPS if row["preset"] for card in ("H100", "H200")
+    }
+    epochs, millions = {"imagenet-b4": 80}, {"b4": 131, "b2": 131, "m2": 308, "l2": 459, "xl2": 676}
+    of_xl2 = {}
+    for name, gpus, samples, measured, *engines, efficiency in lines:
+        name = name.strip("`")
+        ms, batch = re.fullmatch(r"([\d.]+) ms for (\d+), H200", measured).groups()
+        row = newest("H200", "ours-captured", preset=name, batch=int(batch))
+        assert samples == "32" and float(ms) == round(row["ms"], 1)
+        for engine, cell in zip(("ddp", "zero1", "fsdp"), engines, strict=True):
+            sent, shortest, longest, *hours = map(float, re.findall(r"[\d.]+", cell))
+            for step, each in zip((shortest, longest), hours, strict=True):
+                assert each == pytest.approx(epochs.get(name, 240) * 5004 * step / 3.6e6, abs=0.08)
+            if engine == "ddp":
+                # fp32 gradients, 7/8 of them twice, and as long as 450 GB/s take, all of it hidden or none
+                assert sent == pytest.approx(14 / 8 * 4e-3 * millions[name.removeprefix("imagenet-")], rel=0.01)
+                assert longest - shortest <= sent / 0.45 + 0.11
+                alone = 32 * row["ms"] / row["batch"]
+                if gpus == "8 H200":
+                    for share, step in zip(re.findall(r"\d+", efficiency), (longest, shortest), strict=True):
+                        # both are rounded
+                        assert alone / (step + 0.05) - 0.005 <= float(share) / 100 <= alone / (step - 0.05) + 0.005
+            if (name, gpus) == ("imagenet-xl2", "8 H200"):
+                of_xl2[engine] = hours
+    said = re.search(r"`imagenet-xl2` on 8 H200 in (.+?) hours", " ".join(README.split()))[1]
+    found = {engine: [float(low), float(high)] for low, high, engine in re.findall(r"(\d+) to (\d+) \((\w+)\)", said)}
+    assert found == {engine: pytest.approx(hours, abs=0.56) for engine, hours in of_xl2.items()}
+
+
 def test_rows_of_a_later_commit_take_their_place():
     later = {"commit": "abc1234", "date": "2030-01-01T00:00:00", "gradient_against": "ours-eager", "times": {}}
     row = newest("H200", "ours-captured", model="XL/2", batch=32, **GUIDED)

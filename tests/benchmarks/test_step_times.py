@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import breakdown, inference, projection, regression, report, scaling, step
+from benchmarks import breakdown, inference, regression, report, scaling, step
 from benchmarks.counting import step_kernels
 from benchmarks.counting.accounts import account
 from benchmarks.counting.step_kernels import activities, kind_of
@@ -271,26 +271,6 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     for wrong in ("15", "many"):
         with pytest.raises(SystemExit, match=f"--values: got '{wrong}', wanted a square number of tokens"):
             scaling.main([*axis, "--values", wrong])
-
-
-def test_projection(tmp_path, capsys):
-    measured, out = tmp_path / "measured.jsonl", tmp_path / "projected.jsonl"
-    row = {"kind": "step", "preset": "imagenet-xl2", "variant": "ours", "batch": 32, "ms": 90.0, "gpu": "a GPU"}
-    row |= {"model": "XL/2", "precision": "bf16", "ms_20": 89.0, "ms_80": 91.0, "images_per_second": 356.0}
-    # one on a CPU, and one of a variant that did not fit
-    others = [row | {"gpu": None}, row | {"variant": "ours-captured", "ms": None, "missing": {"ms": "out of memory"}}]
-    measured.write_text("".join(json.dumps(each) + "\n" for each in [row, *others]))
-    projection.main([str(measured), "--link-gbps", "450", "--rows", str(out)])
-    (found,) = rows_of(out)
-    # 240 epochs of 5,004 steps; 676 M parameters, 7/4 of whose bytes go through each link
-    assert found["gpus"] == 8 and found["steps"] == 240 * 5004
-    assert found["hours_hidden"] == pytest.approx(240 * 5004 * 0.09 / 3600)
-    assert found["exchange_ms"] == pytest.approx(7 / 4 * 676.4e6 * 4 / 450e9 * 1e3, rel=1e-3)
-    assert found["gpu_hours"] == pytest.approx(8 * found["hours"]) and found["hours"] > found["hours_hidden"]
-    assert "PROJECTED, not measured" in capsys.readouterr().out
-    measured.write_text(json.dumps(row | {"gpu": None}))
-    with pytest.raises(SystemExit, match="without a step of a preset on a GPU"):
-        projection.main([str(measured)])
 
 
 def test_a_preset_is_a_workload():
