@@ -77,6 +77,14 @@ def keep_products(params: Sequence[Tensor], copies: Sequence[Tensor | None]) -> 
             p.grad_dtype = copy.dtype
 
 
+def keep_copies(net: nn.Module) -> dict[Tensor, Tensor]:
+    """Make the copies that a network's layers read in its compute_dtype, by parameter; none if that is its dtype."""
+    if net.compute_dtype in (None, net.dtype):
+        return {}
+    layers = [m for m in net.modules() if hasattr(m, "keep_copies")]
+    return {p: copy for layer in layers for p, copy in layer.keep_copies(net.compute_dtype).items()}
+
+
 def kept_copies(net: nn.Module) -> list[Kept]:
     """All copies that a network keeps."""
     return [kept for m in net.modules() if hasattr(m, "kept_copies") for kept in m.kept_copies()]

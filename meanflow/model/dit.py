@@ -17,7 +17,7 @@ from meanflow_kernels import adaln_jvp, attention_qkv_jvp, gate_adaln_jvp, linea
 from meanflow_kernels.dual import forbid_gradient
 from meanflow_kernels.linear import chunks
 
-from .copies import Kept
+from .copies import Kept, keep_copies
 from .pairs import BranchEnd, Dual, Linear, LinearGelu, Projection, SiLU, Summand, apply_dual, dual
 
 TIME_FEATURES = 256
@@ -231,10 +231,7 @@ class DiT(nn.Module):
         Returns:
             The copies in the order of parameters(), None for a parameter without one.
         """
-        copies = {}
-        for module in self.modules():
-            if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
-                copies |= module.keep_copies(self.compute_dtype)
+        copies = keep_copies(self)
         # a block that is computed again makes its own
         if copies and not any(block.checkpointed for block in self.blocks):
             layers = self._modulating()

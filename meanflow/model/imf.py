@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from meanflow_kernels import attention_jvp, gate_rmsnorm_jvp, qk_rope_jvp, rmsnorm_jvp, swiglu_jvp
 from meanflow_kernels.dual import forbid_gradient
 
+from .copies import keep_copies
 from .dit import LabelEmbedder, PatchEmbed, Residual, TimestepEmbedder, checkpointed, unpatchify
 from .pairs import Dual, Linear, apply_dual
 
@@ -248,10 +249,7 @@ class ImfDiT(nn.Module):
         Returns:
             The copies in the order of parameters(), None for a parameter without one.
         """
-        copies = {}
-        for module in self.modules():
-            if isinstance(module, Linear) and self.compute_dtype not in (None, self.dtype):
-                copies |= module.keep_copies(self.compute_dtype)
+        copies = keep_copies(self)
         return [copies.get(p) for p in self.parameters()]
 
     def forward(
