@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .transforms import check_pair_transforms
+from .transforms import check_pair_transforms, may_be_dual
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -24,13 +24,14 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int | None], letters: str)
     """``x`` has ``shape``, where None stands for any size; ``letters`` is its legend, such as "(B, L, C)"."""
     if not isinstance(x, Tensor):
         fail(name, f"a {type(x).__name__}", f"a tensor {letters}", "pass a tensor")
-    fits = x.dim() == len(shape)
-    if fits:
+    if x.dim() == len(shape):
         for size, wanted in zip(x.shape, shape, strict=True):
-            fits = fits and (wanted is None or size == wanted)
-    if not fits:
-        sizes = ", ".join("any" if s is None else str(s) for s in shape)
-        fail(name, f"shape {tuple(x.shape)}", f"{letters} = ({sizes})", "reshape or expand it; nothing is broadcast")
+            if wanted is not None and size != wanted:
+                break
+        else:
+            return
+    sizes = ", ".join("any" if s is None else str(s) for s in shape)
+    fail(name, f"shape {tuple(x.shape)}", f"{letters} = ({sizes})", "reshape or expand it; nothing is broadcast")
 
 
 def check_alike(names: Sequence[str], tensors: Sequence[Tensor | None], *, dtype: bool = True) -> None:
@@ -58,9 +59,11 @@ def check_real(name: str, x: Tensor) -> None:
 
 def check_interpreted(name: str, x: Tensor) -> None:
     """``x`` has a dtype that Triton's interpreter multiplies rightly: its ``tl.dot`` takes bf16 for integers."""
+    if x.dtype != torch.bfloat16 or x.is_cuda:
+        return
     import triton
 
-    if x.dtype == torch.bfloat16 and not x.is_cuda and triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         fail(
             name,
             f"{x.dtype} on {x.device}",
@@ -82,7 +85,7 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
 
 def check_parameter(name: str, x: Tensor) -> None:
     """``x`` carries no tangent of its own, which the operator would drop."""
-    if forward_ad.unpack_dual(x).tangent is not None:
+    if may_be_dual() and forward_ad.unpack_dual(x).tangent is not None:
         remedy = "use the *_ref function of the operator's reference.py, plain torch, which carries any"
         fail(name, "a tensor with a forward-mode tangent", "a parameter without one", remedy)
 
@@ -111,7 +114,8 @@ def check_tangents(
         if x_dot.dtype != x.dtype or x_dot.device != x.device:
             got, wanted = f"{x_dot.dtype} on {x_dot.device}", f"{x.dtype} on {x.device}, as {name}"
             fail(f"{name}_dot", got, wanted, f"convert it with .to({name})")
-        check_shape(f"{name}_dot", x_dot, (n, *x.shape[1:]), f"{name}'s shape with the tangents' batch")
+        if x_dot.shape[1:] != x.shape[1:] or x_dot.shape[0] != n:
+            check_shape(f"{name}_dot", x_dot, (n, *x.shape[1:]), f"{name}'s shape with the tangents' batch")
     batch = primals[0].shape[0]
     if tangent_start is None and n != batch:
         remedy = "pass tangent_start=s if the tangents belong to samples s, s + 1, ... only"

@@ -38,7 +38,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .transforms import tracked
+from .transforms import may_be_dual, tracked
 
 Inputs = TypeVarTuple("Inputs")
 
@@ -163,6 +163,8 @@ def unpack(*inputs: *Inputs) -> tuple[tuple[*Inputs], tuple[Tensor | None, ...]]
     Outside forward-mode AD the inputs come back as they are, with no tangents. Tangents come in their primal's dtype:
     torch makes that of a zero-dim dual times a number fp64.
     """
+    if not may_be_dual():
+        return inputs, (None,) * len(inputs)
     pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
     primals: Any = tuple(x for x, _ in pairs)
     return primals, tuple(None if x_dot is None else x_dot.to(x.dtype) for x, x_dot in pairs)

@@ -50,6 +50,11 @@ def check_transforms(x: Tensor) -> None:
         _check_op(x)
 
 
+def may_be_dual() -> bool:
+    """Whether a tensor may carry a tangent: within a level of forward-mode AD, or of a graph that is being traced."""
+    return torch.compiler.is_compiling() or forward_ad._current_level >= 0
+
+
 def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tuple) -> None:
     """Raise where a *_jvp call would drop a derivative: its arguments are duals themselves, or transforms are nested.
 
@@ -57,13 +62,14 @@ def check_pair_transforms(names: tuple[str, ...], primals: tuple, tangents: tupl
         ValueError: an argument is a forward-mode dual tensor.
         RuntimeError: more than one torch.func level differentiates.
     """
-    for name, pair in zip(names, zip(primals, tangents, strict=True), strict=True):
-        for suffix, x in zip(("", "_dot"), pair, strict=True):
-            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-                raise ValueError(
-                    f"{name}{suffix}: got a forward-mode dual tensor, wanted a plain one; call the plain op, which "
-                    "unpacks duals itself, or unpack them first"
-                )
+    if may_be_dual():
+        for name, pair in zip(names, zip(primals, tangents, strict=True), strict=True):
+            for suffix, x in zip(("", "_dot"), pair, strict=True):
+                if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                    raise ValueError(
+                        f"{name}{suffix}: got a forward-mode dual tensor, wanted a plain one; call the plain op, which "
+                        "unpacks duals itself, or unpack them first"
+                    )
     if torch._C._are_functorch_transforms_active():
         _check_pair(primals[0])
 

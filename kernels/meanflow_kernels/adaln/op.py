@@ -6,6 +6,8 @@ from torch import Tensor
 from ..checks import check_shape, check_tangents
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
@@ -52,14 +54,15 @@ def backward_launches(
         vectors={"scale": scale},
         contiguous={"dx": dx, "partial": partial},
         scalars={"eps": eps},
+        scratch=partial,
     )
     return first, sum_partials(partial, [dshift, dscale], sums_config)
 
 
-@torch.library.custom_op("meanflow_kernels::adaln", mutates_args=())
+@custom_op("meanflow_kernels::adaln")
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    forward_launch(x, shift, scale, y, None, None, None, None, 0, eps, FORWARD).run()
+    run(forward_launch, x, shift, scale, y, None, None, None, None, 0, eps, FORWARD)
     return y
 
 
@@ -68,7 +71,7 @@ def _(x, shift, scale, eps, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::adaln_jvp", mutates_args=())
+@custom_op("meanflow_kernels::adaln_jvp")
 def _adaln_jvp(
     x: Tensor,
     shift: Tensor,
@@ -83,7 +86,7 @@ def _adaln_jvp(
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype)
     y_dot = x.new_empty((tangent_samples, *x.shape[1:]), dtype=out_dtype)
-    forward_launch(x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, tangent_start, eps, FORWARD).run()
+    run(forward_launch, x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, tangent_start, eps, FORWARD)
     return y, y_dot
 
 
@@ -92,11 +95,10 @@ def _(x, shift, scale, x_dot, shift_dot, scale_dot, tangent_start, tangent_sampl
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((tangent_samples, *x.shape[1:]), dtype=out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::adaln_bwd", mutates_args=())
+@custom_op("meanflow_kernels::adaln_bwd")
 def _adaln_bwd(x: Tensor, scale: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dx, dshift, dscale = x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    for launch in backward_launches(x, scale, dy, dx, dshift, dscale, eps, BACKWARD, SUMS):
-        launch.run()
+    run(backward_launches, x, scale, dy, dx, dshift, dscale, eps, BACKWARD, SUMS)
     return dx, dshift, dscale
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..launch import arch_of
+from ..launch import Launch, arch_of
+from ..plans import run
 from ..routing import overriding
 from .config import BACKWARD, Backend, Backends, backward_configs, plain_config, preferred
 from .launches import aligned, backward_launches, forward_launch, pack_launches
@@ -111,8 +112,7 @@ def attention_forward(
     backend = _choose(table, q, k)
     if backend is Backend.TRITON:
         o, lse = empty_outputs(q) if out is None else out
-        config = plain_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
-        forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config).run()
+        run(_plain_launch, q, k, v, o, lse, scale)
         return o, lse
     forward = {Backend.FLASH_ATTN: _flash_attn_forward, Backend.XFORMERS: _xformers_forward}.get(backend)
     inputs = _readable(q), _readable(k), _readable(v)
@@ -122,10 +122,16 @@ def attention_forward(
     return out[0].copy_(o), out[1].copy_(lse)
 
 
+def _plain_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Launch:
+    config = plain_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
+    return forward_launch((aligned(q), aligned(k), aligned(v)), (None, None, None), (o, None, lse), scale, config)
+
+
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """o (B, M, H, D) contiguous in q's dtype, lse (B, H, M) fp32."""
     batch, m, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, m), dtype=torch.float32)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return o, o.new_empty((batch, heads, m), dtype=torch.float32)
 
 
 def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Triple:
@@ -134,7 +140,7 @@ def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, l
     if backend is not Backend.TRITON:
         return _library_backward(backend, do, q, k, v, o, lse, scale)
     out = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    _triton_backward(do, q, k, v, o, lse, scale, out)
+    run(_backward_launches, do, q, k, v, o, lse, torch.empty_like(lse), scale, out)
     return out
 
 
@@ -148,10 +154,9 @@ def attention_qkv_backward(
     q, k, v = qkv.unbind(2)
     backend = _choose(BACKWARD, q, k)
     if backend is Backend.TRITON:
-        _triton_backward(do, q, k, v, o, lse, scale, dqkv.unbind(2), dbias)
+        run(_backward_launches, do, q, k, v, o, lse, torch.empty_like(lse), scale, dqkv.unbind(2), dbias)
         return
-    for launch in pack_launches(_library_backward(backend, do, q, k, v, o, lse, scale), dqkv, dbias):
-        launch.run()
+    run(pack_launches, _library_backward(backend, do, q, k, v, o, lse, scale), dqkv, dbias)
 
 
 def _library_backward(backend, do, q, k, v, o, lse, scale) -> Triple:
@@ -224,8 +229,7 @@ def _xformers_backward(do, q, k, v, o, lse, scale):
     return fmha.memory_efficient_attention_backward(do, o, lse, q, k, v, scale=scale, op=fmha.cutlass.BwOp)
 
 
-def _triton_backward(do, q, k, v, o, lse, scale, out, dbias=None):
+def _backward_launches(do, q, k, v, o, lse, delta, scale, out, dbias=None) -> Iterator[Launch]:
     saved = (aligned(q), aligned(k), aligned(v), o, lse)
     configs = backward_configs(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1])
-    for launch in backward_launches(aligned(do), saved, torch.empty_like(lse), out, scale, configs, dbias):
-        launch.run()
+    return backward_launches(aligned(do), saved, delta, out, scale, configs, dbias)

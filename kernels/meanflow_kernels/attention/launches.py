@@ -149,7 +149,9 @@ def backward_launches(
     partial = None if dbias is None else lse.new_empty((1, ceil_div(m, config.block_m) * batch, len(dbias)))
     args = read | {"o_ptr": o, "partial_ptr": partial} | _written({"dq": dq})
     constants = strides | _shape_constants(q, k, config)
-    yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages)
+    yield Launch(
+        attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages, scratch=partial
+    )
 
     config = configs[1]
     grid = (ceil_div(n, config.block_n) * batch * heads,)
@@ -179,7 +181,7 @@ def pack_launches(gradients: tuple[Tensor, Tensor, Tensor], dqkv: Tensor, dbias:
     args = {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "dqkv_ptr": dqkv, "partial_ptr": partial}
     args |= {"rows": rows, "rows_per_chunk": rows_per_chunk}
     constants = {"C": width, "BLOCK_R": PACK.block_r, "BLOCK_C": PACK.block_c}
-    yield Launch(attention_bwd_pack_kernel, (strips * chunks,), args, constants, PACK.num_warps, 1)
+    yield Launch(attention_bwd_pack_kernel, (strips * chunks,), args, constants, PACK.num_warps, 1, scratch=partial)
     if partial is not None:
         yield sum_partials(partial, [dbias[None]], BIAS_SUMS)
 

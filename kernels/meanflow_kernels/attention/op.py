@@ -22,7 +22,9 @@ from ..checks import (
     fail,
 )
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
-from ..launch import arch_of
+from ..launch import Launch, arch_of
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..transforms import tracked
 from .backends import attention_backward, attention_forward, attention_qkv_backward, empty_outputs
@@ -85,18 +87,26 @@ def _warn(tokens: int, heads: int) -> None:
     )
 
 
-def _launch_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: int) -> tuple[Tensor, Tensor, Tensor]:
+def _dual_launch(primals: tuple, tangents: tuple, outputs: tuple, scale: float) -> Launch:
+    q = primals[0]
+    every = all(x is not None for x in tangents)
+    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1], every=every)
+    primals, tangents = (tuple(None if x is None else aligned(x) for x in xs) for xs in (primals, tangents))
+    return forward_launch(primals, tangents, outputs, scale, config)
+
+
+def _run_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: int) -> tuple[Tensor, Tensor, Tensor]:
     """The samples with a tangent run the dual kernel, those before and after it the plain one, all into one o."""
-    primals = tuple(aligned(x) for x in _split(primals))
-    tangents = tuple(None if x is None else aligned(x) for x in _split(tangents))
+    primals, tangents = _split(primals), _split(tangents)
     q = primals[0]
     check_interpreted("q", q)
     o, o_dot, lse = _empty_dual(q, tangents)
     n = o_dot.shape[0]
-    every = all(x is not None for x in tangents)
-    config = dual_config(arch_of(q.device), q.dtype, q.shape[-1], q.shape[1], every=every)
+    if n == q.shape[0]:
+        run(_dual_launch, primals, tangents, (o, o_dot, lse), scale)
+        return o, o_dot, lse
     rows = slice(tangent_start, tangent_start + n)
-    forward_launch(tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale, config).run()
+    run(_dual_launch, tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale)
     for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
         if rows.start < rows.stop:
             q_, k_, v_ = (x[rows] for x in primals)
@@ -139,7 +149,7 @@ def _differentiate(ctx, do, *cotangents):
     return (*grads, *[None] * (ctx.inputs - len(grads)))
 
 
-@torch.library.custom_op("meanflow_kernels::attention", mutates_args=())
+@custom_op("meanflow_kernels::attention")
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check_interpreted("q", q)
     return attention_forward(q, k, v, scale, FORWARD)
@@ -150,7 +160,7 @@ def _(q, k, v, scale):
     return empty_outputs(q)
 
 
-@torch.library.custom_op("meanflow_kernels::attention_jvp", mutates_args=())
+@custom_op("meanflow_kernels::attention_jvp")
 def _attention_jvp_op(
     q: Tensor,
     k: Tensor,
@@ -161,7 +171,7 @@ def _attention_jvp_op(
     scale: float,
     tangent_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_dual((q, k, v), (q_dot, k_dot, v_dot), scale, tangent_start)
+    return _run_dual((q, k, v), (q_dot, k_dot, v_dot), scale, tangent_start)
 
 
 @_attention_jvp_op.register_fake
@@ -169,7 +179,7 @@ def _(q, k, v, q_dot, k_dot, v_dot, scale, tangent_start):
     return _empty_dual(q, (q_dot, k_dot, v_dot))
 
 
-@torch.library.custom_op("meanflow_kernels::attention_bwd", mutates_args=())
+@custom_op("meanflow_kernels::attention_bwd")
 def _attention_bwd_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +191,7 @@ def _(do, q, k, v, o, lse, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-@torch.library.custom_op("meanflow_kernels::attention_qkv", mutates_args=())
+@custom_op("meanflow_kernels::attention_qkv")
 def _attention_qkv_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     check_interpreted("qkv", qkv)
     q, k, v = qkv.unbind(2)
@@ -193,11 +203,11 @@ def _(qkv, bias, scale):
     return empty_outputs(qkv[:, :, 0])
 
 
-@torch.library.custom_op("meanflow_kernels::attention_qkv_jvp", mutates_args=())
+@custom_op("meanflow_kernels::attention_qkv_jvp")
 def _attention_qkv_jvp_op(
     qkv: Tensor, bias: Tensor | None, qkv_dot: Tensor, scale: float, tangent_start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_dual((qkv,), (qkv_dot,), scale, tangent_start)
+    return _run_dual((qkv,), (qkv_dot,), scale, tangent_start)
 
 
 @_attention_qkv_jvp_op.register_fake
@@ -205,7 +215,7 @@ def _(qkv, bias, qkv_dot, scale, tangent_start):
     return _empty_dual(qkv[:, :, 0], (qkv_dot,))
 
 
-@torch.library.custom_op("meanflow_kernels::attention_qkv_bwd", mutates_args=())
+@custom_op("meanflow_kernels::attention_qkv_bwd")
 def _attention_qkv_bwd_op(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ from torch import Tensor
 from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..tiling import StripConfig, TileConfig, ceil_div
 from .config import BACKWARD, FORWARD, SUMS
@@ -103,14 +105,15 @@ def backward_launches(
         constexprs=_tile(width, config),
         num_warps=config.num_warps,
         num_stages=1,
+        scratch=partial,
     )
     return first, sum_partials(partial, [dbias[None]], sums_config)
 
 
-@torch.library.custom_op("meanflow_kernels::bias_gelu", mutates_args=())
+@custom_op("meanflow_kernels::bias_gelu")
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    forward_launch(x, bias, y, None, None, 0, FORWARD).run()
+    run(forward_launch, x, bias, y, None, None, 0, FORWARD)
     return y
 
 
@@ -119,10 +122,10 @@ def _(x, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("meanflow_kernels::bias_gelu_jvp", mutates_args=())
+@custom_op("meanflow_kernels::bias_gelu_jvp")
 def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    forward_launch(x, bias, y, x_dot, y_dot, tangent_start, FORWARD).run()
+    run(forward_launch, x, bias, y, x_dot, y_dot, tangent_start, FORWARD)
     return y, y_dot
 
 
@@ -131,11 +134,10 @@ def _(x, bias, x_dot, tangent_start):
     return x.new_empty(x.shape), x.new_empty(x_dot.shape)
 
 
-@torch.library.custom_op("meanflow_kernels::bias_gelu_bwd", mutates_args=())
+@custom_op("meanflow_kernels::bias_gelu_bwd")
 def _bias_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dx, dbias = x.new_empty(x.shape), bias.new_empty(bias.shape)
-    for launch in backward_launches(x, bias, dy, dx, dbias, BACKWARD, SUMS):
-        launch.run()
+    run(backward_launches, x, bias, dy, dx, dbias, BACKWARD, SUMS)
     return dx, dbias
 
 

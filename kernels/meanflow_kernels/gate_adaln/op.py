@@ -6,6 +6,8 @@ from torch import Tensor
 from ..checks import check_alike, check_kernel_dtype, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
@@ -93,6 +95,7 @@ def backward_launches(
         contiguous={"x_out": x_out, "dx": dx, "dy": dy, "partial": partial}
         | {"bias": None if bias is None else bias.contiguous()},
         scalars={"eps": eps},
+        scratch=partial,
     )
     return first, sum_partials(partial, sums, sums_config, None if bias is None else dbias)
 
@@ -103,7 +106,7 @@ def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, T
     return x.new_empty(shape), x.new_empty(shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::gate_adaln", mutates_args=())
+@custom_op("meanflow_kernels::gate_adaln")
 def _gate_adaln(
     x: Tensor,
     y: Tensor,
@@ -115,7 +118,7 @@ def _gate_adaln(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(x, x.shape[0], out_dtype)
-    forward_launch((x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, PRIMAL).run()
+    run(forward_launch, (x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, PRIMAL)
     return out
 
 
@@ -124,7 +127,7 @@ def _(x, y, gate, shift, scale, bias, eps, out_dtype):
     return _outputs(x, x.shape[0], out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::gate_adaln_jvp", mutates_args=())
+@custom_op("meanflow_kernels::gate_adaln_jvp")
 def _gate_adaln_jvp(
     x: Tensor,
     y: Tensor,
@@ -144,7 +147,7 @@ def _gate_adaln_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
     primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    forward_launch(primals, bias, tangents, out, out_dot, tangent_start, eps, FORWARD).run()
+    run(forward_launch, primals, bias, tangents, out, out_dot, tangent_start, eps, FORWARD)
     return *out, *out_dot
 
 
@@ -154,7 +157,7 @@ def _(x, *operands):
     return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::gate_adaln_bwd", mutates_args=())
+@custom_op("meanflow_kernels::gate_adaln_bwd")
 def _gate_adaln_bwd(
     x_out: Tensor,
     y: Tensor,
@@ -168,8 +171,7 @@ def _gate_adaln_bwd(
     dx, dy, dgate, dshift, dscale, dbias = _gradients(x_out, y, gate, bias)
     sums = [dshift, dscale, dgate]
     inputs = (x_out, y, gate, scale, bias, dx_out, dh)
-    for launch in backward_launches(*inputs, dx, dy, sums, dbias, eps, BACKWARD, SUMS):
-        launch.run()
+    run(backward_launches, *inputs, dx, dy, sums, dbias, eps, BACKWARD, SUMS)
     return dx, dy, dgate, dshift, dscale, dbias
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch
@@ -73,6 +75,7 @@ def backward_launches(
         vectors={},
         contiguous=contiguous | {"dx": dx, "dy": dy, "partial": partial},
         scalars={"eps": eps},
+        scratch=partial,
     )
     return first, sum_partials(partial, [total[None] for total in sums], sums_config)
 
@@ -88,12 +91,12 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs)
 
 
-@torch.library.custom_op("meanflow_kernels::gate_rmsnorm", mutates_args=())
+@custom_op("meanflow_kernels::gate_rmsnorm")
 def _gate_rmsnorm(
     x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(x, x.shape[0], out_dtype)
-    forward_launch((x, y), (None, None), gate, weight, out, (None, None), 0, eps, FORWARD).run()
+    run(forward_launch, (x, y), (None, None), gate, weight, out, (None, None), 0, eps, FORWARD)
     return out
 
 
@@ -102,7 +105,7 @@ def _(x, y, gate, weight, eps, out_dtype):
     return _outputs(x, x.shape[0], out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::gate_rmsnorm_jvp", mutates_args=())
+@custom_op("meanflow_kernels::gate_rmsnorm_jvp")
 def _gate_rmsnorm_jvp(
     x: Tensor,
     y: Tensor,
@@ -116,7 +119,7 @@ def _gate_rmsnorm_jvp(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
-    forward_launch((x, y), (x_dot, y_dot), gate, weight, out, out_dot, tangent_start, eps, FORWARD).run()
+    run(forward_launch, (x, y), (x_dot, y_dot), gate, weight, out, out_dot, tangent_start, eps, FORWARD)
     return *out, *out_dot
 
 
@@ -125,14 +128,13 @@ def _(x, y, gate, weight, x_dot, y_dot, tangent_start, tangent_samples, eps, out
     return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::gate_rmsnorm_bwd", mutates_args=())
+@custom_op("meanflow_kernels::gate_rmsnorm_bwd")
 def _gate_rmsnorm_bwd(
     x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, dx_out: Tensor | None, dh: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dy, dgate, dweight = _gradients(x_out, y, gate, weight)
     sums = [dgate, dweight]
-    for launch in backward_launches(x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS):
-        launch.run()
+    run(backward_launches, x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS)
     return dx, dy, dgate, dweight
 
 

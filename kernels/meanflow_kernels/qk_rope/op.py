@@ -11,6 +11,8 @@ from torch import Tensor
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import check_kernel_row, partial_sums, row_launch
@@ -107,6 +109,7 @@ def backward_launches(
         vectors={},
         contiguous=contiguous | {"dqk": dqk, "partial": partial},
         scalars={"eps": eps},
+        scratch=partial,
         tile=_tile(qk, config),
     )
     return first, sum_partials(partial, [total[None] for total in sums], sums_config)
@@ -123,12 +126,12 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs)
 
 
-@torch.library.custom_op("meanflow_kernels::qk_rope", mutates_args=())
+@custom_op("meanflow_kernels::qk_rope")
 def _qk_rope(
     qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     out = _outputs(qk)
-    forward_launch(qk, (q_weight, k_weight, cos, sin), out, None, (None, None), 0, eps, FORWARD).run()
+    run(forward_launch, qk, (q_weight, k_weight, cos, sin), out, None, (None, None), 0, eps, FORWARD)
     return out
 
 
@@ -137,7 +140,7 @@ def _(qk, q_weight, k_weight, cos, sin, eps):
     return _outputs(qk)
 
 
-@torch.library.custom_op("meanflow_kernels::qk_rope_jvp", mutates_args=())
+@custom_op("meanflow_kernels::qk_rope_jvp")
 def _qk_rope_jvp(
     qk: Tensor,
     q_weight: Tensor,
@@ -149,7 +152,7 @@ def _qk_rope_jvp(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, out_dot = _outputs(qk), _outputs(qk_dot)
-    forward_launch(qk, (q_weight, k_weight, cos, sin), out, qk_dot, out_dot, tangent_start, eps, FORWARD).run()
+    run(forward_launch, qk, (q_weight, k_weight, cos, sin), out, qk_dot, out_dot, tangent_start, eps, FORWARD)
     return *out, *out_dot
 
 
@@ -158,14 +161,13 @@ def _(qk, q_weight, k_weight, cos, sin, qk_dot, tangent_start, eps):
     return *_outputs(qk), *_outputs(qk_dot)
 
 
-@torch.library.custom_op("meanflow_kernels::qk_rope_bwd", mutates_args=())
+@custom_op("meanflow_kernels::qk_rope_bwd")
 def _qk_rope_bwd(
     qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dqk, dq_weight, dk_weight = _gradients(qk, q_weight, k_weight)
     parameters, sums = (q_weight, k_weight, cos, sin), (dq_weight, dk_weight)
-    for launch in backward_launches(qk, parameters, (dq, dk), dqk, sums, eps, BACKWARD, SUMS):
-        launch.run()
+    run(backward_launches, qk, parameters, (dq, dk), dqk, sums, eps, BACKWARD, SUMS)
     return dqk, dq_weight, dk_weight
 
 

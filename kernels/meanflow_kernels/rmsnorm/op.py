@@ -6,6 +6,8 @@ from torch import Tensor
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch
@@ -63,14 +65,15 @@ def backward_launches(
         vectors={},
         contiguous={"weight": weight.contiguous(), "dx": dx, "partial": partial},
         scalars={"eps": eps},
+        scratch=partial,
     )
     return first, sum_partials(partial, [dweight[None]], sums_config)
 
 
-@torch.library.custom_op("meanflow_kernels::rmsnorm", mutates_args=())
+@custom_op("meanflow_kernels::rmsnorm")
 def _rmsnorm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    forward_launch(x, weight, y, None, None, 0, eps, FORWARD).run()
+    run(forward_launch, x, weight, y, None, None, 0, eps, FORWARD)
     return y
 
 
@@ -79,12 +82,12 @@ def _(x, weight, eps, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::rmsnorm_jvp", mutates_args=())
+@custom_op("meanflow_kernels::rmsnorm_jvp")
 def _rmsnorm_jvp(
     x: Tensor, weight: Tensor, x_dot: Tensor, tangent_start: int, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape, dtype=out_dtype), x_dot.new_empty(x_dot.shape, dtype=out_dtype)
-    forward_launch(x, weight, y, x_dot, y_dot, tangent_start, eps, FORWARD).run()
+    run(forward_launch, x, weight, y, x_dot, y_dot, tangent_start, eps, FORWARD)
     return y, y_dot
 
 
@@ -93,11 +96,10 @@ def _(x, weight, x_dot, tangent_start, eps, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype), x_dot.new_empty(x_dot.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("meanflow_kernels::rmsnorm_bwd", mutates_args=())
+@custom_op("meanflow_kernels::rmsnorm_bwd")
 def _rmsnorm_bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-    for launch in backward_launches(x, weight, dy, dx, dweight, eps, BACKWARD, SUMS):
-        launch.run()
+    run(backward_launches, x, weight, dy, dx, dweight, eps, BACKWARD, SUMS)
     return dx, dweight
 
 

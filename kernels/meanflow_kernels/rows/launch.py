@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import tiling
-from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, fail
+from ..checks import KERNEL_DTYPES, check_alike, check_kernel_dtype, check_real, check_shape, fail
 from ..launch import CompileCase, Launch, strides
 from ..tiling import ceil_div
 from .config import RowConfig
@@ -30,7 +30,8 @@ def check_kernel_row(x: Tensor, names: tuple[str, ...], tensors: tuple[Tensor, .
     """Dtypes that the row kernels take, and a row to normalise."""
     for name, tensor in zip(names, tensors, strict=True):
         check_kernel_dtype(name, tensor)
-    check_kernel_dtype("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"))
+    if out_dtype not in KERNEL_DTYPES:
+        check_kernel_dtype("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"))
     if x.shape[-1] == 0:
         fail("x", f"shape {tuple(x.shape)}", "(B, L, C) with C > 0", "a norm needs a column")
 
@@ -58,13 +59,15 @@ def row_launch(
     contiguous: dict[str, Tensor | None],
     scalars: dict[str, int | float],
     tile: dict[str, int] | None = None,
+    scratch: Tensor | None = None,
 ) -> Launch:
     """One launch over the rows of samples.
 
     Args:
         kernel: its parameters are named `{tensor}_ptr`, `stride_{tensor}_b`, `stride_{tensor}_l`, or as a scalar is.
         rows: strided (B, L, C) tensors; the first is present and gives the grid. vectors: strided (B, C) tensors.
-        contiguous: tensors without strides. tile: the kernel's constants in the place of C and TILE.
+        contiguous: tensors without strides. tile: the kernel's constants in the place of C and TILE. scratch: which of
+            the tensors are room for partial sums.
     """
     rows = {name: dense_rows(x) for name, x in rows.items()}
     vectors = {name: dense_rows(x) for name, x in vectors.items()}
@@ -92,6 +95,7 @@ def row_launch(
         num_warps=config.num_warps(width),
         num_stages=config.stages,
         max_registers=config.max_registers,
+        scratch=scratch,
     )
 
 

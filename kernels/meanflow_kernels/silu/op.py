@@ -6,6 +6,8 @@ from torch import Tensor
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..tiling import ceil_div
 from .config import BLOCK, NUM_WARPS
@@ -46,10 +48,10 @@ def _launch(x: Tensor, y: Tensor | None, x_dot: Tensor | None, y_dot: Tensor | N
     )
 
 
-@torch.library.custom_op("meanflow_kernels::silu", mutates_args=())
+@custom_op("meanflow_kernels::silu")
 def _silu(x: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    _launch(x, y, None, None).run()
+    run(_launch, x, y, None, None)
     return y
 
 
@@ -58,10 +60,10 @@ def _(x):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("meanflow_kernels::silu_jvp", mutates_args=())
+@custom_op("meanflow_kernels::silu_jvp")
 def _silu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    _launch(x, y, x_dot, y_dot, tangent_start).run()
+    run(_launch, x, y, x_dot, y_dot, tangent_start)
     return y, y_dot
 
 
@@ -70,10 +72,10 @@ def _(x, x_dot, tangent_start):
     return x.new_empty(x.shape), x.new_empty(x_dot.shape)
 
 
-@torch.library.custom_op("meanflow_kernels::silu_bwd", mutates_args=())
+@custom_op("meanflow_kernels::silu_bwd")
 def _silu_bwd(x: Tensor, dy: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
-    _launch(x, None, dy, dx).run()
+    run(_launch, x, None, dy, dx)
     return dx
 
 

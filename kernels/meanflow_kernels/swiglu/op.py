@@ -8,6 +8,8 @@ from torch import Tensor
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..tiling import ceil_div
 from .config import BACKWARD, FORWARD, FlatConfig
@@ -80,10 +82,10 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.custom_op("meanflow_kernels::swiglu", mutates_args=())
+@custom_op("meanflow_kernels::swiglu")
 def _swiglu(x: Tensor) -> Tensor:
     y = _empty(x)
-    forward_launch(x, y, None, None, 0, FORWARD).run()
+    run(forward_launch, x, y, None, None, 0, FORWARD)
     return y
 
 
@@ -92,10 +94,10 @@ def _(x):
     return _empty(x)
 
 
-@torch.library.custom_op("meanflow_kernels::swiglu_jvp", mutates_args=())
+@custom_op("meanflow_kernels::swiglu_jvp")
 def _swiglu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
     y, y_dot = _empty(x), _empty(x_dot)
-    forward_launch(x, y, x_dot, y_dot, tangent_start, FORWARD).run()
+    run(forward_launch, x, y, x_dot, y_dot, tangent_start, FORWARD)
     return y, y_dot
 
 
@@ -104,10 +106,10 @@ def _(x, x_dot, tangent_start):
     return _empty(x), _empty(x_dot)
 
 
-@torch.library.custom_op("meanflow_kernels::swiglu_bwd", mutates_args=())
+@custom_op("meanflow_kernels::swiglu_bwd")
 def _swiglu_bwd(x: Tensor, dy: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
-    backward_launch(x, dy, dx, BACKWARD).run()
+    run(backward_launch, x, dy, dx, BACKWARD)
     return dx
 
 

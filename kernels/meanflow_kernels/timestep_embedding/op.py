@@ -8,6 +8,8 @@ from torch import Tensor
 from ..checks import check_kernel_dtype, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
 from ..launch import CompileCase, Launch
+from ..plans import run
+from ..registration import custom_op
 from ..routing import runs_kernel
 from ..tiling import next_power_of_two
 from .config import NUM_WARPS
@@ -69,10 +71,10 @@ def _backward(t: Tensor, dy: Tensor, dt: Tensor, max_period: float) -> Launch:
     return _launch(_timestep_embedding_bwd_kernel, t, dy.shape[1], max_period, dy_ptr=dy, dt_ptr=dt)
 
 
-@torch.library.custom_op("meanflow_kernels::timestep_embedding", mutates_args=())
+@custom_op("meanflow_kernels::timestep_embedding")
 def _timestep_embedding(t: Tensor, dim: int, max_period: float) -> Tensor:
     y = t.new_empty((t.shape[0], dim))
-    _forward(t, y, None, None, 0, max_period).run()
+    run(_forward, t, y, None, None, 0, max_period)
     return y
 
 
@@ -81,12 +83,12 @@ def _(t, dim, max_period):
     return t.new_empty((t.shape[0], dim))
 
 
-@torch.library.custom_op("meanflow_kernels::timestep_embedding_jvp", mutates_args=())
+@custom_op("meanflow_kernels::timestep_embedding_jvp")
 def _timestep_embedding_jvp(
     t: Tensor, t_dot: Tensor, dim: int, tangent_start: int, max_period: float
 ) -> tuple[Tensor, Tensor]:
     y, y_dot = t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
-    _forward(t, y, t_dot, y_dot, tangent_start, max_period).run()
+    run(_forward, t, y, t_dot, y_dot, tangent_start, max_period)
     return y, y_dot
 
 
@@ -95,10 +97,10 @@ def _(t, t_dot, dim, tangent_start, max_period):
     return t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
 
 
-@torch.library.custom_op("meanflow_kernels::timestep_embedding_bwd", mutates_args=())
+@custom_op("meanflow_kernels::timestep_embedding_bwd")
 def _timestep_embedding_bwd(t: Tensor, dy: Tensor, max_period: float) -> Tensor:
     dt = t.new_empty(t.shape)
-    _backward(t, dy, dt, max_period).run()
+    run(_backward, t, dy, dt, max_period)
     return dt
 
 
