@@ -1,16 +1,20 @@
-"""The first steps of a command, before torch is imported: find its environment, and choose how threads wait.
+"""The first steps of a command, before torch is imported: find its environment, choose how threads wait and where
+compiled code is kept.
 
 Uses the standard library alone and the syntax of older Pythons, for it tells their users which Python to take.
 """
 
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAT = "/proc/stat"
+CPUINFO = "/proc/cpuinfo"
 
 
 def others():
@@ -42,6 +46,35 @@ def choose_waiting():
     """Let OpenMP's threads wait passively on busy cores, unless OMP_WAIT_POLICY is set. Call before importing torch."""
     if "OMP_WAIT_POLICY" not in os.environ and crowded():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_compiled():
+    """Keep what torch.compile compiles in the user's cache folder, unless TORCHINDUCTOR_CACHE_DIR says where.
+
+    torch's own place is the folder of temporary files, which a reboot empties. Machines that share a home but not a kind
+    of processor have a folder each: the code is made for the processor. Call before importing torch.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(caches, "meanflow", "compiled-" + processor())
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:  # no home, or none to write to
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def processor():
+    """A name of what this processor can do."""
+    told = platform.machine()
+    try:
+        with open(CPUINFO) as file:
+            told += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def enter(command, needed):

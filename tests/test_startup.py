@@ -134,3 +134,31 @@ def test_where_no_kernel_says_who_is_at_work_the_load_average_does(monkeypatch, 
     monkeypatch.setattr(startup, "STAT", str(tmp_path / "none"))
     monkeypatch.setattr(startup.os, "getloadavg", lambda: (3.5, 0.0, 0.0))
     assert startup.others() == 3.5
+
+
+def test_compiled_code_outlives_a_reboot(monkeypatch, tmp_path):
+    from meanflow import startup
+
+    name = "TORCHINDUCTOR_CACHE_DIR"
+
+    def kept(**environment):
+        for key in (name, "XDG_CACHE_HOME"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in environment.items():
+            monkeypatch.setenv(key, str(value))
+        startup.keep_compiled()
+        found = startup.os.environ.get(name)
+        monkeypatch.delenv(name, raising=False)
+        return found
+
+    home = kept(HOME=tmp_path / "home")
+    assert home.startswith(str(tmp_path / "home" / ".cache" / "meanflow" / "compiled-")) and Path(home).is_dir()
+    assert kept(XDG_CACHE_HOME=tmp_path / "caches").startswith(str(tmp_path / "caches" / "meanflow"))
+    assert kept(**{name: "/of/the/user"}) == "/of/the/user"
+    (tmp_path / "file").touch()
+    assert kept(XDG_CACHE_HOME=tmp_path / "file") is None
+    # another processor's code is not taken
+    other = tmp_path / "cpuinfo"
+    other.write_text("processor : 0\nflags : sse2\n")
+    monkeypatch.setattr(startup, "CPUINFO", str(other))
+    assert kept(HOME=tmp_path / "home") != home

@@ -1,5 +1,7 @@
 """The commands: `python scripts/NAME.py` in a checkout, `meanflow-NAME` where it is installed."""
 
-from ..startup import choose_waiting
+from ..startup import choose_waiting, keep_compiled
 
-choose_waiting()  # before a command imports torch
+# before a command imports torch
+choose_waiting()
+keep_compiled()

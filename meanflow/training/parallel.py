@@ -27,9 +27,10 @@ Gradients are means over the processes: with batches of one size, those of the w
 
 import copy
 import inspect
+import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -286,6 +287,32 @@ def no_gradient_sync(loss: nn.Module) -> AbstractContextManager:
 def total_norm(loss: nn.Module, grads: Sequence[Tensor]) -> Tensor:
     """The norm of the whole gradient (), of whose tensors this process may hold a part."""
     return loss.gradient_norm() if isinstance(loss, Zero1) else full_tensor(gradient_norm(grads))
+
+
+@contextmanager
+def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
+    """Run a with block in the first process of each machine, then in the others, which load what it has compiled.
+
+    So it is with a replicated objective, whose gradients stay local meanwhile, for the block must not be a collective
+    operation: a forward of shards is one, and there all compile at once. So do processes with GPUs of different numbers,
+    which are part of what torch knows a graph by: torchrun --virtual-local-rank calls each cuda:0.
+    """
+    if not is_replicated(loss) or not _devices_are_one_to_torch(loss):
+        yield
+        return
+    first = dist.get_rank() % int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) == 0
+    if not first:
+        dist.barrier()
+    with loss.no_sync():
+        yield
+    if first:
+        dist.barrier()
+
+
+def _devices_are_one_to_torch(loss: nn.Module) -> bool:
+    devices = [None] * dist.get_world_size()
+    dist.all_gather_object(devices, str(next(loss.parameters()).device))
+    return len(set(devices)) == 1
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

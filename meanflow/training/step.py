@@ -21,7 +21,7 @@ from .draw import draw_batch
 from .guard import SpikeGuard
 from .messages import StepInputs, StepResult, explained_failures
 from .optim import step_unless
-from .parallel import MEASURED_PASSES, is_replicated, mean_over_ranks, no_gradient_sync, total_norm
+from .parallel import MEASURED_PASSES, compiling_in_turn, is_replicated, mean_over_ranks, no_gradient_sync, total_norm
 
 
 class Step:
@@ -144,11 +144,13 @@ class Step:
     def _warm_up(self, inputs: StepInputs) -> None:
         """Run every declared size once, to compile and load kernels, which a capture must not do; weights stay."""
         plans = self._declared_plans()
-        if self.config.train.cuda_graph and is_replicated(self.loss):
-            plans += plans[-1:] * (MEASURED_PASSES + 1 - len(plans))
         with self._timed("compiling the step"), self._eagerly():
             for plan in plans:
-                self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
+                with compiling_in_turn(self.loss):
+                    self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
+            if self.config.train.cuda_graph and is_replicated(self.loss):
+                for _ in range(MEASURED_PASSES + 1):
+                    self._gradient(inputs._replace(plan=plans[-1]).to(inputs.samples.device))
             self.loss.zero_grad()
         self._warm = True
 
