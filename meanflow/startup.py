@@ -51,8 +51,8 @@ def choose_waiting():
 def keep_compiled():
     """Keep what torch.compile compiles in the user's cache folder, unless TORCHINDUCTOR_CACHE_DIR says where.
 
-    torch's own place is the folder of temporary files, which a reboot empties. Machines that share a home but not a kind
-    of processor have a folder each: the code is made for the processor. Call before importing torch.
+    torch's own place is the folder of temporary files, which a reboot empties. Kinds of processors have a folder each,
+    for code is made for its processor and machines may share a home. Call before importing torch.
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return

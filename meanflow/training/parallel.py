@@ -293,9 +293,9 @@ def total_norm(loss: nn.Module, grads: Sequence[Tensor]) -> Tensor:
 def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
     """Run a with block in the first process of each machine, then in the others, which load what it has compiled.
 
-    So it is with a replicated objective, whose gradients stay local meanwhile, for the block must not be a collective
-    operation: a forward of shards is one, and there all compile at once. So do processes with GPUs of different numbers,
-    which are part of what torch knows a graph by: torchrun --virtual-local-rank calls each cuda:0.
+    So it is with a replicated objective, whose gradients stay local meanwhile: the block must not be a collective call.
+    A forward of shards is one, so there all processes compile at once. They do too on GPUs of different numbers, by
+    which, among others, torch finds a graph again: torchrun --virtual-local-rank calls each cuda:0.
     """
     if not is_replicated(loss) or not _devices_are_one_to_torch(loss):
         yield
