@@ -303,10 +303,13 @@ def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
     first = dist.get_rank() % int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) == 0
     if not first:
         dist.barrier()
-    with loss.no_sync():
-        yield
-    if first:
-        dist.barrier()
+    try:
+        with loss.no_sync():
+            yield
+    finally:
+        # what fails in the first fails in the others too, each with its message
+        if first:
+            dist.barrier()
 
 
 def _devices_are_one_to_torch(loss: nn.Module) -> bool:
