@@ -62,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     found: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as cache:
-        cold = started(options.depth, cache, WAYS["both"])
+        cold = started(options.depth, cache, "1")
         for pair in range(options.pairs):
             for way in list(WAYS)[:: 1 if pair % 2 else -1]:
                 found[way].append(started(options.depth, cache, WAYS[way]))

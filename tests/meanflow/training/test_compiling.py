@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config
 from ranks import Ranks
 from torch import nn
 from torch._dynamo.utils import counters
@@ -42,7 +43,11 @@ def compiled(rank: int, cache: str, width: int) -> Counter:
     torch.manual_seed(0)
     loss = Objective(width)
     built, build = [], CppBuilder.build
-    with mock.patch.object(CppBuilder, "build", lambda self: built.append(self.get_target_file_path()) or build(self)):
+    with (
+        mock.patch.object(CppBuilder, "build", lambda self: built.append(self.get_target_file_path()) or build(self)),
+        # it would compile a program for each kind of vectors, to see whether it can
+        torch._inductor.config.patch({"cpp.vec_isa_ok": True}),
+    ):
         compile_loss(loss)
         loss = parallel.replicate(loss)
         with parallel.compiling_in_turn(loss):
