@@ -149,9 +149,7 @@ def backward_launches(
     partial = None if dbias is None else lse.new_empty((1, ceil_div(m, config.block_m) * batch, len(dbias)))
     args = read | {"o_ptr": o, "partial_ptr": partial} | _written({"dq": dq})
     constants = strides | _shape_constants(q, k, config)
-    yield Launch(
-        attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages, scratch=partial
-    )
+    yield Launch(attention_bwd_dq_kernel, grid, args, constants, config.num_warps, config.num_stages, scratch=partial)
 
     config = configs[1]
     grid = (ceil_div(n, config.block_n) * batch * heads,)
