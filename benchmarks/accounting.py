@@ -2,15 +2,17 @@
 
 FLOPs of each pass of the step, counted by torch's counter on the step's own code over meta tensors: nothing is
 computed, and the kernels are counted as the operators that they are. F is one plain forward of the network on the
-batch. A product of matrices counts, a pointwise operator does not (meanflow_kernels.counts).
+batch, to u where it has a head for v too. A product of matrices counts, a pointwise operator does not
+(meanflow_kernels.counts).
 
     guidance    the forward whose rows the plan lists, padded to a declared size
     primal      the forward that is differentiated
     tangent     what the derivative adds to it
     backward    of the primal alone
 
-Beside them: the bytes that autograd keeps for the backward, next to those of flow matching; those of the weights and
-the optimizer; and a lower bound of the step's time on a GPU by kind of work, products at the rate of a large one and
+Beside them: the step without the product that attention's backward makes a second time, which is no part of the
+mathematics; the bytes that autograd keeps for the backward, next to those of flow matching, with a head for v if the
+step trains one; those of the weights and the optimizer; and a lower bound of the step's time on a GPU by kind of work, products at the rate of a large one and
 the fewest bytes at a copy's, with the newest committed measurement of that step, if there is one.
 """
 
@@ -41,6 +43,7 @@ def text(report: dict) -> str:
     head = f"{report['preset']}, batch {batch}, {report['precision']}, mean of {report['batches']} drawn batches; "
     head += f"F = {f / 1e9:.1f} GFLOP, {f / batch / 2e9:.2f} GMAC a sample"
     steps = f"step in F: {report['step_in_forwards']:.4f} padded, {report['step_in_forwards_unpadded']:.4f} unpadded"
+    steps += f"; {report['step_in_forwards_unrepeated']:.4f} padded without what attention's backward computes again"
     if report["ranks"] > 1:
         steps += f", {report['step_in_forwards_slowest_rank']:.4f} on the slowest of {report['ranks']} ranks"
     saved, plain = report["saved_bytes"], report["saved_bytes_flow_matching"]

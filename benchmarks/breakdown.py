@@ -5,7 +5,8 @@ python -m benchmarks.breakdown --model XL/2 --batch 32 --kernels kernels.jsonl -
 python -m benchmarks.breakdown --device cpu --model S/8 --batch 4 --precision fp32 --eager --trace step.json
 
 By phase: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
-guidance, and without guidance and derivative, and the differences are the phases' cost. By kind: the kernels of some
+guidance, and without guidance and derivative, and the differences are the phases' cost; a predicted direction counts
+with the derivative that it is for. By kind: the kernels of some
 steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
 compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the phases as
 named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
@@ -71,14 +72,16 @@ class Phases:
 
     def times(self, inputs: StepInputs, device: str) -> dict[str, float]:
         """Milliseconds of each phase."""
-        plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu()).to(inputs.r.device)
+        host = inputs.to(torch.device("cpu"))
+        plan = self.planner.plan(host.r, host.t, host.drop, host.guidance).to(inputs.r.device)
         if self.compiled:
             declare_sizes(plan)
         at = [stamp(device)]
         x, e = draw_batch(self.run, inputs.batch, inputs.samples, inputs.step)
         at.append(stamp(device))
         with products_kept(self.products):
-            loss = self.loss(x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop, plan).loss
+            given = (inputs.r, inputs.t, inputs.batch.labels, inputs.drop, plan, inputs.guidance)
+            loss = self.loss(x, e, *given).loss
             at.append(stamp(device))
             self.optimizer.zero_grad()
             loss.backward()
@@ -91,7 +94,7 @@ class Phases:
 def by_phase(work: Workload, repeats: int, *, compiled: bool) -> dict[str, float]:
     """Median milliseconds of each phase."""
     objective = work.run.objective
-    unguided = replace(objective, omega=1.0, kappa=0.0)
+    unguided = replace(objective, omega=1.0, kappa=0.0, guidance_input="none")
     objectives = {"whole": objective, "unguided": unguided, "primal": replace(unguided, share_equal=1.0)}
     found = {}
     for name, each in objectives.items():

@@ -46,7 +46,7 @@ NAMES = {
 
 def of_step(steps: list[dict], wanted: dict) -> list[dict]:
     """The newest row with a time of each variant of a step."""
-    found = [row for row in timed(steps) if all(row.get(name) == wanted[name] for name in STEP)]
+    found = [row for row in timed(steps) if all(row.get(name) == wanted.get(name) for name in STEP)]
     found = [row for row in found if row.get("peer") or row["variant"] in NAMES]
     return ordered(newest(found, lambda row: row["variant"])[0])
 

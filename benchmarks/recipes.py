@@ -1,4 +1,4 @@
-"""Demands of the paper's recipes on the hardware: ``python -m benchmarks.recipes --gpus 8 --mfu 0.4``.
+"""Demands of the papers' recipes on the hardware: ``python -m benchmarks.recipes --gpus 8 --mfu 0.4``.
 
 Work and memory are counted on the step's own code (benchmarks.accounting), in bf16. Hours are a PROJECTION. Those by
 card are the counted work over the datasheet's peak and a supposed MFU, the share of that peak that a step reaches.
@@ -24,7 +24,7 @@ from .harness.rows import read
 from .harness.table import markdown_table, table
 from .projection import LINKS, project, usable
 
-RECIPES = [name for name in PRESETS if name.startswith("imagenet-")]
+RECIPES = [name for name in PRESETS if name.startswith(("imagenet-", "imf-"))]
 CARDS = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
 RESULTS = Path(__file__).parent / "results"
 STATE_BYTES = 4 + 4 + 8 + 4 + 2
@@ -76,12 +76,21 @@ def measured(steps: list[dict]) -> dict[str, dict]:
 def lines_of(rows: list[dict], projected: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table."""
     head = rows[0]
-    header = ["recipe", "parameters", "weights, optimizer, average", "kept for backward", "work of a step", "steps"]
+    header = [
+        "recipe",
+        "parameters",
+        "samples a GPU",
+        "weights, optimizer, average",
+        "kept for backward",
+        "work of a step",
+        "steps",
+    ]
     header += [f"hours on {head['gpus']} {card} *" for card in CARDS] + ["hours, from a measured step", "FID (paper)"]
     lines = [
         [
             r["preset"],
             f"{r['parameters'] / 1e6:.0f} M",
+            f"{r['batch_per_gpu']}",
             f"{r['weights_gb']:.1f} GB",
             f"{r['saved_gb']:.1f} GB",
             f"{r['step_tflop']:.0f} TFLOP ({r['step_in_forwards']:.2f} F)",
@@ -115,8 +124,8 @@ def measured_words(row: dict | None) -> str:
 def notes(rows: list[dict]) -> str:
     head = rows[0]
     return (
-        f"Hours are PROJECTIONS, no such run was made. * counted work at a supposed MFU of {head['mfu_supposed']:.0%}, "
-        f"{head['batch_per_gpu']} samples a GPU. From a measured step on one GPU: with the gradients' exchange hidden, "
+        f"Hours are PROJECTIONS, no such run was made. * counted work at a supposed MFU of {head['mfu_supposed']:.0%}. "
+        "From a measured step on one GPU: with the gradients' exchange hidden, "
         "and with all of it added. Work and bytes are counted."
     )
 
@@ -135,9 +144,9 @@ def markdown(rows: list[dict], projected: dict[str, dict]) -> str:
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.recipes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--gpus", type=int, default=8, help="that share the batch of 256 (default 8)")
+    parser.add_argument("--gpus", type=int, default=8, help="that share a recipe's batch (default 8)")
     parser.add_argument("--mfu", type=finite, default=0.4, help="supposed for the hours (default 0.4)")
-    parser.add_argument("--presets", nargs="+", default=RECIPES, help="recipes (default: the six of Table 4)")
+    parser.add_argument("--presets", nargs="+", default=RECIPES, help="recipes (default: both papers')")
     parser.add_argument("--rows", nargs="+", type=Path, default=[RESULTS], metavar="ROWS",
                         help="measured steps: files or folders of rows (default: those committed)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON alone")

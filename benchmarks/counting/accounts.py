@@ -24,6 +24,8 @@ from meanflow_kernels.routing import Route, force_route
 BATCHES = 1000
 """Number of drawn batches that a mean is taken over."""
 PASSES = ("guidance", "primal", "tangent", "backward")
+RECOMPUTED = 1 / 5
+"""Of attention's backward: of its five products one is the forward's again, which keeps no probabilities."""
 META = torch.device("meta")
 
 
@@ -82,9 +84,11 @@ class MetaStep:
             return meanflow_terms(self.config.objective, self.net, *inputs, plan.to(META), guidance).loss
 
     def flow_matching_loss(self) -> Tensor:
-        """The flow matching loss of the same network and batch: one plain forward with r = t."""
+        """The flow matching loss of the same network, its heads and batch: one plain forward with r = t."""
+        heads = {"head": "uv"} if self.config.objective.direction == "v_head" else {}
         with force_route(Route.TRITON):
-            return (self.net(self.x, self.t, self.t, self.y) - (self.e - self.x)).square().mean()
+            out = self.net(self.x, self.t, self.t, self.y, **heads)
+        return sum((each - (self.e - self.x)).square().mean() for each in (out if heads else (out,)))
 
     def plain_forward(self) -> Flops:
         """F: FLOPs of one plain forward of the network on the batch."""
@@ -169,8 +173,9 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
     step = MetaStep(config)
     planner, forward = step.planner, step.plain_forward()
     sizes = [(guidance, tangent) for guidance in planner.guidance_sizes for tangent in planner.tangent_sizes]
-    bare = {tangent: step.forward(0, tangent) for tangent in {0, *planner.tangent_sizes}}
-    passes = {size: step.passes(*size, bare) for size in tqdm(sizes, desc="counting declared sizes", unit="size")}
+    most = sizes[-1]
+    counted = step.passes(*most, {tangent: step.forward(0, tangent) for tangent in {0, most[1]}})
+    passes = {size: _of_sizes(counted, most, size) for size in sizes}
     total = {size: sum(by_pass.values(), Flops()) for size, by_pass in passes.items()}
 
     exact_planner = ExactPlanner(config.objective, config.train.batch)
@@ -179,7 +184,8 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
         drawn = [plan_sizes(config, planner, index, rank) for rank in range(ranks)]
         padded.append(drawn[0])
         slowest.append(max(total[size].total for size in drawn))
-        exact.append(_unpadded(passes[drawn[0]], drawn[0], plan_sizes(config, exact_planner, index, 0)))
+        of_rows = _of_sizes(counted, most, plan_sizes(config, exact_planner, index, 0))
+        exact.append(sum(of_rows.values(), Flops()))
     means = {each: mean(passes[size][each] for size in padded) for each in PASSES}
     used = Counter(padded)
 
@@ -197,6 +203,7 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
         "step_flops": whole["flops"],
         "step_in_forwards": whole["forwards"],
         "step_in_forwards_unpadded": mean(exact).total / forward.total,
+        "step_in_forwards_unrepeated": (whole["flops"] - RECOMPUTED * means["backward"].attention) / forward.total,
         "ranks": ranks,
         "step_in_forwards_slowest_rank": sum(slowest) / batches / forward.total,
         "parts": {each: units(flops) for each, flops in means.items()},
@@ -208,10 +215,10 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
     }
 
 
-def _unpadded(passes: dict[str, Flops], padded: tuple[int, int], exact: tuple[int, int]) -> Flops:
-    """FLOPs of a step of the exact sizes: those of a pass are proportional to its rows."""
-    shares = {each: n / max(m, 1) for each, n, m in zip(("guidance", "tangent"), exact, padded, strict=True)}
-    return sum((flops * shares.get(each, 1) for each, flops in passes.items()), Flops())
+def _of_sizes(passes: dict[str, Flops], counted: tuple[int, int], sizes: tuple[int, int]) -> dict[str, Flops]:
+    """The passes of a step of other sizes: the FLOPs of guidance and tangent are proportional to their rows."""
+    shares = {each: n / max(m, 1) for each, n, m in zip(("guidance", "tangent"), sizes, counted, strict=True)}
+    return {each: flops * shares.get(each, 1) for each, flops in passes.items()}
 
 
 def _memory(step: MetaStep) -> dict:

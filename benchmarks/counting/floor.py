@@ -10,11 +10,11 @@ from meanflow.config import RunConfig
 from meanflow.errors import require
 from meanflow.training.peaks import PEAKS
 
+from ..harness.rows import objective_columns
 from .accounts import MetaStep
-from .step_kernels import count_calls
+from .step_kernels import POINTWISE, count_calls
 
 RESULTS = Path(__file__).parents[1] / "results"
-POINTWISE = ("adaln", "gate_adaln", "bias_gelu", "silu", "timestep_embedding")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def least_bytes(config: RunConfig, accounts: dict) -> dict[str, float]:
     sizes = ((size["guidance"], size["tangent"], size["batches"]) for size in accounts["sizes"])
     plans = [plan for *size, used in sizes if used for plan in [step.planner.example(*size)] * used]
     counted = count_calls(config, plans)
-    calls = [op + call for op in POINTWISE for call in ("", "_jvp", "_bwd") if op + call in counted]
+    calls = [op + call for op in (*POINTWISE, "silu") for call in ("", "_jvp", "_bwd") if op + call in counted]
     copied = zip(step.net.parameters(), step.net.make_copies(), strict=True)
     return {
         "pointwise operators": sum(counted[name].bytes for name in calls),
@@ -101,16 +101,12 @@ def floor(flops: dict[str, float], moved: dict[str, float], gpu: str, gemm: Rate
 
 def measured_step(config: RunConfig, gpu: str, *, results: Path = RESULTS) -> dict | None:
     """The fastest variant of ours in the newest rows of this step on this GPU: its variant, ms, commit and date."""
-    objective = config.objective
     wanted = {
         "model": config.model.name,
         "tokens": config.model.tokens,
         "batch": config.train.batch,
         "precision": config.train.precision,
-        "omega": objective.omega,
-        "kappa": objective.kappa,
-        "interval": [objective.guidance_start, objective.guidance_end],
-        "share": 1 - objective.share_equal,
+        **objective_columns(config.objective),
     }
     found = [
         row

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meanflow.config import ObjectiveConfig
 from meanflow.errors import UserError
 
 from .environment import environment, merge
@@ -243,3 +244,35 @@ def rate(row: dict) -> tuple[float, str]:
     if row["bound"] == "gemm":
         return row["flops"] / row["ms"] / 1e9, "TFLOP/s"
     return row["bytes"] / row["ms"] / 1e6, "GB/s"
+
+
+def objective_columns(objective: ObjectiveConfig) -> dict:
+    """The columns of a step's row that say what it minimises; options of improved MeanFlow are None where MeanFlow's own
+    stand, as in rows that do not have them.
+    """
+    usual, columns = ObjectiveConfig(), {}
+    for name in ("direction", "guidance_input"):
+        value = getattr(objective, name)
+        columns[name] = None if value == getattr(usual, name) else value
+    return {
+        "omega": objective.omega,
+        "kappa": objective.kappa,
+        "interval": [objective.guidance_start, objective.guidance_end],
+        "share": 1 - objective.share_equal,
+    } | columns
+
+
+def objective_words(row: dict) -> dict[str, str]:
+    """What a step's row says of its objective, in words, by column."""
+    words = {}
+    if drawn := row.get("guidance_input"):
+        words["guidance_input"] = {"omega": "omega drawn", "interval": "omega and interval drawn"}[drawn]
+    else:
+        words |= {name: f"{name} {row[name]:g}" for name in ("omega", "kappa") if name in row}
+        if "interval" in row:
+            words["interval"] = f"t in [{row['interval'][0]:g}, {row['interval'][1]:g}]"
+    if direction := row.get("direction"):
+        words["direction"] = {"v_head": "along v", "boundary": "along u(z, t, t)"}[direction]
+    if "share" in row:
+        words["share"] = f"r != t {row['share']:.0%}"
+    return words

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..harness.rows import hardware
+from ..harness.rows import hardware, objective_words
 from . import plots
 
 NONE = "–"
@@ -90,10 +90,7 @@ def workload(row: dict, *without: str) -> str:
         # those of 256x256 pixels are not worth the words
         "tokens": f"{row['tokens']:,} tokens" if row.get("tokens", usual) != usual else "",
         "precision": row.get("precision", ""),
-        "omega": f"omega {row['omega']:g}" if "omega" in row else "",
-        "kappa": f"kappa {row['kappa']:g}" if "kappa" in row else "",
-        "interval": f"t in [{row['interval'][0]:g}, {row['interval'][1]:g}]" if "interval" in row else "",
-        "share": f"r != t {row['share']:.0%}" if "share" in row else "",
+        **objective_words(row),
     }
     return ", ".join(word for name, word in words.items() if word and name not in without)
 

@@ -12,8 +12,8 @@ from .markup import NONE
 MARK = "†"
 FEWEST = 3
 """Pairs without which there is no spread."""
-STEP = ("model", "batch", "tokens", "precision", "omega", "kappa", "interval", "share")
-"""The columns that say which step was made."""
+STEP = ("model", "batch", "tokens", "precision", "omega", "kappa", "interval", "share", "direction", "guidance_input")
+"""The columns that say which step was made; the last two are None, or not there, for MeanFlow's own."""
 
 
 def same_step(row: dict, other: dict) -> bool:

@@ -40,8 +40,11 @@ class Part:
 PYTEST = "-m pytest -q -rs -p no:cacheprovider"
 IMF_OPS = ("rmsnorm", "gate_rmsnorm", "qk_rope", "swiglu")
 OPS = ("adaln", "gate_adaln", "bias_gelu", "silu", "linear", "timestep_embedding", *IMF_OPS)
-RECIPES = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
-"""The paper's Table 4: the batch on one GPU, a part of 256."""
+TABLE_4 = {"b4": 256, "b2": 64, "m2": 32, "l2": 32, "xl2": 32, "xl2-plus": 32}
+IMF = {"imf-b2": 32, "imf-xl2": 32}
+RECIPES = {f"imagenet-{name}": batch for name, batch in TABLE_4.items()} | IMF
+"""The batch on one GPU: of the paper's Table 4 a part of 256, of improved MeanFlow's smallest and largest one of 1,024
+on 32 GPUs."""
 TINY = "--precision fp32 --kappa 0.5 --seconds 15"
 """Options of a step on a CPU; a slow CPU takes fewer steps."""
 SAMPLED = "--input-size 8 --steps 1 --network eager --decode plain channels-last bf16 --seconds 5"
@@ -58,12 +61,12 @@ def bench(*ops: str, choice: str = "") -> str:
 
 
 def accounts(recipe: str) -> str:
-    return f"-m benchmarks.accounting --preset imagenet-{recipe} --batch {RECIPES[recipe]} --json {{rows}}"
+    return f"-m benchmarks.accounting --preset {recipe} --batch {RECIPES[recipe]} --json {{rows}}"
 
 
-def recipe(name: str) -> str:
-    compared = "--compare ours-captured --against ours-eager"
-    return f"-m benchmarks.step --preset imagenet-{name} --batch {RECIPES[name]} {compared} {{stamp}}"
+def recipe(name: str, compared: str = "ours-captured") -> str:
+    options = f"--compare {compared} --against ours-eager"
+    return f"-m benchmarks.step --preset {name} --batch {RECIPES[name]} {options} {{stamp}}"
 
 
 def scaling(axis: str, variant: str, options: str) -> str:
@@ -73,6 +76,10 @@ def scaling(axis: str, variant: str, options: str) -> str:
 def breakdown(name: str, model: str, batch: int, options: str) -> str:
     trace = f"--trace {{out}}/step-{name}.trace.json"
     return f"-m benchmarks.breakdown --model {model} --batch {batch} {options} {trace} {{stamp}}"
+
+
+def kernels(name: str) -> str:
+    return f"-m benchmarks.breakdown --preset {name} --batch {RECIPES[name]} --captured --kernels {{rows}} {{stamp}}"
 
 
 def twice(model: str, batch: int, options: str) -> str:
@@ -129,6 +136,12 @@ def variant(name: str, compared: str, seconds: int, gib: float, options: str = G
     return Part(name, "cuda", step(*size, options, compared), seconds=seconds, gib=gib, **more)
 
 
+def improved(name: str, compared: str, seconds: int, gib: float) -> Part:
+    """A variant of improved MeanFlow's step."""
+    preset = next(preset for preset in IMF if name.startswith(preset))
+    return Part(name, "cuda", recipe(preset, compared), seconds=seconds, gib=gib)
+
+
 KERNELS = "--kappa 0.5 --captured --kernels {rows}"
 CUDA_PARTS = [
     # the order is that of worth; what compiles longest must begin early
@@ -150,13 +163,21 @@ CUDA_PARTS = [
     Part("tune", "cuda", tune(), seconds=50),
     variant("b4-naive", "naive", 30, 26),
     variant("xl2-naive", "naive", 40, 66),
+    # the plain step of 56 blocks is not compiled: that alone would last longer than a part may
+    improved("imf-xl2-captured", "ours-captured", 300, 44),
+    improved("imf-b2-captured", "ours-captured", 130, 16),
+    improved("imf-b2-naive-compiled", "naive-compiled", 240, 46),
+    improved("imf-b2-naive", "naive", 30, 46),
+    improved("imf-xl2-naive", "naive", 60, 130),
     Part("kernels-xl2", "cuda", breakdown("xl2", "XL/2", 32, KERNELS), seconds=90, gib=34),
     Part("attention", "cuda", bench("attention"), seconds=80, gib=24, **ATTENTION),
     Part("pointwise", "cuda", bench(*OPS), seconds=140, gib=16, **OTHERS),
     # as the step's, its results are compared before it is timed
     Part("optimizer", "cuda", "-m benchmarks.optimizer --model XL/2 {stamp}", seconds=28, gib=60),
+    Part("kernels-imf-xl2", "cuda", kernels("imf-xl2"), seconds=150, gib=44),
+    Part("kernels-imf-b2", "cuda", kernels("imf-b2"), seconds=60, gib=16),
     *(
-        Part(f"recipe-{name}", "cuda", recipe(name), seconds=90, gib=34)
+        Part(f"recipe-{name}", "cuda", recipe(f"imagenet-{name}"), seconds=90, gib=34)
         for name in ("m2", "l2", "b2", "xl2", "b4", "xl2-plus")
     ),
     # what the derivative adds: a quarter of the samples with r < t over none
@@ -173,7 +194,8 @@ CUDA_PARTS = [
     Part(
         "same-twice-b4", "cuda", twice("B/4", 256, "--kappa 0.5 --variant ours-eager"), seconds=40, gib=30
     ),  # fmt: skip
-    Part("accounting-xl2", "cuda", accounts("xl2"), seconds=30, gib=0),
+    Part("accounting-xl2", "cuda", accounts("imagenet-xl2"), seconds=30, gib=0),
+    *(Part(f"accounting-{name}", "cuda", accounts(name), seconds=30, gib=0) for name in IMF),
     Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", seconds=10, again=True),
     # what --full adds
     *(
@@ -192,7 +214,11 @@ CUDA_PARTS = [
         for name, (model, _) in MODELS.items()
         for batch in (1, 64)
     ),
-    *(Part(f"accounting-{name}", "cuda", accounts(name), ("full",), gib=0) for name in RECIPES if name != "xl2"),
+    *(
+        Part(f"accounting-{name}", "cuda", accounts(f"imagenet-{name}"), ("full",), gib=0)
+        for name in TABLE_4
+        if name != "xl2"
+    ),
 ]
 
 CPU_PARTS = [
@@ -225,7 +251,15 @@ CPU_PARTS = [
     Part("breakdown-s8", "cpu", breakdown("s8", "S/8", 4, f"{TINY} --eager --repeats 3"), limit=60, **CPU),
     Part("scaling-s8", "cpu", scaling("batch", "ours-eager", f"--model S/8 --values 4,8,16 {TINY}"), limit=60, **CPU),
     Part("inference-s2", "cpu", inference("S/2", 1, SAMPLED), limit=90, **CPU),
-    Part("accounting-b4", "cpu", accounts("b4"), limit=60),
+    Part("accounting-b4", "cpu", accounts("imagenet-b4"), limit=60),
+    Part(
+        "step-digits-imf",
+        "cpu",
+        "-m benchmarks.step --preset digits-imf --batch 16 --precision fp32 --seconds 15 --compare naive,ours-eager "
+        "{stamp}",
+        limit=90,
+        **CPU,
+    ),  # fmt: skip
     Part("step-s4", "cpu", step("S/4", 16, TINY, "naive,naive-compiled,ours"), ("full",), **CPU),
 ]
 
@@ -235,6 +269,7 @@ PARTS = [*CUDA_PARTS, *CPU_PARTS]
 
 SMALL = {
     r"--preset imagenet-\S+ --batch \d+ (?=--compare)": "--model S/8 --batch 4 ",
+    r"--preset imf-\S+ --batch \d+ (?=--c)": "--preset digits-imf --batch 4 ",
     r"--model \S+/\d+": "--model S/8",
     r"(?<=--model S/8 )--batch \d+": "--batch 4",
     r"--axis model": "--axis model --values S/8",

@@ -42,6 +42,8 @@ from .trials import Trial
 
 SHAPES = MODELS | {"L/2": Shape(32, 256, 16, 64), "S/2": Shape(64, 256, 6, 64)}
 """All widths of the DiT family, and both head dims at 256 tokens."""
+ATTENTION = SHAPES | IMF | {"276 tokens": Shape(32, 276, 16, 72)}
+"""Attention's: also behind the tokens of improved MeanFlow's conditions, at both head dims."""
 
 
 def size_for(device: str, shape: Shape) -> Shape:
@@ -124,7 +126,7 @@ def _subject(
 
 
 def _attention_subjects(model: str, arch: int, half: torch.dtype, device: str) -> Iterable[Subject]:
-    base, d = SHAPES[model], SHAPES[model].head_dim
+    base, d = ATTENTION[model], ATTENTION[model].head_dim
     some = base.batch // 4
     length = size_for(device, base).tokens
     dual, single = (choose(arch, half, d, length) for choose in (dual_config, plain_config))
@@ -192,25 +194,26 @@ ORDER = (
     *("gate_adaln_jvp", "gate_adaln", "gate_adaln_bwd", "bias_gelu_bwd", "gate_adaln_bwd sums", "bias_gelu_bwd sums"),
 )
 """Operators by what a step may gain from them; all others come when these are through, Triton's backward last."""
+LAST = ("S/2", "276 tokens")
+"""Shapes of no model that is trained on a GPU: they come with those others."""
 
 
 def subjects(arch: int, device: str) -> list[Subject]:
     """All subjects for an architecture, the most valuable first; tiny ones on a CPU."""
     # the interpreter's bf16 is wrong
     half = torch.bfloat16 if device == "cuda" else torch.float16
-    models, imf = (list(shapes) if device == "cuda" else list(shapes)[:1] for shapes in (SHAPES, IMF))
+    models, imf, every = (list(shapes) if device == "cuda" else list(shapes)[:1] for shapes in (SHAPES, IMF, ATTENTION))
     found = []
-    for model in models:
+    for model in every:
         found += _attention_subjects(model, arch, half, device)
     for names, ops in ((models, ROWS), (imf, IMF_ROWS)):
         for model, op in itertools.product(names, ops):
             found += _row_subjects(op, model, half, device)
-    models += imf
 
     def rank(subject: Subject) -> tuple[int, ...]:
-        first = subject.op in ORDER and subject.model != "S/2"
+        first = subject.op in ORDER and subject.model not in LAST
         order = (*ORDER, subject.op).index(subject.op)
-        return not first, subject.op == "attention_bwd", models.index(subject.model), order
+        return not first, subject.op == "attention_bwd", list(ATTENTION).index(subject.model), order
 
     return sorted(found, key=rank)
 

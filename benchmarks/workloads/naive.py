@@ -135,13 +135,14 @@ class NaiveDiT(nn.Module):
             x = self.x_embedder(z) + self.pos_embed
             for block in self.blocks:
                 x = block(x, c)
-            return self.unpatchify(self.final_layer(x, c))
+            return unpatchify(self.final_layer(x, c), self.patch_size)
 
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """x (B, L, p p channels) -> (B, channels, size, size)."""
-        grid, p = math.isqrt(x.shape[1]), self.patch_size
-        x = x.reshape(x.shape[0], grid, grid, p, p, -1)
-        return torch.einsum("bhwpqc->bchpwq", x).reshape(x.shape[0], -1, grid * p, grid * p)
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """x (B, L, p p channels) -> (B, channels, size, size)."""
+    grid = math.isqrt(x.shape[1])
+    x = x.reshape(x.shape[0], grid, grid, p, p, -1)
+    return torch.einsum("bhwpqc->bchpwq", x).reshape(x.shape[0], -1, grid * p, grid * p)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
@@ -156,6 +157,14 @@ class NaiveTerms(NamedTuple):
     loss: Tensor
     u: Tensor
     du_dt: Tensor
+
+
+def refuse_others(config: ObjectiveConfig, **wanted: object) -> None:
+    """Raise ValueError for an option that the naive step does not compute, and for guidance by other weights."""
+    for name, value in (wanted | {"guidance_weights": "current"}).items():
+        got = getattr(config, name)
+        if got != value:
+            raise ValueError(f"{name}: got {got!r}, wanted {value!r}; the naive step computes no other")
 
 
 def naive_terms(
@@ -176,12 +185,9 @@ def naive_terms(
             on them under torch.func.jvp with an internal assert.
 
     Raises:
-        ValueError: for guidance by other weights than the net's.
+        ValueError: for guidance by other weights than the net's, and for a predicted direction or drawn guidance.
     """
-    if config.guidance_weights != "current":
-        raise ValueError(
-            f"guidance_weights: got {config.guidance_weights!r}, wanted 'current'; the naive step has no others"
-        )
+    refuse_others(config, direction="guided", guidance_input="none")
 
     def column(a):
         return a.view(-1, 1, 1, 1)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meanflow.config import ObjectiveConfig
+from meanflow.method.guidance import GuidanceInputs
 from meanflow.method.objective import MeanFlowLoss
 from meanflow.method.plan import Plan, Planner, whole_batch
 from meanflow.model.build import build_net
@@ -23,6 +24,7 @@ from meanflow.training.step import Step
 from meanflow_kernels.routing import Route, force_route
 
 from .naive import NaiveDiT, naive_terms
+from .naive_imf import NaiveImfDiT, naive_imf_terms
 from .step_workload import Workload
 
 
@@ -60,23 +62,30 @@ class Variant:
         return copy.deepcopy(self.net).requires_grad_(False)
 
 
+NAIVE = {"dit": NaiveDiT, "imf": NaiveImfDiT}
+"""The networks in plain torch."""
+
+
 class Naive(Variant):
     """The step as public trainers write it, with torch's fused optimizer. It is given latents and noise."""
 
     def __init__(self, work: Workload, *, compiled: bool = False):
         objective = work.run.objective
-        ema = self._place(lambda: NaiveDiT(work.run.model, work.compute_dtype), work)
+        ema = self._place(lambda: NAIVE[work.run.model.network](work.run.model, work.compute_dtype), work)
         self.optimizer = make_optimizer(replace(work.run.optim, implementation="torch"), self.net, ema)
         self.draw = functools.partial(draw_batch, work.run)
 
+        terms = naive_imf_terms if objective.direction == "v_head" else naive_terms
+
         def loss(*inputs):
-            return naive_terms(objective, self.net, *inputs).loss
+            return terms(objective, self.net, *inputs).loss
 
         self.loss = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
 
     def prepare(self, inputs: StepInputs) -> None:
         x, e = self.draw(inputs.batch, inputs.samples, inputs.step)
-        self.inputs = (x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop)
+        told = () if inputs.guidance is None else (inputs.guidance,)
+        self.inputs = (x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop, *told)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -124,7 +133,8 @@ class Ours(Variant):
 
     def prepare(self, inputs: StepInputs) -> None:
         if self.replan:
-            plan = self.planner.plan(inputs.r.cpu(), inputs.t.cpu(), inputs.drop.cpu())
+            host = inputs.to(torch.device("cpu"))
+            plan = self.planner.plan(host.r, host.t, host.drop, host.guidance)
             inputs = inputs._replace(plan=plan).to(inputs.samples.device)
         self.inputs = inputs
 
@@ -147,10 +157,10 @@ class WholeBatch(Planner):
     def __init__(self, config: ObjectiveConfig, batch: int):
         super().__init__(config, batch)
         self.tangent_sizes = (batch,)
-        self.guidance_sizes = (0 if not config.guided else 2 * batch if config.kappa else batch,)
+        self.guidance_sizes = (batch * (config.guided + (config.mixes_conditional or config.predicts_direction)),)
 
-    def plan(self, r: Tensor, t: Tensor, drop: Tensor) -> Plan:
-        return whole_batch(self.config, r, t, drop)
+    def plan(self, r: Tensor, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None) -> Plan:
+        return whole_batch(self.config, r, t, drop, inputs)
 
 
 def whole_tangent(config: ObjectiveConfig, batch: int) -> Planner:
@@ -208,7 +218,7 @@ def same_as(name: str, work: Workload) -> str | None:
     base = "ours-eager" if name.startswith("ours-eager") else "ours"
     if name.endswith("no-kernels") and work.device == "cpu":
         return f"the same step as {base}: on a CPU the operators run as plain torch anyway"
-    if name.endswith("no-primal-reuse") and not objective.kappa:
+    if name.endswith("no-primal-reuse") and not objective.mixes_conditional:
         return f"the same step as {base}: without kappa there are no conditional predictions"
     if name.endswith("whole-tangent") and objective.share_equal == 0:
         return f"the same step as {base}: every sample has r < t"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from meanflow.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from meanflow.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.data.dataset import Batch
 from meanflow.draws import Draws, Purpose
 from meanflow.method.guidance import draw_guidance
@@ -21,9 +21,11 @@ from meanflow.training.messages import StepInputs
 
 from ..harness import arbiter
 from ..harness.arguments import available, finite, positive
+from ..harness.rows import objective_columns, objective_words
 
-WEIGHT_STD = 0.02
-"""Standard deviation given to weights that start at zero, so that every gradient depends on everything."""
+WEIGHT_STD, GATE_STD = 0.02, 0.5
+"""Standard deviations given to weights that start at zero, and to a block's learned gates, which are vectors: so that
+every gradient depends on everything."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Workload:
     device: str
 
     @classmethod
-    def of(cls, model: ModelConfig, objective: ObjectiveConfig, batch: int, device: str, precision: str) -> "Workload":
-        """A network and objective on synthetic latents."""
+    def of(
+        cls, model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, batch: int, device: str, precision: str
+    ) -> "Workload":
+        """A network and objective on synthetic latents, scaled as the data's are."""
         train = TrainConfig(steps=1, batch=batch, precision=precision, matmul="high", device=device)
-        return cls(RunConfig(model, objective, OptimConfig(), preset("imagenet-b4").data, train), device)
+        return cls(RunConfig(model, objective, OptimConfig(), data, train), device)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -71,9 +75,10 @@ def initial_weights(model: ModelConfig, device: str) -> dict[str, Tensor]:
         net = build_net(model)
     net.to_empty(device=device)
     net.init_weights(generator)
-    for p in net.parameters():
-        if p.ndim > 1 and not p.any():
-            nn.init.normal_(p, std=WEIGHT_STD, generator=generator)
+    for name, p in net.named_parameters():
+        gate = name.rpartition(".")[2].startswith("gate")
+        if (p.ndim > 1 or gate) and not p.any():
+            nn.init.normal_(p, std=GATE_STD if gate else WEIGHT_STD, generator=generator)
     return {name: x.cpu() for name, x in net.state_dict().items()}
 
 
@@ -113,35 +118,32 @@ def make_workload(options: argparse.Namespace) -> Workload:
     torch.set_float32_matmul_precision("high")
     if options.preset:
         recipe = preset(options.preset)
-        model, objective = recipe.model, recipe.objective
+        model, objective, data = recipe.model, recipe.objective, recipe.data
     else:
+        data = DataConfig(name="latents")
         model = ModelConfig.official(options.model, input_size=options.input_size)
         objective = ObjectiveConfig(
             omega=options.omega, kappa=options.kappa, share_equal=1 - options.share,
             guidance_start=options.interval[0], guidance_end=options.interval[1],
         )  # fmt: skip
-    return Workload.of(model, objective, options.batch, options.device, options.precision)
+    return Workload.of(model, objective, data, options.batch, options.device, options.precision)
 
 
 def identity(work: Workload, preset: str | None = None) -> dict:
     """The columns of a row that say what was trained."""
-    model, objective = work.run.model, work.run.objective
+    model = work.run.model
     return {
         "preset": preset,
         "model": model.name,
         "batch": work.run.train.batch,
         "tokens": model.tokens,
         "precision": work.run.train.precision,
-        "omega": objective.omega,
-        "kappa": objective.kappa,
-        "interval": (objective.guidance_start, objective.guidance_end),
-        "share": 1 - objective.share_equal,
+        **objective_columns(work.run.objective),
     }
 
 
 def title(row: dict) -> str:
     """A line that says what was trained, and where."""
     where = row["gpu"] or f"CPU ({row['cpu']}, {row['threads']} threads)"
-    guided = f"omega {row['omega']:g}, kappa {row['kappa']:g}, t in {list(row['interval'])}"
     shape = f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['precision']}"
-    return f"{shape}, {guided}, r != t {row['share']:.0%}, {where}"
+    return ", ".join([shape, *objective_words(row).values(), where])

@@ -253,9 +253,9 @@ def test_a_rehearsal_trains_small_models_alone():
     for part in chosen("cuda", full=True):
         command = rehearsed(part).command
         assert not re.search(r"\b(XL|L|M|B)/\d", command), command
-        assert "imagenet-" not in command or "benchmarks.accounting" in command
+        assert not re.search(r"imagenet-|imf-(b|xl)2", command) or "benchmarks.accounting" in command
         modelless = re.match(r"-m (pytest|benchmarks\.(build|tune|accounting|projection)) ?", command)
-        assert modelless or "S/8" in command, command  # a default would be of full size
+        assert modelless or "S/8" in command or "digits-imf" in command, command  # a default would be of full size
 
 
 def test_without_tests_nothing_waits_for_them():
@@ -311,7 +311,7 @@ def test_full_is_everything():
         part.command for part in chosen("cpu", full=False)
     )
     for name in RECIPES:
-        assert f"benchmarks.step --preset imagenet-{name} " in full and f"accounting --preset imagenet-{name} " in full
+        assert f"benchmarks.step --preset {name} " in full and f"accounting --preset {name} " in full
     for axis in ("batch", "tokens", "model"):
         assert f"benchmarks.scaling --axis {axis} --variant ours " in full
     assert "benchmarks.breakdown " in full and "benchmarks.projection " in full
