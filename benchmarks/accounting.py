@@ -12,8 +12,9 @@ batch, to u where it has a head for v too. A product of matrices counts, a point
 
 Beside them: the step without the product that attention's backward makes a second time, which is no part of the
 mathematics; the bytes that autograd keeps for the backward, next to those of flow matching, with a head for v if the
-step trains one; those of the weights and the optimizer; and a lower bound of the step's time on a GPU by kind of work, products at the rate of a large one and
-the fewest bytes at a copy's, with the newest committed measurement of that step, if there is one.
+step trains one; those of the weights and the optimizer; and a lower bound of the step's time on a GPU by kind of work,
+products at the rate of a large one and the fewest bytes at a copy's, with the newest committed measurement of that
+step, if there is one.
 """
 
 import argparse

@@ -6,12 +6,11 @@ python -m benchmarks.breakdown --device cpu --model S/8 --batch 4 --precision fp
 
 By phase: drawing, loss, backward and optimizer are timed one after the other; the loss is timed once more without
 guidance, and without guidance and derivative, and the differences are the phases' cost; a predicted direction counts
-with the derivative that it is for. By kind: the kernels of some
-steps under torch.profiler, told apart by their names; on a CPU its operators, and the Python between them, while a
-compiled region cannot be told apart there. --trace writes those steps for https://ui.perfetto.dev, with the phases as
-named ranges: draw, loss, backward and optimizer; eager, the loss's passes of the network too, which compiled are one.
---kernels writes every kernel of those steps (`pages.kernel_table` says what its rows mean), and times no phases, which
-would be compiled anew.
+with the derivative that it is for. By kind: the kernels of some steps under torch.profiler, told apart by their names;
+on a CPU its operators, and the Python between them, while a compiled region cannot be told apart there. --trace writes
+those steps for https://ui.perfetto.dev, with the phases as named ranges: draw, loss, backward and optimizer; eager, the
+loss's passes of the network too, which compiled are one. --kernels writes every kernel of those steps
+(`pages.kernel_table` says what its rows mean), and times no phases, which would be compiled anew.
 """
 
 import argparse

@@ -247,19 +247,18 @@ def rate(row: dict) -> tuple[float, str]:
 
 
 def objective_columns(objective: ObjectiveConfig) -> dict:
-    """The columns of a step's row that say what it minimises; options of improved MeanFlow are None where MeanFlow's own
-    stand, as in rows that do not have them.
+    """The columns of a step's row that say what it minimises; the last two are None for MeanFlow's own, as in rows
+    without them.
     """
-    usual, columns = ObjectiveConfig(), {}
-    for name in ("direction", "guidance_input"):
-        value = getattr(objective, name)
-        columns[name] = None if value == getattr(usual, name) else value
+    direction, told = objective.direction, objective.guidance_input
     return {
         "omega": objective.omega,
         "kappa": objective.kappa,
         "interval": [objective.guidance_start, objective.guidance_end],
         "share": 1 - objective.share_equal,
-    } | columns
+        "direction": None if direction == "guided" else direction,
+        "guidance_input": None if told == "none" else told,
+    }
 
 
 def objective_words(row: dict) -> dict[str, str]:

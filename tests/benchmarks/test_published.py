@@ -130,7 +130,7 @@ def test_hours_from_measured_steps():
     place = header.index("hours, from a measured step")
     found = {line[0].strip("`"): line[place] for line in lines}
     measured = {row["preset"] for row in STEPS if row["preset"]}
-    assert {name for name, cell in found.items() if cell != "-"} == measured and len(found) == 6
+    assert {name for name, cell in found.items() if cell != "-"} == measured and len(found) == 10
     steps = {"imagenet-b4": 80 * 5004, "imagenet-xl2-plus": 1000 * 5004}
     pattern = r"([\d.]+)(?: to ([\d.]+))? on (\d+) (.+) \((\S+), ([\d.]+) ms for (\d+)\)"
     for name in measured:

@@ -276,7 +276,7 @@ def test_scaling(tmp_path, monkeypatch, capsys):
 def test_a_preset_is_a_workload():
     work = step_workload.make_workload(options("--preset", "imagenet-xl2"))
     row = step_workload.identity(work, "imagenet-xl2")
-    assert (row["model"], row["tokens"], row["kappa"], row["interval"]) == ("XL/2", 256, 0.92, (0.0, 0.75))
+    assert (row["model"], row["tokens"], row["kappa"], row["interval"]) == ("XL/2", 256, 0.92, [0.0, 0.75])
 
 
 def test_a_folder_is_another_tree(tmp_path):
