@@ -16,13 +16,14 @@ from ..interop import convert
 class Options:
     source: Positional[Path]
     """A run folder or checkpoint, a pipeline, a checkpoint of the official code (flax), or a file of tensors (.pt)."""
-    to: Literal["pipeline", "weights", "official", "zhuyu"] = "pipeline"
+    to: Literal["pipeline", "weights", "official", "imf", "zhuyu"] = "pipeline"
     """A folder for MeanFlowPipeline.from_pretrained; one safetensors file, to start training from and to evaluate; a
-    checkpoint of the official code; a .pt of zhuyu-cs/MeanFlow."""
+    checkpoint of the official code (MeanFlow's or improved MeanFlow's); a .pth of improved MeanFlow's official PyTorch
+    code, to sample from; a .pt of zhuyu-cs/MeanFlow."""
     out: Path | None = None
     """Where to write: a folder for a pipeline, else a file."""
-    format: Literal["auto", "run", "pipeline", "official", "sit", "dit", "zhuyu"] = "auto"
-    """Format of the source. .pt files of SiT, DiT and zhuyu-cs/MeanFlow look alike: name theirs."""
+    format: Literal["auto", "run", "pipeline", "official", "imf", "sit", "dit", "zhuyu"] = "auto"
+    """Format of the source. .pt files of SiT, DiT and zhuyu-cs/MeanFlow look alike: name theirs, and imf's .pth too."""
     weights: Literal["ema", "model"] = "ema"
     """The moving average, which samples better, or the weights in training."""
     vae: str = ""
@@ -53,7 +54,12 @@ def main(args: list[str]) -> None:
         if pipeline.vae is None and weights.model.in_channels not in (1, 3):
             print("Without an autoencoder the pipeline gives latents; --vae FOLDER adds one.")
     else:
-        save = {"weights": convert.save_start, "official": convert.save_official, "zhuyu": convert.save_zhuyu}
+        save = {
+            "weights": convert.save_start,
+            "official": convert.save_official,
+            "imf": convert.save_imf,
+            "zhuyu": convert.save_zhuyu,
+        }
         save[options.to](weights, options.out)
     count = sum(x.numel() for x in weights.tensors.values()) / 1e6
     print(f"{options.out}: {weights.model.name}, {count:.1f} M numbers of step {weights.step} from {weights.origin}")

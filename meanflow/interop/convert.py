@@ -2,7 +2,8 @@
 
 run       a run folder, a checkpoint or exported weights of this project
 pipeline  a folder of MeanFlowPipeline
-official  a checkpoint of the official JAX code (flax)
+official  a checkpoint of the official JAX code (flax), of MeanFlow's or improved MeanFlow's
+imf       a .pth file of improved MeanFlow's official PyTorch code
 sit, dit, zhuyu    .pt or .safetensors files, in whatever wrapped them: see :mod:`meanflow.interop.sit`
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,6 +26,7 @@ from ..presets import preset
 from ..storage.checkpoint import save_weights
 from ..storage.flax_files import read_flax, write_flax
 from ..storage.foreign import full, read_network
+from . import imf_weights
 from .formats import dit_options, find_format, load_run
 from .formats import read_names as read_class_names
 from .official_weights import from_official, to_official
@@ -31,6 +34,8 @@ from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, to_zhuyu
 
 SCALES = {"zhuyu": 0.18125}
 """Factors on the latents that are not Stable Diffusion's 0.18215."""
+RECIPES = {"dit": "imagenet-b4", "imf": "imf-b2"}
+"""The paper's recipe of each network, for what is not known of its weights."""
 NET = "net/"
 PLACES = ("checkpoint", "reference_source")
 """Fields of a report that name files of the machine; a model card leaves them out."""
@@ -41,7 +46,7 @@ class Weights:
     """A network's weights and what is known of them."""
 
     tensors: dict[str, Tensor]
-    """State dict of :class:`meanflow.model.dit.DiT`."""
+    """State dict of :class:`meanflow.model.dit.DiT`, or of an :class:`meanflow.model.imf.ImfDiT` with its heads."""
     model: ModelConfig
     config: dict
     """The run's configuration by sections, or model and data alone if nothing else is known."""
@@ -79,6 +84,8 @@ def _load(path: Path, format: str, weights: str, num_heads: int | None, input_si
         return _from_pipeline(path)
     if format == "official":
         arrays, step, found = read_flax(path, weights)
+        if imf_weights.is_improved(arrays):
+            return _improved(arrays, input_size, format, step, f"improved MeanFlow's official {found.name}", weights)
         try:
             tensors = {name: full(x) for name, x in from_official(arrays).items()}
         except ValueError as error:
@@ -87,8 +94,12 @@ def _load(path: Path, format: str, weights: str, num_heads: int | None, input_si
         require(found_all, "checkpoint", f"{len(arrays)} arrays of {len(tensors)} names", "one network", "name another")
         model = infer_model(tensors, num_heads=num_heads, input_size=input_size)
         return _foreign(tensors, model, format, step, f"the official code's {found.name}", weights)
-    require(format in FAMILIES, "format", format, f"one of {', '.join(FAMILIES)} for a .pt file", "name it by --format")
+    known = (*FAMILIES, "imf")
+    require(format in known, "format", format, f"one of {', '.join(known)} for a .pt file", "name it by --format")
     state, step, found = read_network(path, weights)
+    if format == "imf":
+        arrays = imf_weights.flax_arrays(state)
+        return _improved(arrays, input_size, format, step, f"improved MeanFlow's official {path.name}", found)
     note, weights = "" if found == weights else f"It holds no {weights!r}: these are its {found!r}. ", found
     if format == "sit":
         tensors, model = from_sit(state, num_heads)
@@ -104,9 +115,27 @@ def _load(path: Path, format: str, weights: str, num_heads: int | None, input_si
     return _foreign(tensors, model, format, step, f"{format}'s {path.name}", weights, note)
 
 
+def _improved(
+    arrays: Mapping[str, np.ndarray], input_size: int | None, format: str, step: int, origin: str, weights: str
+) -> Weights:
+    """Convert official parameters of improved MeanFlow."""
+    model = imf_weights.infer_improved(arrays, input_size=input_size)
+    tensors, note = {name: full(x) for name, x in imf_weights.from_official(arrays).items()}, ""
+    if not any(name.startswith("v_heads.") for name in tensors):
+        tensors, note = imf_weights.with_v_head(tensors), "It holds no head for v, which begins as a copy of u's."
+    return _foreign(tensors, model, format, step, origin, weights, note)
+
+
 def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, weights: str, note: str = "") -> Weights:
-    data = replace(preset("imagenet-b4").data, scale=SCALES.get(format, 0.18215))
-    config = {"model": asdict(model), "data": asdict(data)}
+    recipe = preset(RECIPES[model.network])
+    if model.network == "imf":
+        # statistics are of so many channels
+        known = model.in_channels == len(recipe.data.latent_mean)
+        data = recipe.data if known else replace(recipe.data, latent_mean=(), latent_std=())
+        config = {"model": asdict(model), "objective": asdict(recipe.objective), "data": asdict(data)}
+    else:
+        data = replace(recipe.data, scale=SCALES.get(format, recipe.data.scale))
+        config = {"model": asdict(model), "data": asdict(data)}
     return Weights(tensors, model, config, step, origin, weights, note)
 
 
@@ -141,7 +170,8 @@ def _from_pipeline(path: Path) -> Weights:
 def run_config(weights: Weights) -> dict:
     """A whole run's configuration: the weights' own, with the paper's recipe for what is not known."""
     known = weights.config
-    return known if "train" in known else to_dict(preset("imagenet-b4")) | known | {"model": asdict(weights.model)}
+    recipe = preset(RECIPES[weights.model.network])
+    return known if "train" in known else to_dict(recipe) | known | {"model": asdict(weights.model)}
 
 
 def save_start(weights: Weights, out: Path) -> None:
@@ -155,8 +185,11 @@ def save_official(weights: Weights, out: Path) -> None:
     Raises:
         UserError: for networks that the official code does not have.
     """
-    dit_options(weights.model)
-    arrays = {NET + key: x for key, x in to_official(weights.tensors).items()}
+    if weights.model.network == "imf":
+        arrays = imf_weights.to_official(_with_both_heads(weights), weights.model.mlp_hidden)
+    else:
+        arrays = to_official(weights.tensors)
+    arrays = {NET + key: x for key, x in arrays.items()}
     write_flax(out, arrays, arrays, weights.step)
 
 
@@ -166,10 +199,32 @@ def save_zhuyu(weights: Weights, out: Path) -> None:
     Raises:
         UserError: for networks that it does not have, or where it cannot be written.
     """
+    dit_options(weights.model)
     state = to_zhuyu(weights.tensors, weights.model)
+    _save_torch({"model": state, "ema": state, "steps": weights.step}, out)
+
+
+def save_imf(weights: Weights, out: Path) -> None:
+    """Write a .pth file of improved MeanFlow's official PyTorch code, which samples: without the blocks of v's head.
+
+    Raises:
+        UserError: for networks that it does not have, or where it cannot be written.
+    """
+    state = imf_weights.to_official_torch(_with_both_heads(weights), weights.model.mlp_hidden)
+    _save_torch({name: x for name, x in state.items() if ".v_heads." not in name}, out)
+
+
+def _with_both_heads(weights: Weights) -> dict[str, Tensor]:
+    """The tensors of a network that improved MeanFlow's official code knows."""
+    model, wanted = weights.model, "an imf network with heads for u and v, which this format is of"
+    require(model.head_depth > 0, "model", model.name, wanted, "name another by --to")
+    return weights.tensors
+
+
+def _save_torch(state: dict, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": state, "ema": state, "steps": weights.step}, out)
+        torch.save(state, out)
     except (OSError, RuntimeError) as error:
         raise UserError(f"out: got {out}, which cannot be written ({error}), wanted room; name another") from None
 

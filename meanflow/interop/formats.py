@@ -103,7 +103,7 @@ def dit_options(model: ModelConfig) -> dict:
     Raises:
         UserError: for another network, which other code bases' formats do not know.
     """
-    hint = "sample by scripts/sample.py, or take meanflow.interop.imf_weights in code of your own"
+    hint = "take official, imf or weights"
     require(model.network == "dit", "model.network", model.network, "dit for this format", hint)
     return {name: value for name, value in asdict(model).items() if name not in ("network", "head_depth")}
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import require
+from ..config import ModelConfig
+from ..errors import UserError, require
 from ..model.imf import TOKENS, padded
 
 
@@ -89,18 +90,81 @@ def to_official(tensors: Mapping[str, Tensor], mlp_hidden: int) -> dict[str, np.
     return arrays
 
 
-def from_official_torch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """:func:`from_official` for the state dict of the official PyTorch code ({``net.shared_blocks.0...``: tensor})."""
+def flax_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The state dict of the official PyTorch code ({``net.shared_blocks.0...``: tensor}) as {flax path: array}."""
     arrays = {}
     for name, x in tensors.items():
         path = _flax_path(name)
         arrays[path] = _array(path, x)
-    return from_official(arrays)
+    return arrays
+
+
+def from_official_torch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`from_official` for the state dict of the official PyTorch code."""
+    return from_official(flax_arrays(tensors))
 
 
 def to_official_torch(tensors: Mapping[str, Tensor], mlp_hidden: int) -> dict[str, Tensor]:
     """The inverse of :func:`from_official_torch`, with the leading ``net.`` of the released files."""
     return {_torch_name(path): _tensor(path, array) for path, array in to_official(tensors, mlp_hidden).items()}
+
+
+def is_improved(params: Mapping[str, np.ndarray]) -> bool:
+    """Whether official parameters are of improved MeanFlow's network: it has a last layer for u."""
+    return any("u_final_layer/" in path for path in params)
+
+
+def infer_improved(params: Mapping[str, np.ndarray], *, input_size: int | None = None) -> ModelConfig:
+    """Infer the shape of the network from its official parameters.
+
+    Args:
+        params: {flax path: array}. input_size: of the latents, which no array tells (default: 32).
+
+    Raises:
+        UserError: for what is no such network.
+    """
+    arrays = {_ABOVE.sub("", path): x for path, x in params.items()}
+    try:
+        patch, _, channels, width = arrays["x_embedder/proj/kernel"].shape
+        classes = len(arrays["y_embedder/embedding_table/_flax_embedding/embedding"]) - 1
+        mlp_hidden = arrays["u_heads_0/mlp/w1/_flax_linear/kernel"].shape[1]
+        head_dim = len(arrays["u_heads_0/attn/q_norm/kernel"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"checkpoint: got no {error}, wanted the official iMF network; name another") from None
+    blocks = {(block[1], block[2]) for block in map(_BLOCK.fullmatch, arrays) if block}
+    shared, heads = (sum(group == name for group, _ in blocks) for name in ("shared_blocks", "u_heads"))
+    # half a unit more, so that it is rounded down to the width
+    mlp_ratio = 8 / 3 if int(width * (8 / 3)) == mlp_hidden else (mlp_hidden + 0.5) / width
+    return ModelConfig(
+        shared + heads,
+        width,
+        width // head_dim,
+        patch,
+        input_size or 32,
+        channels,
+        classes,
+        mlp_ratio,
+        "h",
+        "imf",
+        heads,
+    )
+
+
+def with_v_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network for sampling, completed for training: v's head begins as a copy of u's.
+
+    That is v's own meaning: u(z, r, t) is v(z, t) at r = t, where training asks for v. A last layer of v without its
+    blocks, which the official files for sampling hold, gives way to u's.
+    """
+    return dict(tensors) | {f"v{name[1:]}": x.clone() for name, x in tensors.items() if name.startswith(_U)}
+
+
+def without_v_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What sampling needs of a network."""
+    return {name: x for name, x in tensors.items() if not name.startswith(_V)}
+
+
+_U, _V = (tuple(f"{head}_{part}." for part in ("heads", "final_layer")) for head in "uv")
 
 
 def _name(path: str, whole: str) -> tuple[str, int]:

@@ -31,7 +31,7 @@ def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor]
     """
     kind = find_format(path) if path.exists() else "run"
     wanted = "a run folder, a checkpoint, exported weights or a pipeline"
-    hint = "convert such a file by scripts/convert.py --to weights --format sit, dit or zhuyu"
+    hint = "convert such a file by scripts/convert.py --to weights --format sit, dit, zhuyu or imf"
     require(kind != "", "checkpoint", str(path), wanted, hint)
     if kind == "run":
         tensors, config, path, step = load_run(path, weights)

@@ -137,7 +137,7 @@ def test_zhuyu_converter_there_and_back_by_command(tmp_path):
     args = argparse.Namespace(model="SiT-XL/2", cfg_prob=0.1)
     torch.save({"model": other, "ema": state, "opt": {"state": {}}, "args": args, "steps": 50000}, tmp_path / "a.pt")
     code, _, err = run_convert(tmp_path / "a.pt", "--out", tmp_path / "b")
-    assert code == 2 and "format: got '', wanted one of sit, dit, zhuyu for a .pt file; name it by --format" in err
+    assert code == 2 and "format: got '', wanted one of sit, dit, zhuyu, imf for a .pt file; name it by --format" in err
     options = ("--format", "zhuyu", "--num-heads", 4)
     code, out, err = run_convert(tmp_path / "a.pt", "--out", tmp_path / "b", *options)
     assert code == 0 and "step 50000 from zhuyu's a.pt" in out, err
