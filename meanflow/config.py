@@ -7,6 +7,8 @@ from typing import Literal
 from .errors import require, require_finite
 from .sizes import DIT_PATCHES, DIT_SIZES, IMF_HEAD_DEPTH, IMF_SIZES
 
+GuidanceInput = Literal["none", "omega", "interval"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -116,7 +118,7 @@ class ObjectiveConfig:
     """Guidance acts where guidance_start <= t <= guidance_end; elsewhere omega is 1 and kappa 0."""
     guidance_end: float = 1.0
     """See guidance_start; both ends count."""
-    guidance_input: Literal["none", "omega", "interval"] = "none"
+    guidance_input: GuidanceInput = "none"
     """What the network is told of its guidance, so that it is chosen when sampling: nothing; a scale omega, drawn for
     each sample, with v_g = v + (1 - 1 / omega) (v_c - v_null); or that and an interval (improved MeanFlow)."""
     omega_max: float = 8.0

@@ -24,7 +24,6 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from .. import cli
-from ..config import ModelConfig
 from ..data.images import grid, save_png
 from ..draws import Draws, Purpose
 from ..errors import UserError, require
@@ -71,8 +70,7 @@ class Studio:
     def __init__(self, pipeline):
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
-        config = pipeline.transformer.config
-        self.model = ModelConfig(**{name: value for name, value in config.items() if not name.startswith("_")})
+        self.model = pipeline.transformer.model_config
         names = pipeline.config.id2label or {}
         self.classes = [(i, names.get(str(i), str(i))) for i in range(self.model.num_classes)]
         self._numbers = {name.casefold(): i for name, i in pipeline.labels.items()}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from .transformer import Transformer
 
 CARD = "README.md"
 TEXT = """---
@@ -16,7 +16,7 @@ tags: [meanflow, one-step]
 
 # {title}
 
-[MeanFlow](https://arxiv.org/abs/2505.13447): images in one evaluation of the network, or a few.
+{method}: images in one evaluation of the network, or a few.
 
 ```python
 from meanflow.interop.pipeline import MeanFlowPipeline
@@ -25,7 +25,7 @@ pipeline = MeanFlowPipeline.from_pretrained("{folder}")
 images = pipeline(class_labels=[{labels}], num_inference_steps=1).images
 ```
 
-`timesteps=[1, 0.5, 0]` sets times of one's own. Guidance is trained in: there is no guidance scale.
+`timesteps=[1, 0.5, 0]` sets times of one's own. {guidance}
 
 ## Network
 
@@ -45,7 +45,20 @@ images = pipeline(class_labels=[{labels}], num_inference_steps=1).images
 """
 
 
-def write_card(folder: str | Path, config: Mapping, transformer: nn.Module) -> None:
+KINDS = {
+    "dit": ("DiT", "[MeanFlow](https://arxiv.org/abs/2505.13447)"),
+    "imf": ("Transformer", "[Improved MeanFlow](https://arxiv.org/abs/2512.02012)"),
+}
+GUIDANCE = {
+    "none": "Guidance is trained in: there is no guidance scale.",
+    "omega": "`guidance_scale` sets the scale of the guidance, in the same single evaluation.",
+    "interval": "`guidance_scale=4, guidance_interval=(0.3, 0.7)` sets the scale of the guidance, and the times where "
+    "it acts, in the same single evaluation.",
+}
+"""What to say of guidance, by what the network is told of it."""
+
+
+def write_card(folder: str | Path, config: Mapping, transformer: Transformer) -> None:
     """Write the card of a pipeline beside it, unless the folder has one already: people edit cards.
 
     Args:
@@ -54,7 +67,7 @@ def write_card(folder: str | Path, config: Mapping, transformer: nn.Module) -> N
     path = Path(folder, CARD)
     if path.exists():
         return
-    net = transformer.config
+    net, (kind, method) = transformer.config, KINDS[transformer.model_config.network]
     millions = sum(p.numel() for p in transformer.parameters()) / 1e6
     recipe = config.get("recipe") or {}
     shape = f"depth {net.depth}, width {net.hidden_size}, {net.num_heads} heads, patch {net.patch_size}"
@@ -63,7 +76,9 @@ def write_card(folder: str | Path, config: Mapping, transformer: nn.Module) -> N
         folder=path.parent.name,
         licence="other",
         labels=", ".join(str(i) for i in range(min(net.num_classes, 3))),
-        network=f"DiT, {shape}: {millions:.1f} M parameters. "
+        method=method,
+        guidance=GUIDANCE[transformer.guidance_input],
+        network=f"{kind}, {shape}: {millions:.1f} M parameters. "
         f"Samples of {net.in_channels} x {net.input_size} x {net.input_size}.",
         recipe=_recipe(recipe),
         scores=_scores(config.get("scores")),

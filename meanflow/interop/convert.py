@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import GuidanceInput, ModelConfig
 from ..config_json import from_dict, to_dict
 from ..errors import UserError, require
 from ..model.build import check_whole
@@ -37,6 +37,7 @@ SCALES = {"zhuyu": 0.18125}
 RECIPES = {"dit": "imagenet-b4", "imf": "imf-b2"}
 """The paper's recipe of each network, for what is not known of its weights."""
 NET = "net/"
+NO_V_HEAD = "It holds no head for v, which begins as a copy of u's."
 PLACES = ("checkpoint", "reference_source")
 """Fields of a report that name files of the machine; a model card leaves them out."""
 
@@ -122,21 +123,29 @@ def _improved(
     model = imf_weights.infer_improved(arrays, input_size=input_size)
     tensors, note = {name: full(x) for name, x in imf_weights.from_official(arrays).items()}, ""
     if not any(name.startswith("v_heads.") for name in tensors):
-        tensors, note = imf_weights.with_v_head(tensors), "It holds no head for v, which begins as a copy of u's."
+        tensors, note = imf_weights.with_v_head(tensors), NO_V_HEAD
     return _foreign(tensors, model, format, step, origin, weights, note)
 
 
 def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, weights: str, note: str = "") -> Weights:
-    recipe = preset(RECIPES[model.network])
-    if model.network == "imf":
-        # statistics are of so many channels
-        known = model.in_channels == len(recipe.data.latent_mean)
-        data = recipe.data if known else replace(recipe.data, latent_mean=(), latent_std=())
-        config = {"model": asdict(model), "objective": asdict(recipe.objective), "data": asdict(data)}
-    else:
-        data = replace(recipe.data, scale=SCALES.get(format, recipe.data.scale))
-        config = {"model": asdict(model), "data": asdict(data)}
+    config = _config(model)
+    if model.network == "dit":
+        data = preset(RECIPES["dit"]).data
+        config["data"] = asdict(replace(data, scale=SCALES.get(format, data.scale)))
     return Weights(tensors, model, config, step, origin, weights, note)
+
+
+def _config(model: ModelConfig, guidance_input: GuidanceInput = "interval") -> dict:
+    """What a network alone tells of its run, by sections; guidance_input: what an imf network is told."""
+    if model.network == "dit":
+        return {"model": asdict(model)}
+    recipe = preset(RECIPES["imf"])
+    # the latents' statistics are of so many channels
+    known = model.in_channels == len(recipe.data.latent_mean)
+    data = recipe.data if known else replace(recipe.data, latent_mean=(), latent_std=())
+    direction = "v_head" if model.head_depth else "boundary"
+    objective = replace(recipe.objective, guidance_input=guidance_input, direction=direction)
+    return {"model": asdict(model), "objective": asdict(objective), "data": asdict(data)}
 
 
 def load_pipeline(path: Path, **options):
@@ -159,12 +168,14 @@ def load_pipeline(path: Path, **options):
 def _from_pipeline(path: Path) -> Weights:
     pipeline = load_pipeline(path, vae=None)
     net, recipe = pipeline.transformer, pipeline.config.recipe or {}
-    model = ModelConfig(**{key: value for key, value in net.config.items() if not key.startswith("_")})
-    config = recipe.get("config", {"model": asdict(model)})
+    model = net.model_config
+    config = recipe.get("config") or _config(model, net.guidance_input)
     config = config | ({"classes": pipeline.config.id2label} if pipeline.config.id2label else {})
     weights, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
-    tensors = {name: full(x) for name, x in net.state_dict().items()}
-    return Weights(tensors, model, config, recipe.get("step", 0), origin, weights)
+    tensors, note = {name: full(x) for name, x in net.state_dict().items()}, ""
+    if model.head_depth:
+        tensors, note = imf_weights.with_v_head(tensors), NO_V_HEAD
+    return Weights(tensors, model, config, recipe.get("step", 0), origin, weights, note)
 
 
 def run_config(weights: Weights) -> dict:
@@ -235,7 +246,8 @@ def make_pipeline(
     """Make a :class:`meanflow.interop.pipeline.MeanFlowPipeline` of the weights, on the CPU.
 
     Args:
-        vae: folder of the autoencoder, whose scale becomes that of the latents; without one the pipeline gives latents.
+        vae: folder of the autoencoder, whose scale and statistics become those of the latents; without one the pipeline
+            gives latents.
         names: of the classes (default: those that the run knows from its data).
         scores: what was measured, for the model card.
 
@@ -245,13 +257,11 @@ def make_pipeline(
     from ..data.vae import load_vae
     from .pipeline import MeanFlowPipeline
     from .scheduler import MeanFlowScheduler
-    from .transformer import MeanFlowTransformer2DModel
+    from .transformer import make_transformer
 
-    net = MeanFlowTransformer2DModel(**dit_options(weights.model))
-    net.load_state_dict(weights.tensors)
+    net = make_transformer(weights.model, weights.config.get("objective", {}).get("guidance_input", "none"))
+    net.load_state_dict(imf_weights.without_v_head(weights.tensors))
     data = weights.config.get("data", {})
-    shifted, wanted = data.get("latent_mean") or (), "a scale alone: a pipeline has no more"
-    require(not shifted, "data.latent_mean", shifted, wanted, "sample by scripts/sample.py")
     autoencoder = None
     if vae:
         autoencoder = load_vae(vae, torch.device("cpu"), "vae")
@@ -260,6 +270,8 @@ def make_pipeline(
             channels == net.in_channels, "vae", f"{channels} channels", wanted, "name the autoencoder it learnt from"
         )
         autoencoder.register_to_config(scaling_factor=data.get("scale", 0.18215))
+        if data.get("latent_mean"):
+            autoencoder.register_to_config(latents_mean=list(data["latent_mean"]), latents_std=list(data["latent_std"]))
     known = weights.config.get("classes")
     if names is None and known:
         names = {int(i): name for i, name in known.items()}

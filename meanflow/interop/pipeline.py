@@ -11,12 +11,16 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..config import ObjectiveConfig
 from ..errors import UserError, require
+from ..method.guidance import TOLD, sampling_guidance
 from .card import write_card
 from .scheduler import MeanFlowScheduler
-from .transformer import MeanFlowTransformer2DModel
+from .transformer import Transformer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+GUIDANCE = ("guidance_scale", "guidance_start", "guidance_end")
+"""What a network may be told of its guidance."""
 
 
 class MeanFlowPipeline(DiffusionPipeline):
@@ -29,7 +33,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         pixels: range of the autoencoder's images, "symmetric" for [-1, 1] or "unit" for [0, 1].
         recipe: what it was trained by, and scores: what was measured of it; written into the model card.
 
-    Guidance is trained in: there is no guidance scale, and a step is one evaluation of the network.
+    A step is one evaluation of the network, for its guidance is trained in. A network of improved MeanFlow is told the
+    scale and the interval of its guidance; others have theirs from training.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -38,7 +43,7 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: MeanFlowTransformer2DModel,
+        transformer: Transformer,
         scheduler: MeanFlowScheduler,
         vae: AutoencoderKL | None = None,
         id2label: dict | None = None,
@@ -89,6 +94,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_scale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
 
@@ -104,6 +111,8 @@ class MeanFlowPipeline(DiffusionPipeline):
                 [0, 1], or "latent".
             callback_on_step_end: called as (pipeline, i, t, tensors) after step i from time t; what it returns
                 replaces the tensors of the names in callback_on_step_end_tensor_inputs.
+            guidance_scale, guidance_interval: omega, 1 or more, and the times (start, end) in [0, 1] where guidance
+                acts, for a network that is told them. None: the official best of its size in one step.
 
         Raises:
             ValueError: for arguments that do not fit, naming the first.
@@ -115,17 +124,17 @@ class MeanFlowPipeline(DiffusionPipeline):
         name, wanted = "callback_on_step_end_tensor_inputs", f"names among {self._callback_tensor_inputs}"
         require(not unknown, name, sorted(unknown), wanted, "leave the others out")
         labels = self._labels(class_labels, num_images_per_label).to(self._execution_device)
+        told = dict(zip(GUIDANCE, self.guidance(guidance_scale, guidance_interval), strict=False))
         latents = self._noise(len(labels), generator, latents)
 
         self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
         self._num_timesteps = len(self.scheduler.timesteps)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
-            # times stay in fp32: bf16 has three digits
-            t_b, r_b = (
-                torch.full((len(z),), float(time), device=z.device) for time in (t, self.scheduler.previous_timestep(t))
-            )
-            (u,) = self.transformer(z, t_b, r_b, labels, return_dict=False)
+            # times and guidance stay in fp32: bf16 has three digits
+            times = {"timestep": t, "r_timestep": self.scheduler.previous_timestep(t)}
+            inputs = {name: torch.full((len(z),), float(x), device=z.device) for name, x in (times | told).items()}
+            (u,) = self.transformer(z, class_labels=labels, return_dict=False, **inputs)
             (latents,) = self.scheduler.step(u, t, latents, return_dict=False)
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
@@ -134,6 +143,24 @@ class MeanFlowPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def guidance(self, scale: float | None = None, interval: Sequence[float] | None = None) -> tuple[float, ...]:
+        """What the network is told of its guidance: what is given, and for the rest the official best of its size.
+
+        Returns:
+            omega, start and end; omega alone, or nothing, for a network that is told no more.
+
+        Raises:
+            ValueError: for what it cannot be told.
+        """
+        told = self.transformer.guidance_input
+        count, wanted = TOLD[told]
+        require(scale is None or count > 0, "guidance_scale", scale, wanted, "leave it out")
+        require(interval is None or count > 1, "guidance_interval", interval, wanted, "leave it out")
+        model, objective = self.transformer.model_config, ObjectiveConfig(guidance_input=told)
+        best = sampling_guidance(model, objective)
+        given = (*(best[:1] if scale is None else (scale,)), *(best[1:] if interval is None else interval))
+        return sampling_guidance(model, objective, given, "guidance_scale and guidance_interval")
 
     @property
     def num_timesteps(self) -> int:

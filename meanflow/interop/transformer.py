@@ -1,4 +1,6 @@
-"""The network as a diffusers model: saved to a folder, loaded from one, in any dtype."""
+"""The networks as diffusers models: saved to a folder, loaded from one, in any dtype."""
+
+from dataclasses import asdict
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -6,52 +8,32 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import GuidanceInput, ModelConfig
 from ..errors import require
 from ..model.dit import DiT
+from ..model.imf import ImfDiT
+from ..sizes import IMF_HEAD_DEPTH
 from .formats import dit_options
 
 ALIGNED = 64
 """Alignment of torch's CPU tensors in bytes."""
 
 
-class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
-    """:class:`meanflow.model.dit.DiT` itself, under diffusers' names for inputs and outputs.
+class _Model(ModelMixin, ConfigMixin):
+    """What both networks have as diffusers models."""
 
-    The parameters are those of :class:`meanflow.config.ModelConfig`, and the state dict is DiT's.
+    model_config: ModelConfig
+    """The network's shape."""
+    guidance_input: GuidanceInput = "none"
+    """What it is told of its guidance."""
 
-    Raises:
-        ValueError: for parameters that ModelConfig refuses.
-    """
-
-    _no_split_modules = ["DiTBlock"]
-    _repeated_blocks = ["DiTBlock"]
     _supports_gradient_checkpointing = True
     # a few small layers whose rounding the whole image shows
     _skip_layerwise_casting_patterns = ["embedder", "final_layer"]
 
-    @register_to_config
-    def __init__(
-        self,
-        depth: int,
-        hidden_size: int,
-        num_heads: int,
-        patch_size: int,
-        input_size: int = 32,
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        mlp_ratio: float = 4.0,
-        time_embedding: str = "t,h",
-    ):
-        config = ModelConfig(
-            depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding
-        )
-        super().__init__(**dit_options(config) | {"time_embedding": tuple(time_embedding.split(","))})
-        self.register_state_dict_post_hook(_with_what_is_offloaded)
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as diffusers does; the position table, which no file holds, is computed in the weights' dtype.
+        """Load as diffusers does; the positions' table, which no file holds, is computed for the weights' dtype.
 
         Raises:
             UserError: for a file that lacks weights, or has unknown ones.
@@ -74,7 +56,7 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
         return any(block.checkpointed for block in self.blocks)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in backward, by DiT's own checkpointing, which handles tangents."""
+        """Recompute each block in backward, by the network's own checkpointing, which handles tangents."""
         for block in self.blocks:
             block.checkpointed = True
 
@@ -82,6 +64,45 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
         """Keep each block's activations."""
         for block in self.blocks:
             block.checkpointed = False
+
+    def _labels(self, class_labels: Tensor | None, z: Tensor) -> Tensor:
+        """The labels, or the null class for all of z (B, ...)."""
+        if class_labels is not None:
+            return class_labels
+        return torch.full((len(z),), self.model_config.num_classes, device=z.device)
+
+
+class MeanFlowTransformer2DModel(DiT, _Model):
+    """:class:`meanflow.model.dit.DiT` itself, under diffusers' names for inputs and outputs.
+
+    The parameters are those of :class:`meanflow.config.ModelConfig`, and the state dict is DiT's.
+
+    Raises:
+        ValueError: for parameters that ModelConfig refuses.
+    """
+
+    _no_split_modules = ["DiTBlock"]
+    _repeated_blocks = ["DiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        patch_size: int,
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        time_embedding: str = "t,h",
+    ):
+        model = ModelConfig(
+            depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding
+        )
+        super().__init__(**dit_options(model) | {"time_embedding": tuple(time_embedding.split(","))})
+        self.model_config = model
+        self.register_state_dict_post_hook(_with_what_is_offloaded)
 
     def forward(
         self,
@@ -100,10 +121,83 @@ class MeanFlowTransformer2DModel(DiT, ModelMixin, ConfigMixin):
         Returns:
             An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
         """
-        if class_labels is None:
-            class_labels = torch.full((len(hidden_states),), self.num_classes, device=hidden_states.device)
-        u = super().forward(hidden_states, r_timestep, timestep, class_labels)
+        labels = self._labels(class_labels, hidden_states)
+        u = super().forward(hidden_states, r_timestep, timestep, labels)
         return Transformer2DModelOutput(sample=u) if return_dict else (u,)
+
+
+class ImfTransformer2DModel(ImfDiT, _Model):
+    """:class:`meanflow.model.imf.ImfDiT` without its head for v, which sampling does not need.
+
+    The parameters are those of :class:`meanflow.config.ModelConfig`, and what the network is told of its guidance.
+
+    Raises:
+        ValueError: for parameters that ModelConfig refuses.
+    """
+
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        patch_size: int,
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        mlp_ratio: float = 8 / 3,
+        head_depth: int = IMF_HEAD_DEPTH,
+        guidance_input: GuidanceInput = "interval",
+    ):
+        sizes = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes}
+        sizes |= {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": patch_size}
+        model = ModelConfig(**sizes, mlp_ratio=mlp_ratio, time_embedding="h", network="imf", head_depth=head_depth)
+        super().__init__(**sizes, mlp_hidden=model.mlp_hidden, head_depth=head_depth, v_head=False)
+        self.model_config, self.guidance_input = model, guidance_input
+        self.register_state_dict_post_hook(_with_what_is_offloaded)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        guidance_scale: Tensor | None = None,
+        guidance_start: Tensor | None = None,
+        guidance_end: Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The average velocity from timestep t back to r.
+
+        Args:
+            hidden_states: z (B, channels, size, size). timestep, r_timestep: t and r (B,) in [0, 1], r <= t, best in
+                fp32 whatever the model's dtype. class_labels: (B,), int64; None is the null class for all.
+            guidance_scale, guidance_start, guidance_end: omega and the times where guidance begins and ends (B,), best
+                in fp32; by default there is none.
+
+        Returns:
+            An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
+        """
+        labels, guidance = self._labels(class_labels, hidden_states), (guidance_scale, guidance_start, guidance_end)
+        u = super().forward(hidden_states, r_timestep, timestep, labels, *guidance)
+        return Transformer2DModelOutput(sample=u) if return_dict else (u,)
+
+
+Transformer = MeanFlowTransformer2DModel | ImfTransformer2DModel
+
+
+def make_transformer(model: ModelConfig, guidance_input: GuidanceInput) -> Transformer:
+    """Make the model of a network, on the CPU.
+
+    guidance_input: what the network is told of its guidance.
+    """
+    if model.network == "dit":
+        return MeanFlowTransformer2DModel(**dit_options(model))
+    names = set(asdict(model)) - {"network", "time_embedding"}
+    return ImfTransformer2DModel(**{name: getattr(model, name) for name in names}, guidance_input=guidance_input)
 
 
 def _with_what_is_offloaded(model: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
@@ -112,6 +206,6 @@ def _with_what_is_offloaded(model: nn.Module, state: dict[str, Tensor], prefix: 
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
             for leaf in module._parameters if getattr(each, "weights_map", None) is not None else ():
-                key = f"{prefix}{name}.{leaf}"
+                key = f"{prefix}{name}.{leaf}" if name else f"{prefix}{leaf}"
                 if state[key].is_meta:
                     state[key] = each.weights_map[leaf]

@@ -62,7 +62,9 @@ def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:
     """The data configuration for a pipeline's own autoencoder."""
     values, vae = json.loads((pipeline / "model_index.json").read_text()), pipeline / "vae"
     known = json.loads((vae / "config.json").read_text())
-    shifted = [name for name in ("shift_factor", "latents_mean", "latents_std") if known.get(name) is not None]
-    require(not shifted, "checkpoint", f"an autoencoder with {shifted}", "a scaling_factor alone", "call the pipeline")
+    shift, wanted = known.get("shift_factor"), "none beside a scaling_factor and statistics"
+    require(shift is None, "checkpoint", f"an autoencoder with shift_factor {shift}", wanted, "call the pipeline")
     scale, pixels = known.get("scaling_factor", data.scale), values.get("pixels") or data.pixels
-    return replace(data, name="latents", path="", vae=str(vae), scale=scale, pixels=pixels)
+    mean, std = (tuple(known.get(f"latents_{name}") or ()) for name in ("mean", "std"))
+    statistics = {"latent_mean": mean, "latent_std": std}
+    return replace(data, name="latents", path="", vae=str(vae), scale=scale, pixels=pixels, **statistics)

@@ -186,7 +186,7 @@ class ImfDiT(nn.Module):
             self.add_module(f"{head}_heads", blocks(head_depth))
             self.add_module(f"{head}_final_layer", FinalLayer(hidden_size, patch_size, in_channels))
         self._head_dim = hidden_size // num_heads
-        self._renew_rope()
+        self.renew_position_table(self.dtype)
         self.init_weights()
 
     @property
@@ -337,13 +337,16 @@ class ImfDiT(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._renew_rope()
+        self.renew_position_table(self.dtype)
         return self
 
-    def _renew_rope(self) -> None:
-        # computed where it lies and never below fp32: a cast one would keep the old precision's rounding
+    def renew_position_table(self, dtype: torch.dtype) -> None:
+        """Compute the rotations again for weights of dtype, on their device: a cast one keeps the old dtype's rounding.
+
+        They are in fp32 at least.
+        """
         length = sum(TOKENS.values()) + (self.input_size // self.patch_size) ** 2
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32)
         cos, sin = rope_table(length, self._head_dim, dtype=dtype, device=self.class_tokens.device)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
