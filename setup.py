@@ -67,7 +67,7 @@ LIBRARIES = {"meanflow_kernels.native_cpu": ["csrc/ops.cpp", "csrc/adamw_ema_cpu
 if find_nvcc():
     LIBRARIES["meanflow_kernels.native_cuda"] = ["csrc/adamw_ema_cuda.cu"]
 
-COMMANDS = ("ablate", "convert", "evaluate", "export", "page", "prepare_data", "quickstart", "sample", "train")
+COMMANDS = ("ablate", "convert", "evaluate", "export", "page", "prepare_data", "quickstart", "sample", "sweep", "train")
 
 setup(
     name="meanflow",

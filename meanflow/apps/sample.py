@@ -35,7 +35,7 @@ class Options:
     """A schedule of one's own instead, falling from 1 to 0."""
     guidance: tuple[float, ...] = ()
     """What a network that is told of its guidance is told: omega, and where guidance begins and ends (default: the
-    official best of its size in one step; of XL/2 in two steps it is 4 0.36 0.64)."""
+    official best of its size in one step; of XL/2 in two steps it is 4 0.36 0.64; sweep.py finds a run's own)."""
     labels: tuple[int, ...] = ()
     """Classes to draw, repeated in turn; default: all of the model's, in turn."""
     seed: int = 0

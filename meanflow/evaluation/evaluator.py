@@ -169,6 +169,22 @@ def schedule_name(times: Sequence[float]) -> str:
     return f"nfe{steps}-{hashlib.sha256(repr(tuple(times)).encode()).hexdigest()[:8]}"
 
 
+def claim(folder: Path, identity: dict, world: World) -> None:
+    """Make a folder that of one evaluation, which settings.json tells; one that is there already goes on.
+
+    Raises:
+        UserError: if the folder holds an evaluation of something else.
+    """
+    path = folder / "settings.json"
+    held = json.loads(path.read_text()) if path.exists() else identity
+    for name, value in identity.items():
+        wanted = f"{held.get(name)!r}, as in the evaluation that {folder} holds"
+        require(held.get(name) == value, name, value, wanted, "name another folder by --out")
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(identity, indent=2) + "\n")
+
+
 class FeatureStore:
     """Features on disk: a file for each batch of samples and (rounding, resize), whole or absent.
 
@@ -178,14 +194,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, identity: dict, world: World):
         self.folder = folder
-        path = folder / "settings.json"
-        held = json.loads(path.read_text()) if path.exists() else identity
-        for name, value in identity.items():
-            wanted = f"{held.get(name)!r}, as in the evaluation that {folder} holds"
-            require(held.get(name) == value, name, value, wanted, "name another folder by --out")
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(identity, indent=2) + "\n")
+        claim(folder, identity, world)
 
     def path(self, times: Sequence[float], labels: str, view: tuple[str, str], span: tuple[int, int]) -> Path:
         """The file of a batch."""

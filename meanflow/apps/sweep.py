@@ -1,0 +1,248 @@
+"""Find the guidance that a trained network of improved MeanFlow samples best with, without training it again.
+
+python scripts/sweep.py runs/digits-imf   (digits, by their distance: minutes on a CPU)
+
+python scripts/sweep.py runs/imf-b2 --inception FILE --reference FILE   (latents, by their FID)
+
+python scripts/sweep.py RUN ... --omegas 7 8 9 --intervals 0.4-0.65   (more points, beside those that are done)
+
+Each point of the grid, a scale omega and the times where guidance acts, is scored on the same noise. Repeating an
+interrupted command continues it. Several GPUs: torchrun --nproc-per-node 8 scripts/sweep.py RUN ...
+"""
+
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from .. import cli
+from ..config import RunConfig
+from ..data.decoder import make_decoder
+from ..errors import UserError, require
+from ..evaluation.digits import DigitsEvaluation
+from ..evaluation.evaluator import Evaluator, claim, schedule_name
+from ..evaluation.features import Extractor, digest
+from ..evaluation.fid_reference import load_reference
+from ..evaluation.protocols import Protocol, named
+from ..interop.formats import home
+from ..interop.weights import load_ema
+from ..method.guidance import TOLD, sampling_guidance
+from ..method.sampling import even_times
+from ..owner import owned
+from ..storage.record import write_atomically
+from ..world import World
+
+ROWS, PICTURE = "rows.jsonl", "heat_map.png"
+Score = Callable[[tuple[float, ...]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Positional[Path]
+    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
+    omegas: tuple[float, ...] = (1, 2, 3, 4, 6, 8)
+    """Scales to try, 1 or more; 1 is no guidance. Training draws them up to objective.omega_max."""
+    intervals: tuple[str, ...] = ("0-1", "0.2-0.8", "0.3-0.7", "0.4-0.65")
+    """Times where guidance acts, as START-END, to try each scale with."""
+    steps: int = 1
+    """Evaluations of the network per image, evenly spaced in time: each number has a best point of its own."""
+    count: int = 10_000
+    """Samples of a point, for the FID, which falls as they grow: compare points of equal counts alone."""
+    protocol: str = "official"
+    """How the FID is measured: one name of evaluate.py's --protocols, or several joined by +."""
+    inception: Path | None = None
+    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits are judged by a classifier
+    of their own."""
+    reference: Path | None = None
+    """ADM's VIRTUAL_imagenet256_labeled.npz, or a file of its mu and sigma."""
+    data_reference: Path | None = None
+    """Reference of own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
+    vae: str = ""
+    """The autoencoder to decode with, instead of the run's."""
+    out: Path | None = None
+    """Where rows and heat map are written (default: RUN/sweep/, by step, schedule and seed)."""
+    seed: int = 0
+    """Seed of the noise and the labels (and of the digits' classifier)."""
+    batch: int = 64
+    """Samples generated at a time by each process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the model's matrix products. Features and scores are in fp32 and fp64 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+
+def grid(options: Options, config: RunConfig) -> list[tuple[float, ...]]:
+    """The points to score: what the network is told at each.
+
+    Raises:
+        UserError: for a network that is told nothing, and for numbers that it cannot be told.
+    """
+    told = config.objective.guidance_input
+    hint = "train one by scripts/train.py imf-b2, or digits-imf"
+    require(told != "none", "checkpoint", TOLD[told][1], "a network that is told its guidance", hint)
+    intervals = [_interval(word) for word in options.intervals] if told == "interval" else [()]
+    points = dict.fromkeys((omega, *interval) for interval in intervals for omega in options.omegas)
+    require(bool(points), "omegas and intervals", (), "one of each or more", "name some")
+    return [sampling_guidance(config.model, config.objective, point, "omegas and intervals") for point in points]
+
+
+def _interval(word: str) -> tuple[float, float]:
+    try:
+        start, end = map(float, word.split("-"))
+    except ValueError:
+        raise UserError(f"intervals: got {word!r}, wanted START-END, for instance 0.4-0.65; correct it") from None
+    return start, end
+
+
+def sweep(points: list[tuple[float, ...]], score: Score, path: Path, world: World) -> list[dict]:
+    """Score the points that a file has no row of yet, and write each row as it comes; all rows, the file's first.
+
+    A collective call.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {tuple(row["guidance"]) for row in rows}
+    bar = tqdm(points, "sweep", unit="point", disable=not world.is_main, dynamic_ncols=True)
+    for point in bar:
+        if point in done:
+            continue
+        rows.append({"guidance": list(point), **score(point)})
+        if world.is_main:
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        bar.set_postfix_str(in_words(best(rows)), refresh=False)
+    return rows
+
+
+def measure(row: dict) -> tuple[str, float]:
+    """The score that decides, by name."""
+    name = "fid" if "fid" in row else "frechet"
+    return name, row[name]
+
+
+def best(rows: list[dict]) -> dict:
+    """The row of the lowest score."""
+    return min(rows, key=lambda row: measure(row)[1])
+
+
+def in_words(row: dict) -> str:
+    """A point and its score."""
+    name, value = measure(row)
+    omega, *interval = row["guidance"]
+    times = f" in [{interval[0]:g}, {interval[1]:g}]" if interval else ""
+    return f"omega {omega:g}{times}: {name} {value:.4g}"
+
+
+def summary(options: Options, rows: list[dict]) -> list[str]:
+    """The best point, and the commands that sample and evaluate with it."""
+    found = best(rows)
+    omega, *_ = found["guidance"]
+    tried = sorted({row["guidance"][0] for row in rows})
+    told = " ".join(f"{x:g}" for x in found["guidance"])
+    words = f"{shlex.quote(str(options.checkpoint))} --steps {options.steps} --guidance {told}"
+    lines = [f"best of {len(rows)} points: {in_words(found)}"]
+    if omega == tried[-1] > 1 or omega == tried[0] > 1:
+        further = f"--omegas {max(1, omega * 0.75):g} {omega * 1.5:g}"
+        lines.append(f"It lies at the edge of the scales tried: {further} tries further ones beside them.")
+    return [*lines, f"    python scripts/sample.py {words}", f"    python scripts/evaluate.py {words}"]
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    """Draw the scores as a heat map, scales to the right and intervals downwards, the best one framed."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    omegas = sorted({row["guidance"][0] for row in rows})
+    intervals = sorted({tuple(row["guidance"][1:]) for row in rows}, key=lambda x: (x[1:2] < x[:1], x))
+    values = torch.full((len(intervals), len(omegas)), torch.nan)
+    for row in rows:
+        omega, *interval = row["guidance"]
+        values[intervals.index(tuple(interval)), omegas.index(omega)] = measure(row)[1]
+    figure = Figure(figsize=(2.5 + 0.75 * len(omegas), 1.8 + 0.45 * len(intervals)), layout="constrained")
+    axes, known = figure.subplots(), values[~values.isnan()]
+    image = axes.imshow(values.numpy(), cmap="viridis_r", norm=LogNorm() if known.max() > 5 * known.min() else None)
+    image.set_clim(float(known.min()), float(known.max()))
+    for i, line in enumerate(values.tolist()):
+        for j, value in enumerate(line):
+            dark = image.norm(value) > 0.5
+            if value == value:
+                axes.text(j, i, f"{value:.4g}", ha="center", va="center", color="white" if dark else "black")
+    omega, *interval = best(rows)["guidance"]
+    corner = omegas.index(omega) - 0.5, intervals.index(tuple(interval)) - 0.5
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2.5))
+    axes.set_xticks(range(len(omegas)), [f"{omega:g}" for omega in omegas])
+    axes.set_yticks(range(len(intervals)), ["{:g} to {:g}".format(*x) if x else "all times" for x in intervals])
+    axes.set_xlabel("scale of the guidance, omega")
+    axes.set_ylabel("times where it acts")
+    name = {"fid": "FID", "frechet": "Fréchet distance, digits"}[measure(rows[0])[0]]
+    figure.colorbar(image, label=name)
+    axes.set_title(in_words(best(rows)))
+    figure.savefig(path, dpi=150)
+
+
+def make_score(
+    options: Options, net: torch.nn.Module, config: RunConfig, extractor: Extractor | None, out: Path, world: World
+) -> Score:
+    """Make a function from what the network is told to its scores by name, which all processes call together.
+
+    extractor: of the features for the FID; without one it is the digits' judge. out: where the reference's are kept.
+    """
+    times = even_times(options.steps)
+    if extractor is None:
+        digits = DigitsEvaluation(options.seed)
+        return lambda guidance: digits.score_net(net, world.device, times, guidance).as_dict()
+    protocol = named(options.protocol)
+    source, kept = _source(options, protocol), out / "reference"
+    reference = load_reference(protocol.reference, source, extractor, protocol.resize, kept, options.batch, world)
+    decode = make_decoder(replace(config.data, vae=options.vae) if options.vae else config.data, world.device)
+    shape, classes = (net.in_channels, net.input_size, net.input_size), config.model.num_classes
+    about = {"protocol": protocol, "batch": options.batch, "seed": options.seed, "world": world}
+
+    def score(guidance: tuple[float, ...]) -> dict[str, float]:
+        judge = Evaluator(extractor, reference, decode, shape, classes, guidance=guidance, **about)
+        return judge.score(net, options.count, times)
+
+    return score
+
+
+def _source(options: Options, protocol: Protocol) -> Path | None:
+    return {"adm": options.reference, "data": options.data_reference}[protocol.reference]
+
+
+def main(args: list[str]) -> None:
+    options = cli.parse(Options, args, prog="sweep.py", description=__doc__)
+    require(options.count >= 2, "count", options.count, "at least 2 samples", "change it")
+    require(options.batch >= 1, "batch", options.batch, "a positive whole number", "change it")
+    times, protocol = even_times(options.steps), named(options.protocol)
+    with World(options.device) as world:
+        net, config, path, step = load_ema(options.checkpoint, world.device)
+        points = grid(options, config)
+        if options.precision == "bf16":
+            net.compute_dtype = torch.bfloat16
+        settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
+        name = f"step{step}_{schedule_name(times)}_seed{options.seed}_{options.precision}"
+        if config.data.name == "digits" and options.inception is None:
+            extractor = None
+        else:
+            extractor = Extractor(options.inception, world.device)
+            settings |= {"count": options.count, "reference_source": str(_source(options, protocol))}
+            settings |= protocol.describe() | extractor.identity()
+            name += f"_{options.protocol}_count{options.count}"
+        settings |= {"times": list(times)}
+        out = options.out or home(path) / "sweep" / name
+        with owned(out) if world.is_main else nullcontext():
+            claim(out, settings, world)
+            rows = sweep(points, make_score(options, net, config, extractor, out, world), out / ROWS, world)
+            if world.is_main:
+                draw(out / PICTURE, rows)
+                print("\n".join([*summary(options, rows), f"{out / ROWS}   {out / PICTURE}"]))
+
+
+run = partial(cli.run, main)
