@@ -1,4 +1,4 @@
-"""One local web page: classes, steps and a seed in, a grid of images and its times out.
+"""One local web page: classes, steps, guidance and a seed in, a grid of images and its times out.
 
 Python's own server and one HTML file, which loads nothing from elsewhere: a form and a picture are all of it, so a
 framework of forty packages would be no gain. ``/image.png?classes=3,5&steps=1&each=8&seed=0`` is the picture itself.
@@ -33,7 +33,8 @@ from ..method.sampling import check_times, even_times
 from ..world import choose_device
 
 HTML = Path(__file__).with_name("page.html")
-OPTIONS = ("classes", "steps", "times", "each", "seed")
+GUIDANCE = ("omega", "start", "end")
+OPTIONS = ("classes", "steps", "times", "each", "seed", *GUIDANCE)
 MOST = 256
 """Images of a request."""
 BATCH = 32
@@ -50,6 +51,8 @@ class Request:
     each: int
     """Images per class."""
     seed: int
+    guidance: tuple[float, ...] = ()
+    """What the network is told of it, if it is told something."""
 
 
 class Picture(NamedTuple):
@@ -80,9 +83,11 @@ class Studio:
         """Facts for the page."""
         recipe, net = self.pipeline.config.recipe or {}, self.pipeline.transformer
         step = [f"step {recipe['step']}"] if recipe.get("step") else []
-        words = [f"DiT-{self.model.name}", *step, f"{self.model.num_classes} classes"]
+        name = self.model.name if self.model.network == "imf" else f"DiT-{self.model.name}"
+        words = [name, *step, f"{self.model.num_classes} classes"]
         words += [f"{str(net.dtype).removeprefix('torch.')} on {net.device.type}"]
-        return {"words": ", ".join(words), "classes": self.classes, "decodes": self.pipeline.vae is not None}
+        facts = {"words": ", ".join(words), "classes": self.classes, "decodes": self.pipeline.vae is not None}
+        return facts | {"guidance": self.pipeline.guidance()}
 
     def read(self, query: str) -> Request:
         """Parse a request from a query string.
@@ -104,7 +109,18 @@ class Studio:
         require(count <= MOST, "images", count, f"at most {MOST} at once", "take fewer classes or images a class")
         require(len(times) <= MOST, "steps", len(times) - 1, f"fewer than {MOST}", "take fewer")
         require(0 <= seed < 2**63, "seed", seed, "a number in [0, 2^63)", "change it")
-        return Request(labels, times, each, seed)
+        return Request(labels, times, each, seed, self._guidance(found))
+
+    def _guidance(self, found: dict[str, str]) -> tuple[float, ...]:
+        """What a query tells of the guidance; the rest as the pipeline has it."""
+        known = dict(zip(GUIDANCE, self.pipeline.guidance(), strict=False))
+        strange = [name for name in GUIDANCE if name in found and name not in known]
+        require(not strange, "query", strange, "no guidance, which this network is not told", "leave it out")
+        if not known:
+            return ()
+        known |= {name: _number(name, found[name], float) for name in known if name in found}
+        omega, *interval = known.values()
+        return self.pipeline.guidance(omega, interval or None)
 
     def _label(self, word: str) -> int:
         if word.casefold() in self._numbers:
@@ -142,9 +158,11 @@ class Studio:
                 clock.append(_now(device))
             return tensors
 
+        omega, *interval = request.guidance or (None,)
         images = self.pipeline(
-            labels, timesteps=request.times, latents=noise, output_type="pt", callback_on_step_end=note
-        ).images
+            labels, timesteps=request.times, latents=noise, output_type="pt", callback_on_step_end=note,
+            guidance_scale=omega, guidance_interval=interval or None,
+        ).images  # fmt: skip
         clock.append(_now(device))
         begin, between, end = clock
         return (255 * images.float()).round().to(torch.uint8).cpu(), between - begin, end - between

@@ -20,6 +20,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 from meanflow.apps import page
 from meanflow.errors import UserError
 from meanflow.interop.pipeline import MeanFlowPipeline
+from meanflow.interop.scheduler import MeanFlowScheduler
+from meanflow.interop.transformer import ImfTransformer2DModel, MeanFlowTransformer2DModel
 from meanflow.interop.weights import load_checkpoint
 from meanflow.storage.checkpoint import save_weights
 from meanflow.training.trainer import train
@@ -76,7 +78,7 @@ def test_the_page_loads_nothing_from_elsewhere(address):
 def test_what_the_page_knows(address):
     _, _, body = get(address + "/model.json")
     model = json.loads(body)
-    assert model["classes"] == [[i, str(i)] for i in range(10)] and not model["decodes"]
+    assert model["classes"] == [[i, str(i)] for i in range(10)] and not model["decodes"] and model["guidance"] == []
     assert model["words"] == "DiT-1x16/2, step 10, 10 classes, float32 on cpu"
 
 
@@ -123,7 +125,7 @@ BAD = {
     "times=0,1": "times: got (0.0, 1.0)", "times=1": "times: got (1.0,)", "times=1,x": "times: got 'x'",
     "each=0": "images a class: got 0", "each=300": "images: got 300", "classes=1,2&each=200": "images: got 400",
     "seed=-1": "seed: got -1", "seed=1.5": "seed: got '1.5'", "colour=red": "query: got ['colour']",
-    "times=1,nan": "times: got (1.0, nan)",
+    "times=1,nan": "times: got (1.0, nan)", "omega=2": "query: got ['omega'], wanted no guidance, which this network",
 }  # fmt: skip
 
 
@@ -132,6 +134,32 @@ def test_bad_input_is_one_line(address, query, message):
     status, headers, body = get(f"{address}/image.png?{query}")
     assert status == 400 and headers["Content-Type"].startswith("text/plain")
     assert body.decode().startswith(message) and b"\n" not in body
+
+
+@pytest.fixture(scope="module")
+def told():
+    """A network that is told its guidance, with weights of which it shows."""
+    shape = {"depth": 2, "hidden_size": 16, "num_heads": 1, "patch_size": 2, "input_size": 8, "in_channels": 1}
+    net = ImfTransformer2DModel(**shape, num_classes=10, head_depth=1)
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.6, generator=generator)
+    return page.Studio(MeanFlowPipeline(net.eval(), MeanFlowScheduler()))
+
+
+def test_guidance_where_the_network_is_told_it(told):
+    facts, query = told.describe(), "classes=1,2&each=2"
+    assert facts["guidance"] == (1, 0, 1) and facts["words"].startswith("imf-2x16/2, 10 classes")
+    assert told.read(query).guidance == (1, 0, 1)
+    assert told.read(query + "&omega=3&start=0.2").guidance == (3, 0.2, 1)
+    drawn = [told.draw(told.read(query + more)).png for more in ("", "&omega=1&start=0&end=1", "&omega=3&end=0.8")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for more, message in {"&omega=0.5": "got (0.5, 0.0, 1.0), wanted omega of 1", "&start=x": "start: got 'x'"}.items():
+        with pytest.raises(UserError) as error:
+            told.read(query + more)
+        assert message in str(error.value)
+    for name in page.GUIDANCE:
+        assert f'<input type="range" id="{name}"' in page.HTML.read_text()
 
 
 def test_an_unknown_path(address):
@@ -169,9 +197,6 @@ def test_sources_that_do_not_fit(sources, tmp_path):
 
 
 def test_latents_need_a_decoder(tmp_path):
-    from meanflow.interop.scheduler import MeanFlowScheduler
-    from meanflow.interop.transformer import MeanFlowTransformer2DModel
-
     net = MeanFlowTransformer2DModel(depth=1, hidden_size=16, num_heads=2, patch_size=2, input_size=8)
     MeanFlowPipeline(net, MeanFlowScheduler()).save_pretrained(tmp_path / "latents")
     with pytest.raises(UserError, match="^vae: got None, wanted a decoder of the 4 channels of latents"):
