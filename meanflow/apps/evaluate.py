@@ -7,16 +7,17 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from .. import cli
 from ..data.decoder import make_decoder
 from ..evaluation.digits import DigitsEvaluation
 from ..evaluation.evaluator import Plan, Sampler, evaluate, table
 from ..evaluation.features import Extractor, digest
+from ..evaluation.fid_reference import Sources
 from ..evaluation.protocols import named
 from ..interop.formats import home
 from ..interop.weights import load_ema
@@ -39,14 +40,12 @@ class Options:
     count: int = 50_000
     """Number of samples for each schedule and choice of labels."""
     protocols: tuple[str, ...] = ("official",)
-    """official balanced round floor pytorch-fid clean-fid own-data, several joined by +: measured side by side."""
+    """official balanced round floor pytorch-fid clean-fid own-data, several joined by +, and improved MeanFlow's
+    imf-jax imf-torch imf-adm: measured side by side."""
     inception: Path | None = None
     """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits are judged by a classifier
     of their own."""
-    reference: Path | None = None
-    """ADM's VIRTUAL_imagenet256_labeled.npz, or a file of its mu and sigma."""
-    data_reference: Path | None = None
-    """Reference of own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
+    sources: Annotated[Sources, arg(name="")] = Sources()
     dinov2: Path | None = None
     """A folder with facebook/dinov2-large, for the FDD."""
     vae: str = ""
@@ -91,8 +90,7 @@ def main(args: list[str]) -> None:
             settings["guidance"] = list(guidance)
             name += "_guidance" + "-".join(f"{x:g}" for x in guidance)
         out = options.out or home(path) / "evaluation" / name
-        sources = {"adm": options.reference, "data": options.data_reference}
-        report = evaluate(sampler, extractor, plan, sources, out, settings, world)
+        report = evaluate(sampler, extractor, plan, options.sources.by_kind(), out, settings, world)
         if report is not None:
             print(json.dumps(report, indent=2) if options.json else f"{table(report)}\n{out / 'report.json'}")
 

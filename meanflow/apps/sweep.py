@@ -17,11 +17,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from .. import cli
 from ..config import RunConfig
@@ -30,8 +30,8 @@ from ..errors import UserError, require
 from ..evaluation.digits import DigitsEvaluation
 from ..evaluation.evaluator import Evaluator, claim, schedule_name
 from ..evaluation.features import Extractor, digest
-from ..evaluation.fid_reference import load_reference
-from ..evaluation.protocols import Protocol, named
+from ..evaluation.fid_reference import Sources, load_reference
+from ..evaluation.protocols import named
 from ..interop.formats import home
 from ..interop.weights import load_ema
 from ..method.guidance import TOLD, sampling_guidance
@@ -61,10 +61,7 @@ class Options:
     inception: Path | None = None
     """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits are judged by a classifier
     of their own."""
-    reference: Path | None = None
-    """ADM's VIRTUAL_imagenet256_labeled.npz, or a file of its mu and sigma."""
-    data_reference: Path | None = None
-    """Reference of own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
+    sources: Annotated[Sources, arg(name="")] = Sources()
     vae: str = ""
     """The autoencoder to decode with, instead of the run's."""
     out: Path | None = None
@@ -199,7 +196,7 @@ def make_score(
         digits = DigitsEvaluation(options.seed)
         return lambda guidance: digits.score_net(net, world.device, times, guidance).as_dict()
     protocol = named(options.protocol)
-    source, kept = _source(options, protocol), out / "reference"
+    source, kept = options.sources.by_kind()[protocol.reference], out / "reference"
     reference = load_reference(protocol.reference, source, extractor, protocol.resize, kept, options.batch, world)
     decode = make_decoder(replace(config.data, vae=options.vae) if options.vae else config.data, world.device)
     shape, classes = (net.in_channels, net.input_size, net.input_size), config.model.num_classes
@@ -210,10 +207,6 @@ def make_score(
         return judge.score(net, options.count, times)
 
     return score
-
-
-def _source(options: Options, protocol: Protocol) -> Path | None:
-    return {"adm": options.reference, "data": options.data_reference}[protocol.reference]
 
 
 def main(args: list[str]) -> None:
@@ -232,7 +225,8 @@ def main(args: list[str]) -> None:
             extractor = None
         else:
             extractor = Extractor(options.inception, world.device)
-            settings |= {"count": options.count, "reference_source": str(_source(options, protocol))}
+            source = options.sources.by_kind()[protocol.reference]
+            settings |= {"count": options.count, "reference_source": str(source)}
             settings |= protocol.describe() | extractor.identity()
             name += f"_{options.protocol}_count{options.count}"
         settings |= {"times": list(times)}

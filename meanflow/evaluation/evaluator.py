@@ -35,7 +35,8 @@ NOTES = (
     "Frechet distances fall as the number of images grows: compare numbers of equal counts alone.",
     (
         f"stderr: Frechet distances, delete-one-block jackknife over {BLOCKS} blocks of samples; precision and recall, "
-        f"means of {BLOCKS} blocks; inception_score, splits of {SPLIT} samples in order (ADM; none for one split). "
+        f"means of {BLOCKS} blocks; inception_score, splits of {SPLIT} samples in order (ADM; none for one split) "
+        "or ten shuffled ones. "
         "interval: 95 %, of the samples' draw, without the reference's own error."
     ),
     (
@@ -306,7 +307,7 @@ def _score(
         for score, kind in FRECHET.items()
         if kind in features and kind in reference.statistics
     }
-    scores["inception_score"] = inception_score(extractor.probabilities(features["pool3"])).as_dict()
+    scores["inception_score"] = inception_score(extractor.probabilities(features["pool3"]), protocol.splits).as_dict()
     if reference.features is not None:
         shares = precision_recall(features["pool3"].to(extractor.device), reference.features)
         scores |= {key: share.as_dict() for key, share in zip(("precision", "recall"), shares, strict=True)}

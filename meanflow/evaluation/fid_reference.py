@@ -20,14 +20,41 @@ from .frechet import Gaussian, read_statistics
 
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
 ADM_FILE = "VIRTUAL_imagenet256_labeled.npz"
+IMF = "https://huggingface.co/Lyy0725/iMF/resolve/main/"
+IMF_FILE = "imagenet_256_fid_stats.npz"
+JIT = "https://raw.githubusercontent.com/LTH14/JiT/refs/heads/main/fid_stats/"
+JIT_FILE = "jit_in256_stats.npz"
+FILES = {"adm": ADM_FILE, "data": "data of your own", "imf": IMF_FILE, "jit": JIT_FILE}
 HINTS = {
     "adm": f"fetch {ADM}{ADM_FILE} and pass it by --reference FILE",
     "data": "pass a statistics file, an .npz of images or a folder of images by --data-reference PATH",
+    "imf": f"fetch {IMF}{IMF_FILE} and pass it by --imf-reference FILE",
+    "jit": f"fetch {JIT}{JIT_FILE} and pass it by --jit-reference FILE",
 }
 LARGEST = 2**23
 """Most pixels of an image in a folder: samples are smaller, and a batch must fit into memory."""
 NEIGHBOURHOOD = 10_000
 """Real images that precision and recall look at, as many as ADM's file holds; of more, evenly spaced ones."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the references of the protocols are."""
+
+    reference: Path | None = None
+    """ADM's VIRTUAL_imagenet256_labeled.npz, or a file of its mu and sigma."""
+    data_reference: Path | None = None
+    """Reference of own-data: a statistics file, an .npz of images (arr_0) or a folder of images."""
+    imf_reference: Path | None = None
+    """Reference of imf-jax: imagenet_256_fid_stats.npz, which improved MeanFlow's JAX code comes with."""
+    jit_reference: Path | None = None
+    """Reference of imf-torch: JiT's jit_in256_stats.npz."""
+
+    def by_kind(self) -> dict[str, Path | None]:
+        """The files by the protocols' names of them."""
+        return {
+            "adm": self.reference, "data": self.data_reference, "imf": self.imf_reference, "jit": self.jit_reference
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,7 @@ def load_reference(
     """Read or compute a reference; a collective call, on the extractor's device.
 
     Args:
-        kind: "adm" or "data", the protocol's choice.
+        kind: "adm", "data", "imf" or "jit", the protocol's choice.
         path: an .npz with mu, sigma and perhaps mu_s, sigma_s, or with images arr_0, or both; or a folder of images.
         resize: the protocol's choice, for what is computed here. Statistics that are read are as they are.
         kept: folder where computed features are kept for the next time.
@@ -121,8 +148,8 @@ def load_reference(
     Raises:
         UserError: for a missing, damaged or empty source.
     """
-    got, wanted = str(path) if path else "no file", ADM_FILE if kind == "adm" else "data of your own"
-    require(path is not None and path.exists(), f"reference {kind}", got, wanted, HINTS[kind])
+    got = str(path) if path else "no file"
+    require(path is not None and path.exists(), f"reference {kind}", got, FILES[kind], HINTS[kind])
     features, entries = None, None
     if path.is_dir():
         statistics, images = {}, FolderImages(path)

@@ -1,4 +1,4 @@
-"""Named ways to measure a generator. FIDs differ by them for the same weights; each name changes one thing."""
+"""Named ways to measure a generator. FIDs differ by them for the same weights; most names change one thing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -18,8 +18,9 @@ from .inception import SIZE
 class Protocol:
     """The choices behind a score. The defaults are the official MeanFlow code's."""
 
-    reference: Literal["adm", "data"] = "adm"
-    """Reference data: ADM's statistics of ImageNet, or data of one's own."""
+    reference: Literal["adm", "data", "imf", "jit"] = "adm"
+    """Reference data: ADM's statistics of ImageNet, data of one's own, or the statistics of ImageNet's training images
+    that improved MeanFlow's JAX code comes with, or JiT."""
     labels: Literal["uniform", "balanced"] = "uniform"
     """The classes asked for: drawn uniformly for each sample (official), or each equally often, in turn (successors,
     which lowers the FID by about 0.1 to 0.2)."""
@@ -29,6 +30,9 @@ class Protocol:
     resize: Literal["tensorflow", "pytorch", "clean"] = "tensorflow"
     """Resize to the network's 299 x 299: bilinear as TensorFlow 1 (official, ADM, torch-fidelity); bilinear between
     pixel centres (pytorch-fid, which also scales by x / 127.5 - 1); antialiased bicubic, as Pillow's (clean-fid)."""
+    splits: Literal["ordered", "shuffled"] = "ordered"
+    """Splits of the Inception Score: 5,000 samples each in order (official, ADM), or ten of a fixed permutation
+    (torch-fidelity, improved MeanFlow)."""
 
     def describe(self) -> dict[str, str]:
         """The choices by name."""
@@ -44,8 +48,15 @@ CHANGES = {
     "pytorch-fid": {"resize": "pytorch"},
     "clean-fid": {"resize": "clean"},
     "own-data": {"reference": "data"},
+    "imf-jax": {"reference": "imf", "labels": "balanced", "splits": "shuffled"},
+    "imf-torch": {"reference": "jit", "labels": "balanced", "splits": "shuffled", "rounding": "round"},
+    "imf-adm": {"labels": "balanced", "rounding": "floor"},
 }
-"""Changes of each name to the official protocol; names joined by + change several things."""
+"""Changes of each name to the official protocol; names joined by + change several things.
+
+imf-jax and imf-torch are those of improved MeanFlow's two official codes (the second sorts its labels, each as often:
+only the images' order differs); imf-adm is ADM's, by which others measured the same weights (its issue 5).
+"""
 
 
 def named(name: str) -> Protocol:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ STUDENT = 2.262
 """Half width of a 95 % interval in standard errors, for ten blocks (nine degrees of freedom)."""
 SPLIT = 5000
 """Samples per split of the Inception Score; the mean over the splits is reported (ADM)."""
+SHUFFLE_SEED = 2020
+"""torch-fidelity's seed of the permutation before the Inception Score's splits."""
 NEIGHBOURS = 3
 """Neighbour whose distance is the radius of precision and recall (ADM)."""
 ROWS = 2048
@@ -64,10 +67,19 @@ def frechet_score(features: Tensor, reference: Gaussian) -> Estimate:
     return Estimate(value, sqrt((BLOCKS - 1) / BLOCKS * sum((d - centre) ** 2 for d in without)))
 
 
-def inception_score(probabilities: Tensor) -> Estimate:
-    """exp of the mean KL divergence of p(y|x) (N, classes) from their mean, over consecutive splits of 5,000."""
+def inception_score(probabilities: Tensor, splits: str = "ordered") -> Estimate:
+    """exp of the mean KL divergence of p(y|x) (N, classes) from their mean; the mean over splits.
+
+    splits: "ordered", consecutive ones of 5,000 (ADM), or "shuffled", ten of numpy's permutation (torch-fidelity).
+    """
+    p = probabilities.double()
+    if splits == "shuffled":
+        order = np.random.RandomState(SHUFFLE_SEED).permutation(len(p))
+        parts = blocks(p[torch.from_numpy(order).to(p.device)])
+    else:
+        parts = p.split(SPLIT)
     scores = []
-    for p in probabilities.double().split(SPLIT):
+    for p in parts:
         mean = p.mean(0, keepdim=True)
         scores.append(float(torch.special.xlogy(p, p).sub(torch.special.xlogy(p, mean)).sum(1).mean().exp()))
     values = torch.tensor(scores, dtype=torch.float64)

@@ -17,7 +17,7 @@ from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.evaluation.evaluator import Evaluator, Plan, Sampler, evaluate, schedule_name, table
 from meanflow.evaluation.features import ImageStatistics
-from meanflow.evaluation.fid_reference import ADM_FILE, load_reference
+from meanflow.evaluation.fid_reference import ADM_FILE, Sources, load_reference
 from meanflow.evaluation.frechet import Moments, frechet_distance, read_statistics
 from meanflow.evaluation.protocols import named, quantize
 from meanflow.method.sampling import sample
@@ -258,6 +258,22 @@ def test_evaluation_with_statistics_alone(sources, tmp_path):
     report = run({"adm": tmp_path / "statistics.npz"}, tmp_path / "out", plan=plan(("official",)))
     assert {"fid", "inception_score"} <= set(report["results"][0])
     assert not {"sfid", "precision", "recall", "fdd"} & set(report["results"][0])
+
+
+def test_protocols_of_improved_meanflow_have_statistics_of_their_own(sources, tmp_path):
+    np.savez(tmp_path / "imf.npz", ref_mu=np.zeros(6), ref_sigma=np.eye(6))
+    np.savez(tmp_path / "jit.npz", mu=np.ones(6), sigma=np.eye(6))
+    given = Sources(imf_reference=tmp_path / "imf.npz", jit_reference=tmp_path / "jit.npz").by_kind()
+    asked = plan(("imf-jax", "imf-torch"))
+    jax, torch_ = run(given, tmp_path / "out", plan=asked)["results"]
+    assert [row["reference_source"] for row in (jax, torch_)] == [str(given["imf"]), str(given["jit"])]
+    assert jax["fid"] != torch_["fid"] and jax["inception_score"]["stderr"] > 0
+    lines = {"imf": "imagenet_256_fid_stats.npz; fetch https://huggingface.co/Lyy0725/iMF/.*--imf-reference FILE"}
+    lines["jit"] = "jit_in256_stats.npz; fetch https://raw.githubusercontent.com/LTH14/JiT/.*--jit-reference FILE"
+    for kind, line in lines.items():
+        with pytest.raises(UserError, match=f"reference {kind}: got 'no file', wanted {line}") as caught:
+            run(given | {kind: None}, tmp_path / "out", plan=asked)
+        assert "\n" not in str(caught.value)
 
 
 def test_missing_reference_of_an_evaluation(sources, tmp_path):

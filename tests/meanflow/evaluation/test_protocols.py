@@ -20,16 +20,26 @@ from meanflow.evaluation.protocols import (
     tensorflow_resize,
 )
 
-AXES = ("reference", "labels", "rounding", "resize")
+AXES = ("reference", "labels", "rounding", "resize", "splits")
 
 
 def test_official_protocol():
     assert named("official") == OFFICIAL
     wanted = {"reference": "adm", "labels": "uniform", "rounding": "truncate", "resize": "tensorflow"}
+    wanted["splits"] = "ordered"
     assert OFFICIAL.describe() == wanted and set(wanted) == set(AXES)
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name != "official"])
+def test_protocols_of_improved_meanflow():
+    """Both official codes ask for each class equally often and shuffle the Inception Score's splits."""
+    shared = {"labels": "balanced", "splits": "shuffled", "resize": "tensorflow"}
+    assert named("imf-jax").describe() == shared | {"reference": "imf", "rounding": "truncate"}
+    assert named("imf-torch").describe() == shared | {"reference": "jit", "rounding": "round"}
+    others = {"reference": "adm", "labels": "balanced", "rounding": "floor"}
+    assert named("imf-adm").describe() == OFFICIAL.describe() | others
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "official" and "imf-" not in name])
 def test_protocol_changes_one_thing(name):
     ours, official = named(name).describe(), OFFICIAL.describe()
     assert [axis for axis in AXES if ours[axis] != official[axis]] == list(CHANGES[name])
