@@ -318,6 +318,8 @@ def kept(rank: int, name: str, checkpoint_blocks: bool) -> dict:
             return x
 
         inputs = batch(rank, equal=BATCH if case == "plain" else 6)
+        # what the tests before left in cycles, compiled ones above all
+        gc.collect()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             terms = engine.terms(inputs)
         n = len(terms.du_dt)
