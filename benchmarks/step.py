@@ -2,7 +2,6 @@
 
 python -m benchmarks.step --model XL/2 --batch 32 --compare naive,naive-compiled,ours
 python -m benchmarks.step --device cpu --model S/4 --batch 32 --precision fp32 --kappa 0.5
-torchrun --nproc-per-node 1 -m benchmarks.step --compare ours-captured,ours-captured-replicated,ours
 
 All variants make the same steps: same weights, draws, dtype and recipe, guidance, backward, optimizer and moving
 average included; what the host does before (reading data, drawing times, planning) is not. No variant is timed before
@@ -14,8 +13,7 @@ gradient is another, or a variant failed.
 import argparse
 import sys
 
-from meanflow.errors import UserError, require
-from meanflow.world import World
+from meanflow.errors import UserError
 
 from .harness.arguments import BadInput
 from .harness.rows import append
@@ -38,17 +36,14 @@ def main(args: list[str] | None = None) -> int:
     names = options.compare.split(",")
     if unknown := set(names) - VARIANTS.keys():
         raise BadInput(f"--compare: got {sorted(unknown)}, wanted some of {','.join(VARIANTS)}; see --help")
-    rows = []
     try:
         work = make_workload(options)
-        world = World(options.device)
-        require(world.size == 1, "torchrun", f"{world.size} processes", "one", "give --nproc-per-node 1")
     except UserError as error:
         raise BadInput(f"benchmarks.step: error: {error}") from None
-    with world:
-        for row in measure(work, names, options.repeats or REPEATS[options.device], options.seconds, options.against):
-            # what is known stays, whatever happens to the next
-            rows += append([identity(work, options.preset) | {"compared": names} | row], options)
+    rows = []
+    for row in measure(work, names, options.repeats or REPEATS[options.device], options.seconds, options.against):
+        # what is known stays, whatever happens to the next
+        rows += append([identity(work, options.preset) | {"compared": names} | row], options)
     print(report(rows))
     return 1 if any(row.get("failed") for row in rows) else 0
 

@@ -198,6 +198,7 @@ CUDA_PARTS = [
     *(Part(f"accounting-{name}", "cuda", accounts(name), seconds=30, gib=0) for name in IMF),
     Part("projection", "cuda", "-m benchmarks.projection {merged} --rows {rows}", seconds=10, again=True),
     # what --full adds
+    variant("xl2-replicated", "ours-captured-replicated", 200, 40, runs=("full",)),
     *(
         variant(f"b4-{name}", f"ours-{name}", 80, 30, runs=("full",))
         for name in ("no-kernels", "whole-tangent", "no-primal-reuse", "whole-batch", "torch-optimizer", "eager")

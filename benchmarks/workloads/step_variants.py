@@ -99,7 +99,7 @@ class Ours(Variant):
     Args:
         planner: of the passes, from an objective and a batch size. implementation: of the optimizer.
         reference: whether the operators run as plain torch.
-        replicated: whether gradients are summed over the processes there are, be it one.
+        replicated: whether gradients are summed as over several processes, in a group of one.
         train: options of the step, on top of the workload's.
     """
 
@@ -125,6 +125,9 @@ class Ours(Variant):
         if run.train.compile:
             compile_loss(loss)
         if replicated:
+            if not dist.is_initialized():
+                backend = "nccl" if work.device == "cuda" else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             loss = replicate(loss, captured=captured)
         # the workload's inputs bring the usual plan
         self.planner, self.replan = planner(run.objective, run.train.batch), planner is not Planner
@@ -211,10 +214,8 @@ def left_out(name: str) -> str | None:
 
 
 def same_as(name: str, work: Workload) -> str | None:
-    """The reason why a variant would be the same step as another, or none; None if it is a step of its own."""
+    """The reason why a variant would be the same step as another; None if it is a step of its own."""
     objective = work.run.objective
-    if name.endswith("replicated") and not dist.is_initialized():
-        return "a step of a process group, of one: start it by torchrun --nproc-per-node 1 -m benchmarks.step ..."
     base = "ours-eager" if name.startswith("ours-eager") else "ours"
     if name.endswith("no-kernels") and work.device == "cpu":
         return f"the same step as {base}: on a CPU the operators run as plain torch anyway"
