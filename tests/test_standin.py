@@ -28,14 +28,21 @@ def test_a_training_step_is_captured():
     assert "stand-in: captured" in done.stderr and "0 calls that a capture forbids" in done.stderr
 
 
-@pytest.mark.parametrize("count, options", [(1, "batch=8"), (2, "accumulate=2")], ids=["one", "two, accumulated"])
-def test_a_step_is_captured_with_its_sums(count, options):
+CAPTURED = {  # processes, options, collectives: a sum a bucket, and the guard's
+    "one": (1, ("batch=8",), 6),
+    "two, accumulated": (2, ("accumulate=2",), 6),
+    # a part of a sum each weight, and as many gathers
+    "two, zero1": pytest.param(2, ("accumulate=2", "parallel=zero1", "precision=bf16"), 51, marks=pytest.mark.slow),
+}
+
+
+@pytest.mark.parametrize("count, options, collectives", CAPTURED.values(), ids=CAPTURED)
+def test_a_step_is_captured_with_its_sums(count, options, collectives):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
-    done = on_standin(*torchrun, "tests/standin/train.py", options, devices=count)
+    done = on_standin(*torchrun, "tests/standin/train.py", *options, devices=count)
     assert done.returncode == 0 and done.stdout.count("40 steps, a size each") == count, done.stdout + done.stderr
-    # a sum a bucket, and the guard's
     graphs = [int(n) for n in re.findall(r"captured .* and (\d+) collectives", done.stderr)]
-    assert graphs.count(6) == 40 * count and set(graphs) <= {0, 6}
+    assert graphs.count(collectives) == 40 * count and set(graphs) <= {0, collectives}
     assert done.stderr.count(", 0 calls that a capture forbids") == count
 
 

@@ -177,11 +177,14 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors
         state = {key: tensors[f"{key}.{name}"].to(p.device) for key in MOMENTS}
         if not isinstance(stepped, DTensor):
             state = {key: x.to_local() if isinstance(x, DTensor) else x for key, x in state.items()}
-        optimizer.state[stepped] = state
         if _counts_by_parameter(optimizer):
             state["step"] = step.to(p.device)
         else:
             group["step"] = step.to(p.device, torch.int32).reshape(1) if optimizer.capturable else int(step)
+        held = optimizer.state[stepped]
+        for key, x in state.items():
+            # in place: a captured step reads it where it is
+            held[key] = held[key].copy_(x) if key in held else x
 
 
 def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:

@@ -145,6 +145,15 @@ def test_apex_keeps_its_state(monkeypatch):
         assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in got)
 
 
+def test_state_is_loaded_where_a_captured_step_reads_it():
+    net = nn.Linear(3, 2)
+    optimizer = make_optimizer(runs.tiny().optim, net)
+    held = state_tensors(optimizer, net)
+    load_state_tensors(optimizer, net, {name: x + 1 for name, x in held.items()})
+    for name, x in state_tensors(optimizer, net).items():
+        assert x.data_ptr() == held[name].data_ptr() and torch.equal(x, torch.ones_like(x))
+
+
 def test_apex_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match="optim.implementation: got apex.*NVIDIA's apex.*native or torch"):
