@@ -99,10 +99,10 @@ def test_gradients_that_are_summed_or_read_by_others_are_in_fp32(options, tmp_pa
 
 
 def test_gradients_of_several_processes_are_in_fp32(monkeypatch):
-    monkeypatch.setattr(engine, "replicate", lambda loss: loss)
-    for size in (1, 2):
-        net = engine.build_engine(config(), SimpleNamespace(size=size, device=torch.device("cpu"))).net
-        assert bool(product_copies(net)) == (size == 1)
+    monkeypatch.setattr(engine, "replicate", lambda loss, *_, **__: loss)
+    for connected in (False, True):
+        net = engine.build_engine(config(), SimpleNamespace(connected=connected, device=torch.device("cpu"))).net
+        assert bool(product_copies(net)) == (not connected)
 
 
 def test_a_run_goes_on_with_cast_gradients(cast, tmp_path):
