@@ -6,8 +6,8 @@ python -m benchmarks.projection rows.jsonl --gpus 8,16,64,128 --card H100 H200  
 
 ROWS are files of JSON lines or folders of them; of a recipe and variant the newest row of a card counts.
 
-Without --gpus a recipe takes its steps of 256 images, on 256 / batch GPUs with the measured batch each. Data parallel
-GPUs sum fp32 gradients by a ring: 2 (n - 1) / n times the parameters' bytes through each GPU's link. The shorter time
+Without --gpus a recipe takes its steps on as many GPUs as fill its batch with the measured one. Data parallel GPUs sum
+fp32 gradients by a ring: 2 (n - 1) / n times the parameters' bytes through each GPU's link. The shorter time
 hides that behind the backward, the longer one adds it; the real one lies between if nothing else (data, the slowest
 rank) is in the way.
 
@@ -20,8 +20,8 @@ one hides nothing. Efficiency is the images of a GPU in a second over those of t
 Another card of --card is projected from the measured one by datasheets: the least time of the step's products, by the
 rate that was measured, in the ratio of the peaks, and all else in that of the memory.
 
-Not counted, and each makes a step longer: waiting for the host (steps in several processes are not captured, as the
-measured one was) or for the slowest process, a GPU that few samples do not fill, the padding of fewer than 8 samples.
+Not counted, and each makes a step longer: waiting for the slowest process, or for the host where the step is not
+captured (fsdp), a GPU that few samples do not fill, the padding of fewer than 8 samples.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from pathlib import Path
 
 from meanflow.errors import UserError, require
 from meanflow.model.build import build_net
-from meanflow.presets import BATCH, PRESETS, preset
+from meanflow.presets import PRESETS, preset
 from meanflow.training.peaks import PEAKS
 
 from .counting import exchange
-from .counting.accounts import META, MetaStep
+from .counting.accounts import META, MetaStep, count
 from .counting.exchange import ENGINES, Links, Weights
 from .counting.floor import find_rates
 from .harness.arguments import BadInput, finite, positive
@@ -62,14 +62,14 @@ def usable(rows: list[dict]) -> list[dict]:
     A variant that did not fit is a row without a time, and the same step of another preset is no row of this one.
     """
     found = [r for r in rows if r.get("preset") and r.get("gpu") and r.get("ms")]
-    found = [r for r in found if r["variant"].startswith("ours") and BATCH % r["batch"] == 0]
+    found = [r for r in found if r["variant"].startswith("ours") and preset(r["preset"]).train.batch % r["batch"] == 0]
     return newest(found, lambda r: (r["preset"], r["gpu"], r["batch"], r["variant"]))[0]
 
 
 def project(row: dict, link_gbps: float) -> dict:
     """Hours of a whole recipe from a measured step of its model and objective."""
-    gpus = BATCH // row["batch"]
-    steps = preset(row["preset"]).train.steps
+    train = preset(row["preset"]).train
+    gpus, steps = train.batch // row["batch"], train.steps
     exchange_ms = 2 * (gpus - 1) / gpus * parameter_bytes(row["preset"]) / link_gbps / 1e6
     hours = [steps * ms / 3.6e6 for ms in (row["ms"], row["ms"] + exchange_ms)]
     return {
@@ -115,7 +115,8 @@ def nearest(rows: list[dict], samples: int) -> dict:
 def counts(name: str) -> tuple[Weights, int, float]:
     """A recipe's weights, the forward passes of its step, and the FLOPs of a sample's backward."""
     config = preset(name)
-    forward = MetaStep(config).plain_forward()
+    # of all heads that are trained
+    forward = count(MetaStep(config).flow_matching_loss)
     backward = (2 * forward.linear + 2.5 * forward.attention) / config.train.batch
     return exchange.weights(config), exchange.forwards(config), backward
 
@@ -214,10 +215,10 @@ def scale(
     found, refused = [], {}
     for name in [name for name in PRESETS if any(row["preset"] == name for row in rows)]:
         fitting = []
-        for count in gpus:
+        for number in gpus:
             try:
-                samples_of(preset(name).train.batch, count, links)
-                fitting.append(count)
+                samples_of(preset(name).train.batch, number, links)
+                fitting.append(number)
             except UserError as error:
                 refused.setdefault(str(error), []).append(name)
         measured: dict[str, list[dict]] = {}
@@ -227,7 +228,7 @@ def scale(
         for card in cards or measured:
             # its own rows where it has some
             scaling = Scaling(measured.get(card) or next(iter(measured.values())), card, links)
-            found += [scaling.step(count, engine) for count in fitting for engine in engines]
+            found += [scaling.step(number, engine) for number in fitting for engine in engines]
     return found, [f"{why} ({', '.join(names)})" for why, names in refused.items()]
 
 

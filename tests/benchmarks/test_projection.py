@@ -6,8 +6,10 @@ import pytest
 
 from benchmarks import projection
 from benchmarks.counting import exchange
+from benchmarks.counting.accounts import MetaStep
 from benchmarks.counting.exchange import Links
 from benchmarks.counting.floor import Rate
+from meanflow.presets import preset
 
 H100, H200 = projection.CARDS["H100"], projection.CARDS["H200"]
 ROW = {"kind": "step", "preset": "imagenet-xl2", "variant": "ours", "batch": 32, "ms": 90.0, "gpu": H200}
@@ -146,3 +148,11 @@ def test_what_the_command_says(rates, tmp_path, capsys):
     for wrong in (("--gpus", "0"), ("--gpus", "eight"), ("--gpus", "8", "--link-gbps", "0")):
         with pytest.raises(SystemExit):
             projection.main([measured, *wrong])
+
+
+def test_a_recipe_has_its_own_batch(tmp_path, rates):
+    rows = projection.usable([ROW | {"preset": "imf-xl2"}, ROW | {"preset": "imf-xl2", "batch": 512, "ms": 900.0}])
+    assert [projection.project(row, 450.0)["gpus"] for row in rows] == [32, 2]
+    # the backward is that of both heads, of which a forward to u has one
+    forward = MetaStep(preset("imf-xl2")).plain_forward()
+    assert projection.counts("imf-xl2")[2] > 1.1 * (2 * forward.linear + 2.5 * forward.attention) / 1024
