@@ -146,7 +146,7 @@ class Step:
         plans = self._declared_plans()
         with self._timed("compiling the step"), self._eagerly():
             for plan in plans:
-                with compiling_in_turn(self.loss):
+                with compiling_in_turn(self.loss) if self.config.train.compile else nullcontext():
                     self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
             if self.config.train.cuda_graph and is_replicated(self.loss):
                 for _ in range(MEASURED_PASSES + 1):
