@@ -294,10 +294,10 @@ def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
     """Run a with block in the first process of each machine, then in the others, which load what it has compiled.
 
     So it is with a replicated objective, whose gradients stay local meanwhile: the block must not be a collective call.
-    A forward of shards is one, so there all processes compile at once. They do too on GPUs of different numbers, by
-    which, among others, torch finds a graph again: torchrun --virtual-local-rank calls each cuda:0.
+    A forward of shards is one, so there all processes compile at once. They do too on GPUs: torch finds a graph again by
+    its GPU's number, among others.
     """
-    if not is_replicated(loss) or not _devices_are_one_to_torch(loss):
+    if not is_replicated(loss) or next(loss.parameters()).device.type != "cpu":
         yield
         return
     first = dist.get_rank() % int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) == 0
@@ -310,12 +310,6 @@ def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
         # what fails in the first fails in the others too, each with its message
         if first:
             dist.barrier()
-
-
-def _devices_are_one_to_torch(loss: nn.Module) -> bool:
-    devices = [None] * dist.get_world_size()
-    dist.all_gather_object(devices, str(next(loss.parameters()).device))
-    return len(set(devices)) == 1
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
