@@ -294,8 +294,8 @@ def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
     """Run a with block in the first process of each machine, then in the others, which load what it has compiled.
 
     So it is with a replicated objective, whose gradients stay local meanwhile: the block must not be a collective call.
-    A forward of shards is one, so there all processes compile at once. They do too on GPUs: torch finds a graph again by
-    its GPU's number, among others.
+    A forward of shards is one, so there all processes compile at once. They do too on GPUs: a GPU's number is among
+    what torch finds a graph again by.
     """
     if not is_replicated(loss) or next(loss.parameters()).device.type != "cpu":
         yield
