@@ -42,7 +42,7 @@ COMPILED = {
     "first, traced": ("digits", "first", "aot_eager"),
     "first": pytest.param("digits", "first", "inductor", marks=pytest.mark.slow),
     "bernoulli": pytest.param("digits", "bernoulli", "inductor", marks=pytest.mark.slow),
-    "improved MeanFlow, traced": ("digits-imf", "first", "aot_eager"),
+    "improved MeanFlow, traced": pytest.param("digits-imf", "first", "aot_eager", marks=pytest.mark.slow),
     "improved MeanFlow": pytest.param("digits-imf", "bernoulli", "inductor", marks=pytest.mark.slow),
 }
 

@@ -49,7 +49,7 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 
 BITS = {
     "fp32": {},
-    "bf16": {"precision": "bf16"},
+    "bf16": pytest.param({"precision": "bf16"}, marks=SLOW),
     "bf16, guided by the average": {"precision": "bf16", "guidance_weights": "ema"},
     "bf16, torch's optimizer": pytest.param({"precision": "bf16", "implementation": "torch"}, marks=SLOW),
     "bf16, compiled": pytest.param({"precision": "bf16", "compile": True}, marks=SLOW),
