@@ -146,6 +146,8 @@ class Step:
         plans = self._declared_plans()
         with self._timed("compiling the step"), self._eagerly():
             for plan in plans:
+                # torch 2.11 compiles nothing that has a gradient of another dtype, as products are
+                self.loss.zero_grad()
                 with compiling_in_turn(self.loss) if self.config.train.compile else nullcontext():
                     self._gradient(inputs._replace(plan=plan).to(inputs.samples.device))
             if self.config.train.cuda_graph and is_replicated(self.loss):

@@ -197,6 +197,20 @@ def test_other_failures_stay_what_they_are():
         raise RuntimeError("something else")
 
 
+def test_no_size_is_compiled_with_a_gradient(tmp_path, monkeypatch):
+    gradient, found = Step._gradient, []
+
+    def watched(self, inputs):
+        found.append([p.grad is None for p in self.params])
+        return gradient(self, inputs)
+
+    monkeypatch.setattr(Step, "_gradient", watched)
+    run = runs.tiny(batch=4)
+    trainer = Trainer(replace(run, objective=replace(run.objective, equal_placement="bernoulli")), tmp_path)
+    trainer.make_step._warm_up(trainer.inputs(0)[0])
+    assert len(found) > 1 and all(all(each) for each in found)
+
+
 @pytest.mark.slow
 def test_a_missing_compiler_names_the_setting(tmp_path):
     program = (
