@@ -36,7 +36,8 @@ class Options:
     """A schedule of one's own instead, falling from 1 to 0."""
     guidance: tuple[float, ...] = ()
     """What a network that is told of its guidance is told: omega, and where guidance begins and ends (default: the
-    official best of its size in one step; of XL/2 in two steps it is 4 0.36 0.64; sweep.py finds a run's own)."""
+    run's evaluation.guidance, else the official best of its size in one step; of XL/2 in two steps it is 4 0.36 0.64;
+    sweep.py finds a run's own)."""
     count: int = 50_000
     """Number of samples for each schedule and choice of labels."""
     protocols: tuple[str, ...] = ("official",)
@@ -70,7 +71,7 @@ def main(args: list[str]) -> None:
     plan = Plan(options.count, schedules, {name: named(name) for name in options.protocols}, options.batch)
     with World(options.device) as world:
         net, config, path, step = load_ema(options.checkpoint, world.device)
-        guidance = sampling_guidance(config.model, config.objective, options.guidance)
+        guidance = sampling_guidance(config.model, config.objective, options.guidance or config.evaluation.guidance)
         if options.precision == "bf16":
             net.compute_dtype = torch.bfloat16
         if config.data.name == "digits" and options.inception is None:

@@ -35,7 +35,8 @@ class Options:
     """A schedule of one's own instead, falling from 1 to 0."""
     guidance: tuple[float, ...] = ()
     """What a network that is told of its guidance is told: omega, and where guidance begins and ends (default: the
-    official best of its size in one step; of XL/2 in two steps it is 4 0.36 0.64; sweep.py finds a run's own)."""
+    run's evaluation.guidance, else the official best of its size in one step; of XL/2 in two steps it is 4 0.36 0.64;
+    sweep.py finds a run's own)."""
     labels: tuple[int, ...] = ()
     """Classes to draw, repeated in turn; default: all of the model's, in turn."""
     seed: int = 0
@@ -77,7 +78,7 @@ def main(args: list[str]) -> None:
     times = check_times(options.times) if options.times else even_times(options.steps)
     device = choose_device(options.device)
     net, config, path, step = load_ema(options.checkpoint, device)
-    guidance = sampling_guidance(config.model, config.objective, options.guidance)
+    guidance = sampling_guidance(config.model, config.objective, options.guidance or config.evaluation.guidance)
 
     classes = config.model.num_classes
     for label in options.labels:

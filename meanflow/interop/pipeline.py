@@ -145,7 +145,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def guidance(self, scale: float | None = None, interval: Sequence[float] | None = None) -> tuple[float, ...]:
-        """What the network is told of its guidance: what is given, and for the rest the official best of its size.
+        """What the network is told of its guidance: what is given, and for the rest its run's
+        evaluation.guidance, or the official best of its size.
 
         Returns:
             omega, start and end; omega alone, or nothing, for a network that is told no more.
@@ -158,7 +159,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         require(scale is None or count > 0, "guidance_scale", scale, wanted, "leave it out")
         require(interval is None or count > 1, "guidance_interval", interval, wanted, "leave it out")
         model, objective = self.transformer.model_config, ObjectiveConfig(guidance_input=told)
-        best = sampling_guidance(model, objective)
+        own = (self.config.recipe or {}).get("config", {}).get("evaluation", {}).get("guidance", ())
+        best = sampling_guidance(model, objective, own)
         given = (*(best[:1] if scale is None else (scale,)), *(best[1:] if interval is None else interval))
         return sampling_guidance(model, objective, given, "guidance_scale and guidance_interval")
 

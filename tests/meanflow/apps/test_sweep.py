@@ -181,3 +181,11 @@ def test_a_network_that_is_told_nothing(command):
 def test_help_teaches(command):
     code, out, _ = command("sweep", "--help")
     assert code == 0 and "python scripts/sweep.py runs/digits-imf" in out and "1 is no guidance" in out
+
+
+def test_samples_are_told_what_their_run_was(command, tmp_path):
+    config = runs.tiny("digits-imf", steps=1, save_every=1, sample_every=1)
+    train(replace(config, evaluation=replace(config.evaluation, guidance=(2.0, 0.1, 0.6))), tmp_path)
+    for given, name in (((), "2-0.1-0.6"), (("--guidance", 3, 0, 1), "3-0-1")):
+        code, out, err = command("sample", tmp_path, "--count", 2, "--device", "cpu", *given)
+        assert code == 0 and f"guidance{name}_count2" in out, err

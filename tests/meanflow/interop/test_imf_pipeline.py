@@ -70,6 +70,9 @@ def test_what_a_network_is_told_by_itself():
         told = ImfTransformer2DModel(**sizes, guidance_input="omega")
     assert MeanFlowPipeline(net, MeanFlowScheduler()).guidance(interval=(0.2, 0.9)) == (8.0, 0.2, 0.9)
     assert MeanFlowPipeline(told, MeanFlowScheduler()).guidance() == (8.0,)
+    recipe = {"config": {"evaluation": {"guidance": [2.0, 0.1, 0.6]}}}
+    pipeline = MeanFlowPipeline(net, MeanFlowScheduler(), recipe=recipe)
+    assert pipeline.guidance() == (2.0, 0.1, 0.6) and pipeline.guidance(3.0) == (3.0, 0.1, 0.6)
     assert not hasattr(net, "v_heads") and len(net.u_heads) == 8
 
 
