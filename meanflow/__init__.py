@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 FORMER = {
     "ablation": "apps.ablate", "cache": "data.cache", "card": "interop.card", "checkpoint": "storage.checkpoint",
     "convert": "interop.official_weights", "converters": "interop.convert", "copies": "model.copies",
-    "decoding": "data.decoding", "digits_evaluation": "evaluation.digits", "dit": "model.dit",
+    "decoding": "data.decoding", "digits_evaluation": "evaluation.classifier", "dit": "model.dit",
     "engine": "training.engine", "entries": "data.entries", "features": "evaluation.features",
     "flax_files": "storage.flax_files", "flops": "training.flops", "foreign": "storage.foreign",
     "frechet": "evaluation.frechet", "guard": "training.guard", "images": "data.images",

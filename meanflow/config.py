@@ -212,10 +212,11 @@ class OptimConfig:
 class DataConfig:
     """The training data."""
 
-    name: Literal["digits", "latents"] = "latents"
-    """scikit-learn's handwritten digits, or a folder of cached VAE latents."""
+    name: Literal["digits", "fashion", "latents"] = "latents"
+    """scikit-learn's handwritten digits, Fashion-MNIST, or a folder of cached VAE latents."""
     path: str = ""
-    """Folder of the latents, as scripts/prepare_data.py writes it."""
+    """Folder of the latents, as scripts/prepare_data.py writes it; or of Fashion-MNIST's four idx files, by default
+    where Debian's package dataset-fashion-mnist has them."""
     vae: str = "stabilityai/sd-vae-ft-mse"
     """The autoencoder that made the latents; it decodes samples."""
     scale: float = 0.18215
@@ -240,6 +241,11 @@ class DataConfig:
         mean, std = self.latent_mean, self.latent_std
         fits = len(mean) == len(std) and all(each > 0 for each in std)
         require(fits, "data.latent_std", std, f"{len(mean)} positive numbers, as data.latent_mean", "give both or none")
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether the images themselves are trained on: no autoencoder decodes them, a small classifier judges them."""
+        return self.name != "latents"
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,8 @@ class EvaluationConfig:
     """Scores of the average's one-step samples while it trains. scripts/evaluate.py has more of them, afterwards."""
 
     every: int = 0
-    """Steps between two evaluations; 0 makes none. Digits are judged by a classifier, latents by the FID."""
+    """Steps between two evaluations; 0 makes none. Digits and Fashion-MNIST are judged by a classifier,
+    latents by the FID."""
     count: int = 10_000
     """Samples; the official 50,000 take long, and fewer give a higher FID."""
     inception: str = ""

@@ -1,4 +1,4 @@
-"""MeanFlow's recipes and ablations (arXiv 2505.13447, Tables 1, 4 and 5), improved MeanFlow's, and the digits."""
+"""MeanFlow's recipes and ablations (arXiv 2505.13447, Tables 1, 4 and 5), improved MeanFlow's, digits and fashion."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -61,8 +61,17 @@ def _digits() -> RunConfig:
     )
 
 
-def _digits_flow_matching() -> RunConfig:
+def _fashion() -> RunConfig:
     config = _digits()
+    return replace(
+        config,
+        model=replace(config.model, patch_size=4, input_size=32),
+        data=DataConfig(name="fashion"),
+        train=replace(config.train, steps=3600),
+    )
+
+
+def _flow_matching(config: RunConfig) -> RunConfig:
     return replace(config, objective=replace(config.objective, share_equal=1.0))
 
 
@@ -214,8 +223,10 @@ def _ablations() -> dict[str, Preset]:
 
 PRESETS: dict[str, Preset] = {
     "digits": Preset(_digits, "scikit-learn's handwritten digits, minutes on a CPU"),
-    "digits-flow-matching": Preset(_digits_flow_matching, "the same with r = t always"),
+    "digits-flow-matching": Preset(lambda: _flow_matching(_digits()), "the same with r = t always"),
     "digits-imf": Preset(_digits_improved, "digits by improved MeanFlow, told its guidance when it samples"),
+    "fashion": Preset(_fashion, "Fashion-MNIST, 60,000 images of 28x28"),
+    "fashion-flow-matching": Preset(lambda: _flow_matching(_fashion()), "the same with r = t always"),
     **_recipes(),
     **_improved_recipes(),
     **_ladder(),

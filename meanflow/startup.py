@@ -48,6 +48,12 @@ def choose_waiting():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def cache_folder():
+    """The user's cache folder for this program, made or not."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(caches, "meanflow")
+
+
 def keep_compiled():
     """Keep what torch.compile compiles in the user's cache folder, unless TORCHINDUCTOR_CACHE_DIR says where.
 
@@ -56,8 +62,7 @@ def keep_compiled():
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.path.join(caches, "meanflow", "compiled-" + processor())
+    folder = os.path.join(cache_folder(), "compiled-" + processor())
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError:  # no home, or none to write to

@@ -15,7 +15,7 @@ from meanflow.apps.ablate import AXES
 from meanflow.config import EvaluationConfig
 from meanflow.data.cache import _checksum, _write_json, read_manifest
 from meanflow.data.images import CAPTION
-from meanflow.evaluation.digits import Scores
+from meanflow.evaluation.classifier import Scores
 from meanflow.interop.formats import known_names
 from meanflow.method.guidance import ELSEWHERE
 from meanflow.presets import PRESETS
@@ -216,9 +216,10 @@ def test_export(command, run_folder, tmp_path):
 
 
 @pytest.fixture
-def quick_judge(monkeypatch):
+def quick_judge(monkeypatch, tmp_path):
     """A judge that learns for one epoch: what it says is not looked at."""
-    monkeypatch.setattr("meanflow.evaluation.digits.CLASSIFIER_EPOCHS", 1)
+    monkeypatch.setattr("meanflow.evaluation.classifier.CLASSIFIER_EPOCHS", {"digits": 1})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def test_evaluate(command, quick_judge, run_folder):
@@ -232,11 +233,11 @@ def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
     class Judge:  # the real one trains a classifier
         accuracy_real = 0.98
 
-        def __init__(self, seed):
+        def __init__(self, data, seed):
             self.floor = lambda: 1.1
             self.score_net = lambda net, device, times, guidance: Scores(len(times) / 10, 2.0, 3.0)
 
-    monkeypatch.setattr("meanflow.apps.evaluate.DigitsEvaluation", Judge)
+    monkeypatch.setattr("meanflow.apps.evaluate.ClassifierJudge", Judge)
     code, out, _ = command("evaluate", run_folder, "--json", "--steps", 1, 2)
     assert code == 0 and [(row["evaluations"], row["accuracy"]) for row in json.loads(out)] == [(1, 0.2), (2, 0.3)]
     code, out, _ = command("evaluate", run_folder, "--times", 1, 0.25, 0)
@@ -245,10 +246,11 @@ def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
 
 def test_a_network_is_told_its_guidance(command, tmp_path, monkeypatch):
     told, run = [], tmp_path / "run"
-    for module in ("apps.sample", "evaluation.digits", "training.trainer"):
+    for module in ("apps.sample", "evaluation.classifier", "training.trainer"):
         remember = lambda net, noise, y, times=(1.0, 0.0), guidance=(): told.append(guidance) or noise  # noqa: E731
         monkeypatch.setattr(f"meanflow.{module}.sample", remember)
-    monkeypatch.setattr("meanflow.evaluation.digits.CLASSIFIER_EPOCHS", 0)
+    monkeypatch.setattr("meanflow.evaluation.classifier.CLASSIFIER_EPOCHS", {"digits": 0})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny, given, best = runs.tiny("digits-imf", steps=2, sample_every=2), (3.0, 0.2, 0.5), ELSEWHERE
     assert train(replace(tiny, evaluation=EvaluationConfig(every=2, guidance=given)), run) == 0
     for script, options in {"sample": ("--count", 2), "evaluate": ("--json",)}.items():

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from .. import cli
 from ..config import RunConfig
 from ..errors import require
-from ..evaluation.digits import DigitsEvaluation
+from ..evaluation.classifier import ClassifierJudge
 from ..interop.weights import load_ema
 from ..presets import ABLATIONS, preset
 from ..storage.record import write_atomically
@@ -81,7 +81,7 @@ def sweep(name: str, out: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEE
     require(len(seeds) > 0, "seeds", seeds, "at least one", "name some")
     for overrides, _ in AXES[name].rows.values():
         run_config(overrides, 0, steps)  # before the judge is trained
-    axis, judge, results = AXES[name], DigitsEvaluation(), {}
+    axis, judge, results = AXES[name], ClassifierJudge(preset("digits").data), {}
     for row, (overrides, fid) in axis.rows.items():
         scores = []
         for seed in seeds:

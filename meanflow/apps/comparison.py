@@ -14,7 +14,7 @@ from ..config_json import to_dict
 from ..data.images import to_uint8
 from ..draws import Draws, Purpose
 from ..errors import UserError, require
-from ..evaluation.digits import DigitsEvaluation
+from ..evaluation.classifier import ClassifierJudge
 from ..interop.weights import load_ema
 from ..method.sampling import sample
 from ..owner import owned
@@ -68,7 +68,7 @@ def compare(configs: dict[str, RunConfig], out: Path) -> int:
         if code:
             return code
 
-    judge = DigitsEvaluation()
+    judge = ClassifierJudge(configs["meanflow"].data)
     images = {"real": _real_grid(judge)}
     scores, speed = {}, {}
     for name, config in configs.items():
@@ -146,10 +146,9 @@ def _speed(run: Path) -> tuple[float, float]:
     return float((steps * config["batch"] / rates).sum()), float(rates.median())
 
 
-def _real_grid(judge: DigitsEvaluation) -> Tensor:
-    digits = judge.digits
-    columns = [torch.nonzero(digits.labels == c)[:ROWS, 0] for c in range(CLASSES)]
-    return to_uint8(digits.images[torch.stack(columns, 1).flatten()])
+def _real_grid(judge: ClassifierJudge) -> Tensor:
+    columns = [torch.nonzero(judge.real.labels == c)[:ROWS, 0] for c in range(CLASSES)]
+    return to_uint8(judge.real.images[torch.stack(columns, 1).flatten()])
 
 
 def _grid_of(net, seed: int, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
-"""Judge a trained model: FID, sFID, Inception Score, precision and recall by named protocols; digits by a classifier.
+"""Judge a trained model: FID, sFID, Inception Score, precision and recall by named protocols;
+digits and Fashion-MNIST by a classifier.
 
 Several GPUs: torchrun --nproc-per-node 8 scripts/evaluate.py RUN ... Repeating an interrupted command continues it.
 """
@@ -14,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from .. import cli
 from ..data.decoder import make_decoder
-from ..evaluation.digits import DigitsEvaluation
+from ..evaluation.classifier import ClassifierJudge
 from ..evaluation.evaluator import Plan, Sampler, evaluate, table
 from ..evaluation.features import Extractor, digest
 from ..evaluation.fid_reference import Sources
@@ -44,17 +45,19 @@ class Options:
     """official balanced round floor pytorch-fid clean-fid own-data, several joined by +, and improved MeanFlow's
     imf-jax imf-torch imf-adm: measured side by side."""
     inception: Path | None = None
-    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits are judged by a classifier
-    of their own."""
+    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits and Fashion-MNIST are
+    judged by a classifier of their own."""
     sources: Annotated[Sources, arg(name="")] = Sources()
     dinov2: Path | None = None
     """A folder with facebook/dinov2-large, for the FDD."""
     vae: str = ""
     """The autoencoder to decode with, instead of the run's."""
+    data: str = ""
+    """The folder of Fashion-MNIST, instead of the run's."""
     out: Path | None = None
     """Where features and report are written (default: RUN/evaluation/stepN_seedN_PRECISION, and the guidance)."""
     seed: int = 0
-    """Seed of the noise and the labels (and of the digits' classifier)."""
+    """Seed of the noise and the labels (and of that classifier)."""
     batch: int = 64
     """Samples generated at a time by each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -74,18 +77,19 @@ def main(args: list[str]) -> None:
         guidance = sampling_guidance(config.model, config.objective, options.guidance or config.evaluation.guidance)
         if options.precision == "bf16":
             net.compute_dtype = torch.bfloat16
-        if config.data.name == "digits" and options.inception is None:
+        data = replace(config.data, vae=options.vae or config.data.vae, path=options.data or config.data.path)
+        if data.in_pixels and options.inception is None:
             if world.is_main:
                 about = {"checkpoint": str(path), "step": step} | ({"guidance": guidance} if guidance else {})
-                judge_digits(options, net, schedules, about, world.device, guidance)
+                judge = ClassifierJudge(data, options.seed)
+                judge_pictures(judge, options.json, net, schedules, about, world.device, guidance)
             return
         extractor = Extractor(options.inception, world.device, options.dinov2)
-        data = replace(config.data, vae=options.vae) if options.vae else config.data
         shape = (net.in_channels, net.input_size, net.input_size)
         decode = make_decoder(data, world.device)
         sampler = Sampler(net, decode, shape, config.model.num_classes, options.seed, world.device, guidance)
         settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
-        settings |= {"data": data.name, "vae": None if data.name == "digits" else data.vae}
+        settings |= {"data": data.name, "vae": None if data.in_pixels else data.vae}
         name = f"step{step}_seed{options.seed}_{options.precision}"
         if guidance:
             settings["guidance"] = list(guidance)
@@ -96,22 +100,22 @@ def main(args: list[str]) -> None:
             print(json.dumps(report, indent=2) if options.json else f"{table(report)}\n{out / 'report.json'}")
 
 
-def judge_digits(
-    options: Options,
+def judge_pictures(
+    judge: ClassifierJudge,
+    as_json: bool,
     net: torch.nn.Module,
     schedules: tuple[tuple[float, ...], ...],
     about: dict,
     device: torch.device,
     guidance: tuple[float, ...],
 ) -> None:
-    """Print the scores of digits; JSON is an object, or a list of them for several schedules."""
-    judge = DigitsEvaluation(options.seed)
+    """Print a classifier's scores; JSON is an object, or a list of them for several schedules."""
     floor = {"frechet_floor": judge.floor(), "classifier_accuracy_real": judge.accuracy_real}
     results = [
         {**about, "evaluations": len(times) - 1, **judge.score_net(net, device, times, guidance).as_dict(), **floor}
         for times in schedules
     ]
-    if options.json:
+    if as_json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))
         return
     for name, value in (item for result in results for item in result.items()):

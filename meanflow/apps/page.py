@@ -198,7 +198,7 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, names: str = "", 
     else:
         weights = convert.load(path, "auto")
         data = weights.config.get("data", {})
-        if data.get("name") != "digits":
+        if data.get("name", "latents") == "latents":
             vae = vae or data.get("vae", "")
         found = convert.read_names(names, weights.model.num_classes) if names else None
         pipeline = convert.make_pipeline(weights, vae, found)

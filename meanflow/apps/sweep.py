@@ -27,7 +27,7 @@ from .. import cli
 from ..config import RunConfig
 from ..data.decoder import make_decoder
 from ..errors import UserError, require
-from ..evaluation.digits import DigitsEvaluation
+from ..evaluation.classifier import ClassifierJudge
 from ..evaluation.evaluator import Evaluator, claim, schedule_name
 from ..evaluation.features import Extractor, digest
 from ..evaluation.fid_reference import Sources, load_reference
@@ -59,15 +59,15 @@ class Options:
     protocol: str = "official"
     """How the FID is measured: one name of evaluate.py's --protocols, or several joined by +."""
     inception: Path | None = None
-    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits are judged by a classifier
-    of their own."""
+    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits and Fashion-MNIST are
+    judged by a classifier of their own."""
     sources: Annotated[Sources, arg(name="")] = Sources()
     vae: str = ""
     """The autoencoder to decode with, instead of the run's."""
     out: Path | None = None
     """Where rows and heat map are written (default: RUN/sweep/, by step, schedule and seed)."""
     seed: int = 0
-    """Seed of the noise and the labels (and of the digits' classifier)."""
+    """Seed of the noise and the labels (and of that classifier)."""
     batch: int = 64
     """Samples generated at a time by each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -189,12 +189,12 @@ def make_score(
 ) -> Score:
     """Make a function from what the network is told to its scores by name, which all processes call together.
 
-    extractor: of the features for the FID; without one it is the digits' judge. out: where the reference's are kept.
+    extractor: of the features for the FID; without one a classifier judges. out: where the reference's are kept.
     """
     times = even_times(options.steps)
     if extractor is None:
-        digits = DigitsEvaluation(options.seed)
-        return lambda guidance: digits.score_net(net, world.device, times, guidance).as_dict()
+        judge = ClassifierJudge(config.data, options.seed)
+        return lambda guidance: judge.score_net(net, world.device, times, guidance).as_dict()
     protocol = named(options.protocol)
     source, kept = options.sources.by_kind()[protocol.reference], out / "reference"
     reference = load_reference(protocol.reference, source, extractor, protocol.resize, kept, options.batch, world)
@@ -221,7 +221,7 @@ def main(args: list[str]) -> None:
             net.compute_dtype = torch.bfloat16
         settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
         name = f"step{step}_{schedule_name(times)}_seed{options.seed}_{options.precision}"
-        if config.data.name == "digits" and options.inception is None:
+        if config.data.in_pixels and options.inception is None:
             extractor = None
         else:
             extractor = Extractor(options.inception, world.device)

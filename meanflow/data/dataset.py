@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import DataConfig, ModelConfig
 from ..errors import require
 from .cache import Cache
+from .images import read_idx
 
 
 class Batch(NamedTuple):
@@ -45,27 +46,110 @@ class Dataset(Protocol):
         ...
 
 
-class Digits(Dataset):
-    """scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images of 10 classes, in [-1, 1]."""
+class Pictures(Dataset):
+    """Small grey images, kept in memory, whose pixels themselves are trained on.
 
-    shape = (1, 8, 8)
-    num_classes = 10
-    classes = [str(i) for i in range(10)]
+    Args:
+        pixels: (N, size, size) uint8, from 0 to white.
+        labels: (N,) whole numbers.
+        classes: their names.
+    """
 
-    def __init__(self):
-        from sklearn.datasets import load_digits  # a second to import, needed here alone
-
-        digits = load_digits()
-        self.images = torch.from_numpy(digits.images).float().div(8).sub(1)[:, None]
-        self.labels = torch.from_numpy(digits.target).long()
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, white: int, classes: list[str]):
+        self.pixels, self.labels = torch.tensor(pixels)[:, None], torch.tensor(labels).long()
+        self.white, self.classes, self.num_classes = white, classes, len(classes)
+        self.shape = (1, *pixels.shape[1:])
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """All images (N, 1, size, size) fp32 in [-1, 1]."""
+        return self._scaled(self.pixels)
+
     def read(self, indices: np.ndarray, flip: Tensor | None = None) -> Batch:
         """Read the samples of these indices, those in flip marked to be mirrored."""
         rows = torch.from_numpy(indices)
-        return Batch(self.images[rows], None, self.labels[rows], flip)
+        return Batch(self._scaled(self.pixels[rows]), None, self.labels[rows], flip)
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        return pixels.float().div(self.white / 2).sub(1)
+
+
+class Split(NamedTuple):
+    """Pictures as a run and the judge of its samples use them."""
+
+    train: Pictures
+    """What networks are trained on."""
+    real: Pictures
+    """What their samples are compared with."""
+    learned: Pictures
+    """What the judge's classifier learns from."""
+    held_out: Pictures
+    """What its accuracy is measured on."""
+
+
+def split_digits() -> Split:
+    """scikit-learn's bundled handwritten digits: 1,797 real 8x8 images; a judge's classifier lacks every fifth."""
+    from sklearn.datasets import load_digits  # a second to import, needed here alone
+
+    digits = load_digits()
+    pixels, labels, held_out = digits.images.astype(np.uint8), digits.target, np.arange(len(digits.target)) % 5 == 0
+
+    def part(rows) -> Pictures:
+        return Pictures(pixels[rows], labels[rows], white=16, classes=[str(i) for i in range(10)])
+
+    return Split(everything := part(slice(None)), everything, part(~held_out), part(held_out))
+
+
+FASHION = "/usr/share/datasets/fashion-mnist"
+"""Where Debian's package dataset-fashion-mnist has it."""
+FASHION_CLASSES = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split() + ["Ankle boot"]
+FASHION_SIZE, PADDING = 28, 2
+
+
+def split_fashion(folder: Path) -> Split:
+    """Fashion-MNIST (arXiv 1708.07747), 28x28 with a border of black to be 32x32: 60,000 images to learn from, and
+    10,000 that neither a network nor the judge's classifier sees, to compare with.
+
+    Args:
+        folder: of the four idx files as they are published, each packed by gzip or not.
+
+    Raises:
+        UserError: for a file that is missing, damaged, or does not go with the others.
+    """
+    learned, held_out = (_fashion_part(folder, part) for part in ("train", "t10k"))
+    return Split(learned, held_out, learned, held_out)
+
+
+def _fashion_part(folder: Path, part: str) -> Pictures:
+    paths = []
+    for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"):
+        found = [path for path in (folder / name, folder / f"{name}.gz") if path.exists()]
+        wanted = f"a folder of Fashion-MNIST's four idx files: this one has no {name} or {name}.gz"
+        hint = f"apt-get install dataset-fashion-mnist makes {FASHION}, github.com/zalandoresearch/fashion-mnist has "
+        require(bool(found), "data.path", str(folder), wanted, hint + "them too; name theirs by --data.path FOLDER")
+        paths += found[:1]
+    images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+    hint = "take both files from one place"
+    size = (FASHION_SIZE, FASHION_SIZE)
+    require(images.shape[1:] == size, f"{paths[0]}: size", images.shape[1:], f"images of {size}", hint)
+    count = len(images)
+    require(count > 0, f"{paths[0]}: images", count, "one or more", hint)
+    require(len(labels) == count, f"{paths[1]}: labels", len(labels), f"{count}, one for each image", hint)
+    check_labels(torch.tensor(labels), len(FASHION_CLASSES), f"{paths[1]}: labels")
+    border = ((0, 0), (PADDING, PADDING), (PADDING, PADDING))
+    return Pictures(np.pad(images, border), labels, white=255, classes=FASHION_CLASSES)
+
+
+def open_pictures(data: DataConfig) -> Split:
+    """Open the pictures of a run.
+
+    Raises:
+        UserError: where they are missing or damaged.
+    """
+    return split_digits() if data.name == "digits" else split_fashion(Path(data.path or FASHION))
 
 
 class Latents(Dataset):
@@ -115,7 +199,10 @@ def open_dataset(data: DataConfig, model: ModelConfig) -> Dataset:
     Raises:
         UserError: if it does not fit the model.
     """
-    dataset = Digits() if data.name == "digits" else Latents(data.path, model.num_classes, data.pixels)
+    if data.in_pixels:
+        dataset = open_pictures(data).train
+    else:
+        dataset = Latents(data.path, model.num_classes, data.pixels)
     wanted = (model.in_channels, model.input_size, model.input_size)
     shape, classes = dataset.shape, dataset.num_classes
     require(shape == wanted, "data", shape, f"samples of the model's shape {wanted}", "change the model")

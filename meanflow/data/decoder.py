@@ -29,12 +29,12 @@ def _denormalise(latents: Tensor, config: DataConfig) -> Tensor:
 
 
 def make_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Make a function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity for digits.
+    """Make a function from latents to images (B, 1 or 3, height, width) in [-1, 1]; the identity in pixels.
 
     Raises:
         UserError: where the autoencoder cannot be loaded, or is not the one that the latents at data.path are of.
     """
-    if config.name == "digits":
+    if config.in_pixels:
         return lambda latents: latents
     vae = load_vae(config.vae, device, "data.vae")
     # sampling may run where the latents are not

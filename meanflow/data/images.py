@@ -1,5 +1,8 @@
-"""Images as bytes and as pictures: grids with captions, PNG files."""
+"""Images as bytes and as pictures: idx files, grids with captions, PNG files."""
 
+import gzip
+import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -8,8 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError, require
+
 CAPTION = 16
 """Height of a caption above an image, in pixels."""
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Read an idx file of bytes, the format of MNIST, packed by gzip if its name ends in .gz.
+
+    Returns:
+        uint8, of the sizes that the file states.
+
+    Raises:
+        UserError: for a file that cannot be read or unpacked, is no idx file of so many dimensions, or has another
+            length than it states.
+    """
+    hint = "get the file anew"
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: got a file that cannot be read ({error}), wanted an idx file; {hint}") from None
+    magic, start = bytes((0, 0, 8, dimensions)), 4 + 4 * dimensions
+    got, wanted = data[:4].hex(), f"{magic.hex()}, an idx file's of bytes in {dimensions} dimension(s)"
+    require(data[:4] == magic, f"{path}: first bytes", got, wanted, hint)
+    require(len(data) >= start, f"{path}: bytes", len(data), f"a header of {start}", hint)
+    shape = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4"))
+    length = start + math.prod(shape)
+    require(len(data) == length, f"{path}: bytes", len(data), f"{length} for its sizes {shape}", hint)
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scores of the average's one-step samples during training: digits by their classifier, latents by FID."""
+"""Scores of the average's one-step samples during training: pictures by a classifier, latents by FID."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +26,11 @@ def make_judge(config: RunConfig, guidance: tuple[float, ...], dataset: Dataset,
     Raises:
         UserError: for weights or statistics that are missing.
     """
-    if config.data.name == "digits":
-        from .digits import DigitsEvaluation
+    if config.data.in_pixels:
+        from .classifier import ClassifierJudge
 
-        digits = DigitsEvaluation()
-        return lambda net: digits.score_net(net, world.device, guidance=guidance).as_dict()
+        judge = ClassifierJudge(config.data)
+        return lambda net: judge.score_net(net, world.device, guidance=guidance).as_dict()
     from .evaluator import Evaluator
     from .features import Extractor
     from .fid_reference import load_reference

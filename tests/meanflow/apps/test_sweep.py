@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from meanflow.apps import sweep
-from meanflow.evaluation.digits import DigitsEvaluation, Scores
+from meanflow.config import DataConfig
+from meanflow.evaluation.classifier import ClassifierJudge, Scores
 from meanflow.evaluation.evaluator import Evaluator
 from meanflow.evaluation.fid_reference import load_reference
 from meanflow.evaluation.protocols import named
@@ -37,8 +38,8 @@ class Judge:
 
     asked: list
 
-    def __init__(self, seed):
-        assert seed == 0
+    def __init__(self, data, seed):
+        assert (data.name, seed) == ("digits", 0)
 
     def score_net(self, net, device, times, guidance):
         self.asked.append(guidance)
@@ -49,7 +50,7 @@ class Judge:
 @pytest.fixture
 def asked(monkeypatch):
     """The points that are scored."""
-    monkeypatch.setattr(sweep, "DigitsEvaluation", Judge)
+    monkeypatch.setattr(sweep, "ClassifierJudge", Judge)
     monkeypatch.setattr(Judge, "asked", [], raising=False)
     return Judge.asked
 
@@ -117,7 +118,7 @@ def test_digits_are_scored_by_their_judge(command, run_folder, tmp_path):
     code, out, err = command("sweep", run_folder, *GRID, "--out", tmp_path / "sweep")
     assert code == 0, err
     net, *_ = load_ema(run_folder, CPU)
-    judge = DigitsEvaluation()
+    judge = ClassifierJudge(DataConfig(name="digits"))
     for row in rows_of(out):
         alone = judge.score_net(net, CPU, (1, 0), tuple(row["guidance"]))
         assert row == {"guidance": row["guidance"], **alone.as_dict()}

@@ -193,7 +193,7 @@ class Judge:
 
     accuracy_real = 1.0
 
-    def __init__(self, seed):
+    def __init__(self, data, seed):
         pass
 
     def floor(self):
@@ -204,7 +204,7 @@ class Judge:
 
 
 def test_evaluation_reads_every_kind(sources, command, monkeypatch):
-    monkeypatch.setattr("meanflow.apps.evaluate.DigitsEvaluation", Judge)
+    monkeypatch.setattr("meanflow.apps.evaluate.ClassifierJudge", Judge)
     wanted = math.fsum(x.double().sum() for x in load_checkpoint(sources["run"])[0].values())
     for kind in KINDS:
         code, out, err = command("evaluate", sources[kind], "--json", "--device", "cpu")
