@@ -20,8 +20,8 @@ from ..startup import cache_folder
 from .frechet import Moments, frechet_distance
 
 CLASSIFIER_EPOCHS, CLASSIFIER_BATCH = {"digits": 20, "fashion": 3}, 64
-# without noise and dropout the classifier memorises the training images, and its features generalise badly
-CLASSIFIER_NOISE, CLASSIFIER_DROPOUT = {"digits": 0.2, "fashion": 0.05}, 0.5
+# without noise and dropout the classifier memorises the digits, and its features generalise badly
+CLASSIFIER_NOISE, CLASSIFIER_DROPOUT = {"digits": 0.2, "fashion": 0.05}, {"digits": 0.5, "fashion": 0.0}
 FLOOR_DRAWS = 20
 PART = 2000
 """Images that a network or the classifier is given at a time."""
@@ -37,8 +37,9 @@ def within_class_variance(images: Tensor, labels: Tensor) -> float:
 class Classifier(nn.Module):
     """A small convolutional network for grey pictures, 8 or 32 wide; its penultimate layer is the feature space."""
 
-    def __init__(self, size: int, classes: int):
+    def __init__(self, size: int, classes: int, dropout: float):
         super().__init__()
+        self.dropout = dropout
         strides = [2] * ((size // 8).bit_length() - 1) or [1]
         widths = [1, *[32] * len(strides)]
         self.stem = nn.ModuleList(nn.Conv2d(c, 32, 3, s, padding=1) for c, s in zip(widths, strides, strict=False))
@@ -55,7 +56,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, 1, size, size) -> logits (N, classes)."""
-        return self.out(functional.dropout(self.features(images), CLASSIFIER_DROPOUT, self.training))
+        return self.out(functional.dropout(self.features(images), self.dropout, self.training))
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ class ClassifierJudge:
 
     def _trained(self, name: str, learned: Pictures) -> Classifier:
         """The classifier of these pictures, from the user's cache folder, or trained and kept there."""
-        epochs, noise, size = CLASSIFIER_EPOCHS[name], CLASSIFIER_NOISE[name], learned.shape[-1]
+        epochs, noise, dropout = (x[name] for x in (CLASSIFIER_EPOCHS, CLASSIFIER_NOISE, CLASSIFIER_DROPOUT))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            net = Classifier(size, learned.num_classes)
+            net = Classifier(learned.shape[-1], learned.num_classes, dropout)
             kept = self._kept(f"{name} {epochs} {noise}", learned)
             try:
                 net.load_state_dict(load_file(kept))
