@@ -254,11 +254,11 @@ def test_a_network_is_told_its_guidance(command, tmp_path, monkeypatch):
     tiny, given, best = runs.tiny("digits-imf", steps=2, sample_every=2), (3.0, 0.2, 0.5), ELSEWHERE
     assert train(replace(tiny, evaluation=EvaluationConfig(every=2, guidance=given)), run) == 0
     for script, options in {"sample": ("--count", 2), "evaluate": ("--json",)}.items():
-        assert command(script, run, *options)[0] == command(script, run, *options, "--guidance", *given)[0] == 0
+        assert command(script, run, *options)[0] == command(script, run, *options, "--guidance", *best)[0] == 0
         code, _, err = command(script, run, "--guidance", 3)
         assert code == 2 and "guidance: got (3.0,), wanted omega, start and end" in err and err.count("\n") == 1
-    # two of the training, then two of each command
-    assert told == [given, given, best, given, best, given]
+    # two of the training, then two of each command, which take the training's unless they are told otherwise
+    assert told == [given, given, given, best, given, best]
     names = {path.stem for path in (run / "generated").glob("*.png")}
     assert "step2_nfe1_seed0_guidance3-0.2-0.5_count2" in names and len(names) == 2
     code, _, err = command("convert", run, "--to", "zhuyu", "--out", tmp_path / "zhuyu.pt")

@@ -2,13 +2,16 @@
 
 import gzip
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 import torch
+from PIL import Image
 
+from meanflow.apps import page
 from meanflow.config import DataConfig
 from meanflow.data.dataset import FASHION_CLASSES, open_dataset, open_pictures
 from meanflow.errors import UserError
@@ -138,6 +141,8 @@ def test_two_steps_are_trained_sampled_and_judged(command, folder, cache, tmp_pa
     assert train(replace(config, evaluation=replace(config.evaluation, every=2)), run) == 0
     assert command("sample", run, "--count", 4, "--out", tmp_path / "four")[0] == 0
     assert np.load(tmp_path / "four.npz")["images"].shape == (4, 32, 32, 1)
+    studio = page.load(run, torch.device("cpu"), torch.float32)
+    assert Image.open(BytesIO(studio.draw(studio.read("classes=Sneaker&each=2&steps=1")).png)).width > 64
     code, out, err = command("evaluate", run)
     assert code == 0 and {"accuracy", "frechet", "frechet_floor", "variance_ratio"} <= set(out.split()), err
     assert len(list(cache.iterdir())) == 1  # that of the training's judge too
