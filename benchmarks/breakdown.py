@@ -25,10 +25,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from meanflow.errors import UserError
-from meanflow.method.objective import MeanFlowLoss
-from meanflow.method.plan import Plan, Planner
+from meanflow.method.contract import ObjectiveLoss, Plan
 from meanflow.model.build import build_net
 from meanflow.model.copies import product_copies, products_kept
+from meanflow.objectives.build import make_objective
 from meanflow.training.draw import draw_batch
 from meanflow.training.engine import compile_loss
 from meanflow.training.messages import StepInputs
@@ -60,27 +60,26 @@ class Phases:
         net = build_net(run.model, work.compute_dtype)
         net.load_state_dict(work.weights())
         self.net, self.run, self.compiled = net.to(work.device), run, compiled
-        self.loss = MeanFlowLoss(run.objective, self.net)
+        ema = build_net(run.model).to(work.device).requires_grad_(False)
+        self.objective = make_objective(run)
+        self.loss = ObjectiveLoss(self.objective, self.net, ema if self.objective.takes_average else None)
         if compiled:
             compile_loss(self.loss)
-        ema = build_net(run.model).to(work.device).requires_grad_(False)
         low = work.compute_dtype is not None
         self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=True)
         self.products = product_copies(self.net)
-        self.planner = Planner(run.objective, run.train.batch)
 
     def times(self, inputs: StepInputs, device: str) -> dict[str, float]:
         """Milliseconds of each phase."""
         host = inputs.to(torch.device("cpu"))
-        plan = self.planner.plan(host.r, host.t, host.drop, host.guidance).to(inputs.r.device)
+        inputs = inputs._replace(plan=self.objective.plan(host.drawn)).to(inputs.samples.device)
         if self.compiled:
-            declare_sizes(plan)
+            declare_sizes(self.objective, inputs.plan)
         at = [stamp(device)]
         x, e = draw_batch(self.run, inputs.batch, inputs.samples, inputs.step)
         at.append(stamp(device))
         with products_kept(self.products):
-            given = (inputs.r, inputs.t, inputs.batch.labels, inputs.drop, plan, inputs.guidance)
-            loss = self.loss(x, e, *given).loss
+            loss = self.loss(x, e, inputs.batch.labels, inputs.drawn, inputs.plan).loss
             at.append(stamp(device))
             self.optimizer.zero_grad()
             loss.backward()

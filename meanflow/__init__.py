@@ -13,14 +13,14 @@ FORMER = {
     "flax_files": "storage.flax_files", "flops": "training.flops", "foreign": "storage.foreign",
     "frechet": "evaluation.frechet", "guard": "training.guard", "images": "data.images",
     "importers": "data.import_latents", "inception": "evaluation.inception", "judge": "evaluation.judge",
-    "labels": "data.labels", "microbatch": "method.microbatch", "objective": "method.objective",
+    "labels": "data.labels", "microbatch": "method.microbatch", "objective": "objectives.meanflow",
     "optim": "training.optim", "page": "apps.page", "pairs": "model.pairs", "parallel": "training.parallel",
-    "peaks": "training.peaks", "pipeline": "interop.pipeline", "plan": "method.plan", "prefetch": "training.prefetch",
-    "preparation": "data.preparation", "protocols": "evaluation.protocols", "quickstart": "apps.comparison",
-    "reference": "evaluation.fid_reference", "runlog": "training.runlog", "sampling": "method.sampling",
-    "scheduler": "interop.scheduler", "scores": "evaluation.scores", "sit": "interop.sit", "sources": "data.sources",
-    "step": "training.step", "tars": "data.tars", "times": "method.times", "transformer": "interop.transformer",
-    "vae": "data.vae", "weights": "interop.weights",
+    "peaks": "training.peaks", "pipeline": "interop.pipeline", "plan": "objectives.meanflow_plan",
+    "prefetch": "training.prefetch", "preparation": "data.preparation", "protocols": "evaluation.protocols",
+    "quickstart": "apps.comparison", "reference": "evaluation.fid_reference", "runlog": "training.runlog",
+    "sampling": "method.sampling", "scheduler": "interop.scheduler", "scores": "evaluation.scores",
+    "sit": "interop.sit", "sources": "data.sources", "step": "training.step", "tars": "data.tars",
+    "times": "method.times", "transformer": "interop.transformer", "vae": "data.vae", "weights": "interop.weights",
 }  # fmt: skip
 """Where the modules of the flat package are now. Saved pipelines name theirs, and so does the code of users."""
 

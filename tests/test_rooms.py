@@ -41,11 +41,12 @@ INNER = {
     "meanflow": {
         "model": set(),
         "method": set(),
+        "objectives": {"method"},
         "storage": set(),
         "data": set(),
         "evaluation": {"method", "data", "storage"},
         "interop": {"model", "method", "data", "storage"},
-        "training": {"model", "method", "data", "storage", "evaluation", "interop"},
+        "training": {"model", "method", "objectives", "data", "storage", "evaluation", "interop"},
         "apps": {"method", "data", "storage", "evaluation", "interop", "training"},
         "": set(),
     },

@@ -3,27 +3,29 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from meanflow.config import RunConfig
-from meanflow.draws import Draws, Purpose
 from meanflow.errors import require
-from meanflow.method.guidance import GuidanceInputs, draw_guidance
-from meanflow.method.objective import meanflow_terms
-from meanflow.method.plan import Plan, Planner
-from meanflow.method.times import draw_times, drop_mask
+from meanflow.method.contract import Objective, Plan, Sizes
+from meanflow.method.passes import Pass, Passes
 from meanflow.model.build import build_net
+from meanflow.objectives.build import make_objective
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 from meanflow_kernels.routing import Route, force_route
 
 BATCHES = 1000
 """Number of drawn batches that a mean is taken over."""
-PASSES = ("guidance", "primal", "tangent", "backward")
+TRAINED, TANGENT, BACKWARD = "primal", "tangent", "backward"
+"""The accounts' parts beside the passes that are not trained, each of all passes together."""
 RECOMPUTED = 1 / 5
 """Of attention's backward: of its five products one is the forward's again, which keeps no probabilities."""
 META = torch.device("meta")
@@ -60,32 +62,59 @@ def count(fn: Callable[[], object]) -> Flops:
     return Flops(sum(by_operator.values()) - attention, attention)
 
 
+class CountedPasses(Passes):
+    """Passes that count themselves, by part of the accounts."""
+
+    def __init__(self, declared: dict[str, Pass], *nets: nn.Module, **options):
+        super().__init__(declared, *nets, **options)
+        self.flops: dict[str, Flops] = {}
+
+    def _run(self, name: str, primals: tuple, others: tuple, tangents: tuple | None):
+        run, declared, results = super()._run, self._declared[name], []
+        whole = primal = count(lambda: results.append(run(name, primals, others, tangents)))
+        if declared.tangents:
+            with torch.no_grad():
+                primal = count(lambda: run(name, primals, others, None))
+        for part, flops in ((TRAINED if declared.trained else name, primal), (TANGENT, whole - primal)):
+            self.flops[part] = self.flops.get(part, Flops()) + flops
+        return results[0]
+
+
 class MetaStep:
     """A run's step on meta tensors with the kernels' route: counted or traced, never computed.
 
     Args:
-        config: of the run; its batch is a rank's.
+        config: of the run; its batch is a rank's. ranks: processes that train together.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, ranks: int = 1):
         self.config, batch, model = config, config.train.batch, config.model
         with META:
             self.net = build_net(model, torch.bfloat16 if config.train.precision == "bf16" else None)
             self.x, self.e = torch.empty(2, batch, model.in_channels, model.input_size, model.input_size)
-            self.r, self.t = torch.empty(2, batch)
+            self.t = torch.empty(batch)
             self.y = torch.empty(batch, dtype=torch.long)
-            self.drop = torch.empty(batch, dtype=torch.bool)
-        self.planner = Planner(config.objective, batch)
+        train = replace(config.train, batch=batch * ranks, groups=ranks, accumulate=1)
+        self.objective: Objective = make_objective(replace(config, train=train), ranks)
+        self.average = deepcopy(self.net).requires_grad_(False) if self.objective.takes_average else None
+        self.drawn = _on_meta(self.objective.drawn(config.train.seed, 0, 0))
 
-    def loss(self, plan: Plan) -> Tensor:
+    def loss(self, plan: Plan, kind: type[Passes] = Passes, **options) -> Tensor:
         """The objective of a plan."""
-        inputs, guidance = (self.x, self.e, self.r, self.t, self.y, self.drop), GuidanceInputs(*[self.t] * 3)
+        return self.terms(plan, kind, **options)[0].loss
+
+    def terms(self, plan: Plan, kind: type[Passes] = Passes, **options) -> tuple[Any, Any]:
+        """The terms of a plan, and the passes that made them; kind and options: of the passes."""
+        passes = kind(self.objective.passes(plan.sizes), self.net, self.average, **options)
         with force_route(Route.TRITON):
-            return meanflow_terms(self.config.objective, self.net, *inputs, plan.to(META), guidance).loss
+            terms = self.objective.terms(passes, self.x, self.e, self.y, self.drawn, _on_meta(plan))
+        passes.finish()
+        return terms, passes
 
     def flow_matching_loss(self) -> Tensor:
         """The flow matching loss of the same network, its heads and batch: one plain forward with r = t."""
-        heads = {"head": "uv"} if self.config.objective.direction == "v_head" else {}
+        declared = self.objective.passes(self.objective.declared[0]).values()
+        heads = {"head": "uv"} if any(each.head == "uv" for each in declared) else {}
         with force_route(Route.TRITON):
             out = self.net(self.x, self.t, self.t, self.y, **heads)
         return sum((each - (self.e - self.x)).square().mean() for each in (out if heads else (out,)))
@@ -93,40 +122,47 @@ class MetaStep:
     def plain_forward(self) -> Flops:
         """F: FLOPs of one plain forward of the network on the batch."""
         with force_route(Route.TRITON), torch.no_grad():
-            return count(lambda: self.net(self.x, self.r, self.t, self.y))
+            return count(lambda: self.net(self.x, self.t, self.t, self.y))
 
-    def forward(self, guidance_size: int, tangent_size: int) -> Flops:
-        """FLOPs of a step of these sizes without its backward."""
-        return count(lambda: self.loss(self.planner.example(guidance_size, tangent_size)))
-
-    def passes(self, guidance_size: int, tangent_size: int, bare: dict[int, Flops]) -> dict[str, Flops]:
-        """FLOPs of each pass of a step; ``bare``: of forwards without guidance, by the size of their tangent."""
-        roots = []
-        forward = count(lambda: roots.append(self.loss(self.planner.example(guidance_size, tangent_size))))
-        backward = count(lambda: roots.pop().backward())
+    def parts(self, sizes: Sizes) -> dict[str, Flops]:
+        """FLOPs of a step of these sizes: of each pass that is not trained, of those that are, of their derivatives and
+        backward.
+        """
+        terms, passes = self.terms(self.objective.example(sizes), CountedPasses)
+        backward = count(terms.loss.backward)
         self.net.zero_grad()
-        without = bare[tangent_size]
-        return dict(zip(PASSES, (forward - without, bare[0], without - bare[0], backward), strict=True))
+        return passes.flops | {BACKWARD: backward}
 
 
-class ExactPlanner(Planner):
-    """A planner for which every size is declared: nothing is padded."""
-
-    def _guidance_sizes(self) -> tuple[int, ...]:
-        return (0, *super()._guidance_sizes())
-
-    def _multiples(self, most: int) -> tuple[int, ...]:
-        return tuple(range(most + 1))
+def _on_meta(tensors: Any) -> Any:
+    return pytree.tree_map(lambda x: x.to(META) if isinstance(x, Tensor) else x, tensors)
 
 
-def plan_sizes(config: RunConfig, planner: Planner, step: int, rank: int) -> tuple[int, int]:
-    """Rows of the guidance forward and of the derivative, for a drawn batch of a rank."""
-    batch = config.train.batch
-    draws = Draws(config.train.seed, step, torch.arange(rank * batch, (rank + 1) * batch))
-    r, t = draw_times(config.objective, draws)
-    drop = drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP))
-    plan = planner.plan(r, t, drop, draw_guidance(config.objective, draws, r == t))
-    return len(plan.rows), len(plan.tangent)
+def rows_of(passes: dict[str, Pass]) -> dict[str, int]:
+    """The rows of each part of a step's accounts, to which its FLOPs are proportional."""
+    trained = sum(each.rows for each in passes.values() if each.trained)
+    tangents = sum(each.tangents for each in passes.values())
+    rows = {name: each.rows for name, each in passes.items() if not each.trained}
+    return rows | {TRAINED: trained, TANGENT: tangents, BACKWARD: trained}
+
+
+class Proportional:
+    """A step's parts in all sizes, from as few counts as there are parts: each costs what its rows cost."""
+
+    def __init__(self, step: MetaStep):
+        self._objective = step.objective
+        self._of_a_row: dict[str, tuple[Flops, int]] = {}
+        for sizes in step.objective.declared:
+            rows = rows_of(step.objective.passes(sizes))
+            self._of_a_row |= dict.fromkeys(rows.keys() - self._of_a_row.keys(), (Flops(), 1))
+            if new := [part for part, n in rows.items() if n and not self._of_a_row[part][0].total]:
+                parts = step.parts(sizes)
+                self._of_a_row |= {part: (parts[part], rows[part]) for part in new}
+
+    def parts(self, sizes: Sizes) -> dict[str, Flops]:
+        """FLOPs by part of a step of any sizes, declared or exact."""
+        rows = rows_of(self._objective.passes(sizes))
+        return {part: flops * (rows[part] / n) for part, (flops, n) in self._of_a_row.items()}
 
 
 def saved_bytes(loss: Callable[[], Tensor], net: nn.Module) -> int:
@@ -170,23 +206,19 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
     """
     require(ranks >= 1, "ranks", ranks, "a positive whole number", "1 is a process alone")
     require(batches >= 1, "batches", batches, "a positive whole number", f"the usual number is {BATCHES}")
-    step = MetaStep(config)
-    planner, forward = step.planner, step.plain_forward()
-    sizes = [(guidance, tangent) for guidance in planner.guidance_sizes for tangent in planner.tangent_sizes]
-    most = sizes[-1]
-    counted = step.passes(*most, {tangent: step.forward(0, tangent) for tangent in {0, most[1]}})
-    passes = {size: _of_sizes(counted, most, size) for size in sizes}
-    total = {size: sum(by_pass.values(), Flops()) for size, by_pass in passes.items()}
+    step = MetaStep(config, ranks)
+    objective, forward, proportional = step.objective, step.plain_forward(), Proportional(step)
+    parts = {sizes: proportional.parts(sizes) for sizes in objective.declared}
+    total = {sizes: sum(by_part.values(), Flops()) for sizes, by_part in parts.items()}
 
-    exact_planner = ExactPlanner(config.objective, config.train.batch)
     padded, exact, slowest = [], [], []
     for index in tqdm(range(batches), desc="drawing batches", unit="batch"):
-        drawn = [plan_sizes(config, planner, index, rank) for rank in range(ranks)]
-        padded.append(drawn[0])
-        slowest.append(max(total[size].total for size in drawn))
-        of_rows = _of_sizes(counted, most, plan_sizes(config, exact_planner, index, 0))
-        exact.append(sum(of_rows.values(), Flops()))
-    means = {each: mean(passes[size][each] for size in padded) for each in PASSES}
+        drawn = [objective.drawn(config.train.seed, index, rank) for rank in range(ranks)]
+        padded.append(objective.sizes(drawn[0]))
+        slowest.append(max(total[objective.sizes(each)].total for each in drawn))
+        exact.append(sum(proportional.parts(objective.sizes(drawn[0], exact=True)).values(), Flops()))
+    names = rows_of(objective.passes(objective.declared[0]))
+    means = {each: mean(parts[sizes][each] for sizes in padded) for each in names}
     used = Counter(padded)
 
     def units(flops: Flops) -> dict:
@@ -203,27 +235,18 @@ def account(config: RunConfig, *, ranks: int = 1, batches: int = BATCHES) -> dic
         "step_flops": whole["flops"],
         "step_in_forwards": whole["forwards"],
         "step_in_forwards_unpadded": mean(exact).total / forward.total,
-        "step_in_forwards_unrepeated": (whole["flops"] - RECOMPUTED * means["backward"].attention) / forward.total,
+        "step_in_forwards_unrepeated": (whole["flops"] - RECOMPUTED * means[BACKWARD].attention) / forward.total,
         "ranks": ranks,
         "step_in_forwards_slowest_rank": sum(slowest) / batches / forward.total,
         "parts": {each: units(flops) for each, flops in means.items()},
         "step": whole,
-        "sizes": [
-            {"guidance": size[0], "tangent": size[1], "batches": used[size]} | units(total[size]) for size in sizes
-        ],
+        "sizes": [{"sizes": sizes, "batches": used[sizes]} | units(total[sizes]) for sizes in objective.declared],
         **_memory(step),
     }
 
 
-def _of_sizes(passes: dict[str, Flops], counted: tuple[int, int], sizes: tuple[int, int]) -> dict[str, Flops]:
-    """The passes of a step of other sizes: the FLOPs of guidance and tangent are proportional to their rows."""
-    shares = {each: n / max(m, 1) for each, n, m in zip(("guidance", "tangent"), sizes, counted, strict=True)}
-    return {each: flops * shares.get(each, 1) for each, flops in passes.items()}
-
-
 def _memory(step: MetaStep) -> dict:
-    planner = step.planner
-    plan = planner.example(planner.guidance_sizes[-1], planner.tangent_sizes[-1])
+    plan = step.objective.example(step.objective.declared[0])
     parameters = sum(p.numel() for p in step.net.parameters())
     return {
         "saved_bytes": saved_bytes(lambda: step.loss(plan), step.net),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from meanflow.config import RunConfig
 from meanflow.errors import require
-from meanflow.method.plan import Planner
 from meanflow.model.build import build_net
+from meanflow.objectives.build import make_objective
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 
 from .accounts import META
@@ -97,8 +97,9 @@ def weights(config: RunConfig) -> Weights:
 
 
 def forwards(config: RunConfig) -> int:
-    """Forward passes of a step: the objective's, and one for guidance where there is any."""
-    return 1 + bool(Planner(config.objective, config.train.batch).guidance_sizes[-1])
+    """Forward passes of a step of the largest sizes."""
+    objective = make_objective(config)
+    return sum(each.rows > 0 for each in objective.passes(objective.declared[0]).values())
 
 
 def exchanged(engine: str, found: Weights, gpus: int, passes: int) -> dict[str, float]:

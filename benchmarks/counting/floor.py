@@ -70,8 +70,7 @@ def least_bytes(config: RunConfig, accounts: dict) -> dict[str, float]:
     optimizer, which moves weights, moments, average and low-precision copies.
     """
     step = MetaStep(config)
-    sizes = ((size["guidance"], size["tangent"], size["batches"]) for size in accounts["sizes"])
-    plans = [plan for *size, used in sizes if used for plan in [step.planner.example(*size)] * used]
+    plans = [step.objective.example(each["sizes"]) for each in accounts["sizes"] for _ in range(each["batches"])]
     counted = count_calls(config, plans)
     calls = [op + call for op in (*POINTWISE, "silu") for call in ("", "_jvp", "_bwd") if op + call in counted]
     copied = zip(step.net.parameters(), step.net.make_copies(), strict=True)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meanflow.config import RunConfig
-from meanflow.method.plan import Plan
+from meanflow.method.contract import Plan
 from meanflow_kernels.adaln import op as adaln
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 from meanflow_kernels.attention.config import backward_configs
@@ -173,9 +173,9 @@ def count_calls(run: RunConfig, plans: list[Plan]) -> dict[str, Counted]:
     """The calls of our operators in a step and their work, by operator: the mean over steps of these plans."""
     step, total = MetaStep(run), {}
     # work depends on a plan's sizes alone
-    for (guidance, tangent), times in Counter((len(plan.rows), len(plan.tangent)) for plan in plans).items():
+    for sizes, times in Counter(plan.sizes for plan in plans).items():
         with OperatorCalls() as calls:
-            step.loss(step.planner.example(guidance, tangent)).backward()
+            step.loss(step.objective.example(sizes)).backward()
         for name, counted in calls.found.items():
             total[name] = total.get(name, Counted()) + counted.of(times, len(plans))
     copied = [copy is not None for copy in step.net.make_copies()]

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meanflow.config import ObjectiveConfig
-from meanflow.method.guidance import GuidanceInputs
-from meanflow.method.objective import MeanFlowLoss
-from meanflow.method.plan import Plan, Planner, whole_batch
+from meanflow.config import RunConfig
+from meanflow.method.contract import Objective, ObjectiveLoss, Sizes
 from meanflow.model.build import build_net
+from meanflow.objectives.build import make_objective
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.objectives.meanflow_plan import Drawn, Plan, whole_batch
 from meanflow.training.draw import draw_batch
 from meanflow.training.engine import compile_loss
 from meanflow.training.messages import StepInputs
@@ -84,8 +85,9 @@ class Naive(Variant):
 
     def prepare(self, inputs: StepInputs) -> None:
         x, e = self.draw(inputs.batch, inputs.samples, inputs.step)
-        told = () if inputs.guidance is None else (inputs.guidance,)
-        self.inputs = (x, e, inputs.r, inputs.t, inputs.batch.labels, inputs.drop, *told)
+        r, t, drop, guidance = inputs.drawn
+        told = () if guidance is None else (guidance,)
+        self.inputs = (x, e, r, t, inputs.batch.labels, drop, *told)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -97,7 +99,7 @@ class Ours(Variant):
     """The trainer's own step.
 
     Args:
-        planner: of the passes, from an objective and a batch size. implementation: of the optimizer.
+        objective: made for a run; None: as it is planned for training. implementation: of the optimizer.
         reference: whether the operators run as plain torch.
         replicated: whether gradients are summed as over several processes, in a group of one.
         train: options of the step, on top of the workload's.
@@ -107,7 +109,7 @@ class Ours(Variant):
         self,
         work: Workload,
         *,
-        planner: Callable[[ObjectiveConfig, int], Planner] = Planner,
+        objective: Callable[[RunConfig], Objective] | None = None,
         implementation: str = "native",
         reference: bool = False,
         replicated: bool = False,
@@ -121,7 +123,9 @@ class Ours(Variant):
         low, captured = work.compute_dtype is not None, run.train.cuda_graph
         products = not replicated
         self.optimizer = make_optimizer(run.optim, self.net, ema, copies=low, products=products, captured=captured)
-        loss = MeanFlowLoss(run.objective, self.net)
+        # the workload's inputs bring the usual plan
+        self.objective, self.replan = (objective or make_objective)(run), objective is not None
+        loss = ObjectiveLoss(self.objective, self.net, ema if self.objective.takes_average else None)
         if run.train.compile:
             compile_loss(loss)
         if replicated:
@@ -129,16 +133,13 @@ class Ours(Variant):
                 backend = "nccl" if work.device == "cuda" else "gloo"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             loss = replicate(loss, captured=captured)
-        # the workload's inputs bring the usual plan
-        self.planner, self.replan = planner(run.objective, run.train.batch), planner is not Planner
         self.reference = reference
-        self.run, self.make_step = run, Step(run, loss, self.optimizer, self.planner)
+        self.run, self.make_step = run, Step(run, loss, self.optimizer, self.objective)
 
     def prepare(self, inputs: StepInputs) -> None:
         if self.replan:
             host = inputs.to(torch.device("cpu"))
-            plan = self.planner.plan(host.r, host.t, host.drop, host.guidance)
-            inputs = inputs._replace(plan=plan).to(inputs.samples.device)
+            inputs = inputs._replace(plan=self.objective.plan(host.drawn)).to(inputs.samples.device)
         self.inputs = inputs
 
     def first_step(self) -> None:
@@ -154,26 +155,53 @@ class Ours(Variant):
             self.make_step(self.inputs)
 
 
-class WholeBatch(Planner):
+class WholeBatch(MeanFlow):
     """The official step: every pass on every sample, of one size."""
 
-    def __init__(self, config: ObjectiveConfig, batch: int):
-        super().__init__(config, batch)
-        self.tangent_sizes = (batch,)
-        self.guidance_sizes = (batch * (config.guided + (config.mixes_conditional or config.predicts_direction)),)
+    @property
+    def declared(self) -> tuple[Sizes, ...]:
+        config = self.config
+        passes = config.guided + (config.mixes_conditional or config.predicts_direction)
+        return ((self.batch, passes * self.batch),)
 
-    def plan(self, r: Tensor, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None) -> Plan:
-        return whole_batch(self.config, r, t, drop, inputs)
+    def plan(self, drawn: Drawn, *others: Drawn, exact: bool = False) -> Plan:
+        return whole_batch(self.config, *drawn)
 
 
-def whole_tangent(config: ObjectiveConfig, batch: int) -> Planner:
+class PlannedAs(MeanFlow):
+    """The same objective, planned as another one."""
+
+    def __init__(self, run: RunConfig, **options):
+        super().__init__(run.objective, run.train.batch)
+        self._other = MeanFlow(replace(run.objective, **options), run.train.batch)
+
+    @property
+    def declared(self) -> tuple[Sizes, ...]:
+        return self._other.declared
+
+    def plan(self, drawn: Drawn, *others: Drawn, exact: bool = False) -> Plan:
+        return self._other.plan(drawn, *others, exact=exact)
+
+    def example(self, sizes: Sizes) -> Plan:
+        return self._other.example(sizes)
+
+    def dynamic(self, plan: Plan) -> list[Tensor]:
+        return self._other.dynamic(plan)
+
+
+def whole_batch_objective(run: RunConfig) -> Objective:
+    """Every pass on every sample."""
+    return WholeBatch(run.objective, run.train.batch)
+
+
+def whole_tangent(run: RunConfig) -> Objective:
     """The derivative of every sample, guidance for the guided alone; no primal pass comes early enough to serve it."""
-    return Planner(replace(config, equal_placement="first", share_equal=0.0), batch)
+    return PlannedAs(run, equal_placement="first", share_equal=0.0)
 
 
-def own_predictions(config: ObjectiveConfig, batch: int) -> Planner:
+def own_predictions(run: RunConfig) -> Objective:
     """A conditional prediction for every guided sample, as if other weights than the primal pass's made them."""
-    return Planner(replace(config, guidance_weights="ema"), batch)
+    return PlannedAs(run, guidance_weights="ema")
 
 
 VARIANTS: dict[str, Callable[[Workload], Variant]] = {
@@ -182,15 +210,15 @@ VARIANTS: dict[str, Callable[[Workload], Variant]] = {
     "ours": functools.partial(Ours, compile=True),
     "ours-captured": functools.partial(Ours, compile=True, cuda_graph=True),
     "ours-captured-replicated": functools.partial(Ours, compile=True, cuda_graph=True, replicated=True),
-    "ours-whole-batch": functools.partial(Ours, compile=True, planner=WholeBatch),
-    "ours-whole-tangent": functools.partial(Ours, compile=True, planner=whole_tangent),
-    "ours-no-primal-reuse": functools.partial(Ours, compile=True, planner=own_predictions),
+    "ours-whole-batch": functools.partial(Ours, compile=True, objective=whole_batch_objective),
+    "ours-whole-tangent": functools.partial(Ours, compile=True, objective=whole_tangent),
+    "ours-no-primal-reuse": functools.partial(Ours, compile=True, objective=own_predictions),
     "ours-no-kernels": functools.partial(Ours, compile=True, reference=True),
     "ours-torch-optimizer": functools.partial(Ours, compile=True, implementation="torch"),
     "ours-eager": Ours,
-    "ours-eager-whole-batch": functools.partial(Ours, planner=WholeBatch),
-    "ours-eager-whole-tangent": functools.partial(Ours, planner=whole_tangent),
-    "ours-eager-no-primal-reuse": functools.partial(Ours, planner=own_predictions),
+    "ours-eager-whole-batch": functools.partial(Ours, objective=whole_batch_objective),
+    "ours-eager-whole-tangent": functools.partial(Ours, objective=whole_tangent),
+    "ours-eager-no-primal-reuse": functools.partial(Ours, objective=own_predictions),
     "ours-eager-no-kernels": functools.partial(Ours, reference=True),
     "ours-eager-torch-optimizer": functools.partial(Ours, implementation="torch"),
 }

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from meanflow.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from meanflow.data.dataset import Batch
-from meanflow.draws import Draws, Purpose
-from meanflow.method.guidance import draw_guidance
-from meanflow.method.plan import Planner
-from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
+from meanflow.objectives.build import make_objective
 from meanflow.presets import preset
 from meanflow.training.messages import StepInputs
 
@@ -54,16 +51,13 @@ class Workload:
     def inputs(self, step: int) -> StepInputs:
         """Latents of the size and scale of the VAE's, with the step's real draws and plan."""
         run, samples = self.run, torch.arange(self.run.train.batch)
-        draws, generator = Draws(0, step, samples), torch.Generator().manual_seed(step)
-        r, t = draw_times(run.objective, draws)
-        drop = drop_mask(run.objective, draws.uniform(Purpose.LABEL_DROP))
+        objective, generator = make_objective(run), torch.Generator().manual_seed(step)
         shape = (len(samples), run.model.in_channels, run.model.input_size, run.model.input_size)
         mean = 5 * torch.randn(shape, generator=generator)
         labels = torch.randint(run.model.num_classes, (len(samples),), generator=generator)
         batch = Batch(mean, torch.full_like(mean, 0.1), labels)
-        guidance = draw_guidance(run.objective, draws, r == t)
-        plan = Planner(run.objective, len(samples)).plan(r, t, drop, guidance)
-        inputs = StepInputs(batch, samples, torch.tensor(step), r, t, drop, plan, guidance)
+        drawn = objective.drawn(0, step, 0)
+        inputs = StepInputs(batch, samples, torch.tensor(step), drawn, objective.plan(drawn))
         return inputs.to(torch.device(self.device))
 
 

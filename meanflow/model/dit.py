@@ -277,6 +277,7 @@ class DiT(nn.Module):
         y: Tensor,
         tangents: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
         tangent_start: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The average velocity, and its derivative along a direction if one is given.
 
@@ -285,11 +286,12 @@ class DiT(nn.Module):
             tangents: direction (z_dot, r_dot, t_dot) for the samples that need it; an entry None is zero. No gradient
                 flows through it.
             tangent_start: the first sample that has a tangent, where not the whole batch has one.
+            dtype: of products and attention in this call, instead of compute_dtype.
 
         Returns:
             u, shaped like z; with tangents, (u, u_dot), where u_dot is of the samples that have a tangent.
         """
-        dtype = self.compute_dtype or self.dtype
+        dtype = dtype or self.compute_dtype or self.dtype
         z_dot, r_dot, t_dot = tangents or (None, None, None)
         times = Dual(r, r_dot, tangent_start), Dual(t, t_dot, tangent_start)
 

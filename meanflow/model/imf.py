@@ -265,6 +265,7 @@ class ImfDiT(nn.Module):
         head: Head = "u",
         tangents: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
         tangent_start: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """The velocities of some heads, and u's derivative along a direction if one is given.
 
@@ -275,12 +276,13 @@ class ImfDiT(nn.Module):
             tangents: direction (z_dot, r_dot, t_dot) for the samples that need it; an entry None is zero. No gradient
                 flows through it. It runs through the shared blocks and u's.
             tangent_start: the first sample that has a tangent, where not the whole batch has one.
+            dtype: of products and attention in this call, instead of compute_dtype.
 
         Returns:
             u, v or (u, v), shaped like z; with tangents, (u, u_dot) or (u, v, u_dot), where u_dot has a row for each
             row of the tangents.
         """
-        dtype = self.compute_dtype or self.dtype
+        dtype = dtype or self.compute_dtype or self.dtype
         z_dot, r_dot, t_dot = tangents or (None, None, None)
         h = Dual(t, t_dot, tangent_start) + Dual(r, r_dot, tangent_start).map(torch.neg)
         patches = self.x_embedder(Dual(z, z_dot, tangent_start), dtype).to(self.dtype)  # (B, grid^2, C)

@@ -15,7 +15,7 @@ from meanflow_kernels.inductor import prepare_compiler
 
 from ..config import ModelConfig, RunConfig
 from ..errors import UserError, require
-from ..method.objective import MeanFlowLoss
+from ..method.contract import Objective, ObjectiveLoss
 from ..model.build import Network, build_net, fill
 from ..world import World
 from .optim import make_optimizer, optimizer_of
@@ -36,14 +36,16 @@ class Engine(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | None = None) -> Engine:
+def build_engine(
+    config: RunConfig, world: World, objective: Objective, weights: dict[str, Tensor] | None = None
+) -> Engine:
     """Build the engine of a run, with random initial weights or those given.
 
     Raises:
         UserError: for settings that do not go together, or with the machine.
     """
     train = config.train
-    check(config, world)
+    check(config, world, objective)
     dtype = torch.bfloat16 if train.precision == "bf16" else None
     net = build_net(config.model, dtype, checkpoint_blocks=train.checkpoint_blocks)
     if weights is None:
@@ -52,7 +54,6 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
         fill(net, weights, train.init)
     net = net.to(world.device)
     ema = copy.deepcopy(net).requires_grad_(False)
-    guide = ema if config.objective.guidance_weights == "ema" else None
     zero1 = world.connected and train.parallel == "zero1"
     sharded = world.connected and train.parallel in ("fsdp", "hybrid")
     if sharded:
@@ -61,7 +62,7 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
             if train.compile:
                 compile_blocks(each)
             shard(each, mesh)
-    loss = MeanFlowLoss(config.objective, net, guide)
+    loss = ObjectiveLoss(objective, net, ema if objective.takes_average else None)
     if not sharded:
         if train.compile:
             compile_loss(loss)
@@ -70,14 +71,16 @@ def build_engine(config: RunConfig, world: World, weights: dict[str, Tensor] | N
     # under FSDP a block is gathered in the compute dtype: no low-precision copies are needed
     copies = dtype is not None and not sharded
     if zero1:
-        return shard_optimizer(config, net, ema, loss, copies)
+        return shard_optimizer(config, net, ema, loss, copies, objective.takes_average)
     products = not world.connected and train.accumulate == 1
     optimizer = make_optimizer(config.optim, net, ema, copies=copies, products=products, captured=train.cuda_graph)
     return Engine(net, ema, loss, optimizer)
 
 
-def shard_optimizer(config: RunConfig, net: Network, ema: Network, loss: Zero1, copies: bool) -> Engine:
+def shard_optimizer(config: RunConfig, net: Network, ema: Network, loss: Zero1, copies: bool, guides: bool) -> Engine:
     """The engine of a replicated objective whose weights, average and optimizer are sharded.
+
+    guides: whether the average is read in training too.
 
     Raises:
         UserError: for a number of processes that does not divide the network's width.
@@ -85,14 +88,13 @@ def shard_optimizer(config: RunConfig, net: Network, ema: Network, loss: Zero1, 
     size, width = dist.get_world_size(), config.model.hidden_size
     wanted = f"a number that divides model.hidden_size {width}, for zero1 gives each an equal part of a weight's rows"
     require(width % size == 0, "processes", size, wanted, "take another, or --train.parallel ddp or fsdp")
-    guides = config.objective.guidance_weights == "ema"
     rows = OwnRows(net, ema, copies=copies and config.optim.implementation == "native", guides=guides)
     optimizer = optimizer_of(config.optim, rows.weights, rows.averages, rows.copies, captured=config.train.cuda_graph)
     rows.follow(optimizer, loss)
     return Engine(rows.net, rows.ema, loss, optimizer)
 
 
-def check(config: RunConfig, world: World) -> None:
+def check(config: RunConfig, world: World, objective: Objective) -> None:
     """Raise if settings contradict each other, or do not fit the machine."""
     train = config.train
     if train.cuda_graph:
@@ -102,6 +104,9 @@ def check(config: RunConfig, world: World) -> None:
         require(got == "native", "optim.implementation", got, wanted, hint)
     if world.connected and train.parallel != "ddp" and config.optim.implementation == "apex":
         raise UserError("optim.implementation: got apex, wanted native or torch for shards; take native")
+    if world.connected and train.parallel != "ddp" and train.precision == "bf16" and objective.takes_fp32:
+        wanted = "ddp, where all weights are there in fp32, for an objective with passes in fp32"
+        raise UserError(f"train.parallel: got {train.parallel}, wanted {wanted}; take ddp, or train.precision fp32")
 
 
 def capture_if_possible(config: RunConfig, world: World) -> RunConfig:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meanflow_kernels.routing import Route, force_route
 
 from ..config import ModelConfig
-from ..method.plan import Plan
+from ..method.passes import Pass
 from ..model.build import build_net
 
 SAMPLES = 2
@@ -21,16 +21,17 @@ class SampleFlops(NamedTuple):
     forward: float
     """Of one velocity, as guidance and samples take it."""
     primal: float
-    """Of the pass that is trained: the same, or with a head for v both."""
+    """Of one with all heads: the same, or with a head for v both."""
     tangent: float
     backward: float
 
-    def of_plan(self, plan: Plan) -> float:
-        """Operations that a batch needs, without the padding of its guidance group."""
-        rows = int(plan.guided.sum()) + int((plan.cond_row >= 0).sum())
-        batch = len(plan.guided)
-        # the derivative's padding (equal_placement bernoulli only) is counted: a sixteenth of a batch on average
-        return rows * self.forward + batch * (self.primal + self.backward) + len(plan.tangent) * self.tangent
+    def of_passes(self, passes: dict[str, Pass]) -> float:
+        """Operations of a step's passes."""
+        return sum(self._of_pass(each) for each in passes.values())
+
+    def _of_pass(self, each: Pass) -> float:
+        a_row = self.primal if each.head == "uv" else self.forward
+        return each.rows * (a_row + self.backward * each.trained) + each.tangents * self.tangent
 
 
 def sample_flops(config: ModelConfig) -> SampleFlops:

@@ -1,7 +1,7 @@
 """Skips steps that would do harm: loss or gradient not finite, or far above their running means.
 
-The guard watches the raw losses, v_loss and the gradient's norm, means over all processes (the weighted loss is about 1
-whatever happens). It decides on the device, where the optimizer skips the step; the host looks now and then.
+The guard watches what the objective says, its raw losses, and the gradient's norm, means over all processes. It decides
+on the device, where the optimizer skips the step; the host looks now and then.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,6 @@ from ..config import GuardConfig
 DECAY = 0.99
 WARMUP_STEPS = 200
 """Good steps before anything counts as a spike: at its start a network's losses and gradients change by themselves."""
-LOSSES = {"raw": "raw loss", "v_loss": "v_loss", "raw_v": "raw loss of v"}
-"""What is watched of an objective's terms, in words; raw_v where there is a head for v."""
 
 
 class Findings(NamedTuple):
@@ -33,10 +31,12 @@ class Findings(NamedTuple):
     """Running means over the good steps, in the same order."""
     rollbacks: int
     """How often the run went back."""
+    words: tuple[str, ...]
+    """What the losses are called."""
 
     def reason(self) -> str:
         """Why the last step was skipped."""
-        names = (*list(LOSSES.values())[: len(self.values) - 1], "gradient norm")
+        names = (*self.words, "gradient norm")
         for name, value, mean in zip(names, self.values, self.means, strict=True):
             if value != value or value in (float("inf"), float("-inf")):
                 return f"{name} not finite"
@@ -48,12 +48,13 @@ class SpikeGuard:
     """Decides which steps to skip.
 
     Args:
-        config: what counts as a spike. device: of the step. v_head: whether a head for v is trained too.
+        config: what counts as a spike. device: of the step.
+        watched: names of the terms to watch (`Objective.watched`), in words.
     """
 
-    def __init__(self, config: GuardConfig, device: torch.device, v_head: bool = False):
+    def __init__(self, config: GuardConfig, device: torch.device, watched: dict[str, str]):
         self.config = config
-        self.losses = tuple(LOSSES) if v_head else tuple(LOSSES)[:-1]
+        self.losses, self._words = tuple(watched), tuple(watched.values())
         """Names of the terms to watch."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._state = {name: zero.clone() for name in ("good", "skipped", "in_a_row", "rollbacks")}
@@ -86,7 +87,7 @@ class SpikeGuard:
         """Counts and values so far; waits for the device."""
         s = {name: x.tolist() for name, x in self._state.items()}
         counts = {name: int(s[name]) for name in ("skipped", "in_a_row", "first", "rollbacks")}
-        return Findings(**counts, values=tuple(s["values"]), means=tuple(s["means"]))
+        return Findings(**counts, values=tuple(s["values"]), means=tuple(s["means"]), words=self._words)
 
     def went_back(self, found: Findings) -> None:
         """Restore the counts after the run has gone back to a checkpoint, which had restored older ones."""

@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..data.dataset import Batch
 from ..errors import UserError
-from ..method.guidance import GuidanceInputs
-from ..method.plan import Plan
-from ..method.terms import Terms
+from ..method.contract import Plan, Sizes, Terms
 
 MEMORY = (
     "memory: the step does not fit ({}), wanted a smaller one; lower --train.batch, take --train.precision bf16, or "
@@ -32,12 +30,11 @@ class StepInputs(NamedTuple):
     """Each sample's index in the global batch (B,) int64, which decides its draws."""
     step: Tensor
     """Index of the step () int64."""
-    r: Tensor
-    t: Tensor
-    drop: Tensor
+    drawn: Any
+    """What the objective has drawn beside data and noise, a NamedTuple with a row a sample."""
     plan: Plan
-    guidance: GuidanceInputs | None = None
-    """What a network is told of its guidance that is told any."""
+    needed: Sizes = ()
+    """The plan's sizes without padding, for counting; the step does not read them."""
 
     def to(self, device: torch.device) -> "StepInputs":
         """Copy to a device; the host does not wait for a GPU."""

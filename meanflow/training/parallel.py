@@ -13,11 +13,11 @@ is whole everywhere. The network reads a weight's bf16 copy, where it has one, w
 fp32 (in fp32 precision all; in bf16 some biases, embeddings and the like). Both collectives work in place.
 
     DDP                                         FSDP2
-    loss = MeanFlowLoss(config, net, guide)     ema = copy.deepcopy(net)
+    loss = ObjectiveLoss(objective, net, ema)   ema = copy.deepcopy(net)
     compile_loss(loss)                          compile_blocks(net), compile_blocks(ema)
     loss = replicate(loss)                      shard(net), shard(ema)
     optimizer = make_optimizer(.., net, ema)    optimizer = make_optimizer(.., net, ema)
-                                                loss = MeanFlowLoss(config, net, guide)
+                                                loss = ObjectiveLoss(objective, net, ema)
 
 Copy before sharding; make the optimizer after it, because sharding replaces the parameters. Each process plans its own
 batch. Under FSDP2 a forward pass is a collective operation: all processes must run the same passes, as plans do.

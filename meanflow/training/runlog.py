@@ -14,18 +14,13 @@ from tqdm import tqdm
 from ..data.images import captioned, save_png
 from ..errors import UserError, require
 from ..interop.formats import CLASSES
-from ..method.terms import Terms
+from ..method.contract import Objective
 from ..storage.record import environment, write_atomically
 from ..world import World
 from .messages import StepResult
 from .peaks import PEAKS
 
-SUMS = (
-    "steps", "samples", "unequal_samples", "loss", "raw", "raw_equal", "raw_unequal", "v_loss", "weight", "du_dt",
-    "grad_norm", "skipped",
-)  # fmt: skip
-V_SUMS = ("raw_v", "weight_v")
-"""Of the head for v, where there is one."""
+CONFIG = "config.json"
 
 
 class RunLog:
@@ -33,59 +28,19 @@ class RunLog:
 
     Args:
         out: run folder. world: the processes, whose first one writes.
-        wandb: project of Weights & Biases, or "". v_head: whether a head for v is trained too.
+        objective: says what of its terms is logged. wandb: project of Weights & Biases, or "".
     """
 
-    def __init__(self, out: Path, world: World, wandb: str = "", v_head: bool = False):
-        self._names = SUMS + V_SUMS if v_head else SUMS
+    def __init__(self, out: Path, world: World, objective: Objective, wandb: str = ""):
+        self.objective, self._names = objective, objective.sum_names
         self.out, self.world, self._project = out, world, wandb
         if wandb:
             _check_wandb(wandb)
-        self.config_path = out / "config.json"
         # on the device, for the sum over the processes
         self.restore_sums(torch.zeros(len(self._names), dtype=torch.float64, device=world.device))
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
-
-    # --- the folder ---
-
-    def held(self) -> dict | None:
-        """Read the configuration of the run that the folder holds, if any; writes nothing.
-
-        Raises:
-            UserError: if the folder holds something else, or cannot be read.
-        """
-        values = None
-
-        def look():
-            nonlocal values
-            try:
-                values = json.loads(self.config_path.read_text()) if self.config_path.exists() else None
-                foreign = None if values else foreign_entry(self.out)
-            except (OSError, json.JSONDecodeError) as error:
-                raise UserError(
-                    f"out: got {self.out}, which cannot be used ({error}), wanted a writable run folder; "
-                    "name another by --out"
-                ) from None
-            if values is not None and not (isinstance(values, dict) and {"model", "train"} <= values.keys()):
-                foreign = self.config_path.name
-            wanted = f"an empty folder or a run's: this one holds {foreign}"
-            require(foreign is None, "out", str(self.out), wanted, "name another by --out")
-
-        self.world.agree(look, main_only=True)
-        return self.world.broadcast(values)
-
-    def check(self, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
-        """Raise unless a configuration continues the one that the folder holds."""
-        for section, options in config.items():
-            for name, value in options.items():
-                if f"{section}.{name}" in continuable:
-                    continue
-                before = held.get(section, {}).get(name)
-                wanted = f"{before!r}, as in the run that {self.out} holds"
-                hint = "name another folder by --out to start a new run"
-                require(before == value, f"{section}.{name}", value, wanted, hint)
 
     def start(self, config: dict, step: int, classes: list[str] | None = None) -> None:
         """Record the configuration and the classes' names, and drop lines after the step from which the run goes on."""
@@ -94,7 +49,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # two seconds to import
 
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
+        write_atomically(self.out / CONFIG, json.dumps(config, indent=2) + "\n")
         if classes:
             names = json.dumps(dict(enumerate(classes)), indent=1, ensure_ascii=False)
             write_atomically(self.out / CLASSES, names + "\n")
@@ -161,15 +116,16 @@ class RunLog:
             "grad_norm": done.grad_norm.detach() * main,
         }
         for terms in done.terms:
-            for name, value in _sums(terms).items():
-                values[name] = values[name] + value * (share if name == "loss" else 1)
+            for name, value in self.objective.sums(terms).items():
+                values[name] = values[name] + value
+            values["loss"] = values["loss"] + terms.loss.double() * share
         row = torch.stack([values[name].double() for name in self._names])
         # a skipped step's figures may be NaN: leave them out of the means
         row = torch.where(done.skipped > 0, 0.0, row)
         row[self._names.index("skipped")] = done.skipped * main
         self._sums = self._sums + row
         self._flops += flops
-        self._images += sum(len(terms.raw) for terms in done.terms)
+        self._images += self.objective.batch * len(done.terms)
 
     def gathered_sums(self) -> Tensor:
         """Sum the unfinished interval over all processes, for the checkpoint; the first process then keeps it."""
@@ -192,23 +148,15 @@ class RunLog:
         now = time.perf_counter()
         seconds = now - self._clock
 
-        def mean(name: str, count: str = "samples") -> float | None:
-            return s[name] / s[count] if s[count] else None
+        def of_steps(name: str) -> float | None:
+            return s[name] / s["steps"] if s["steps"] else None
 
-        s["equal_samples"] = s["samples"] - s["unequal_samples"]
-        du_dt = mean("du_dt", "unequal_samples")
         row = {
             "step": step,
             "epoch": epoch,
-            "loss": mean("loss", "steps"),
-            "raw": mean("raw"),
-            "raw_equal": mean("raw_equal", "equal_samples"),
-            "raw_unequal": mean("raw_unequal", "unequal_samples"),
-            "v_loss": mean("v_loss"),
-            "weight": mean("weight"),
-            **{name: mean(name) for name in self._names if name in V_SUMS},
-            "du_dt_rms": None if du_dt is None else du_dt**0.5,
-            "grad_norm": mean("grad_norm", "steps"),
+            "loss": of_steps("loss"),
+            **self.objective.columns(s),
+            "grad_norm": of_steps("grad_norm"),
             "lr": lr,
             "skipped": int(s["skipped"]),
             **more,
@@ -308,6 +256,45 @@ def _check_wandb(project: str) -> None:
         ) from None
 
 
+def held_config(out: Path, world: World) -> dict | None:
+    """Read the configuration of the run that the folder holds, if any; writes nothing.
+
+    Raises:
+        UserError: if the folder holds something else, or cannot be read.
+    """
+    values = None
+
+    def look():
+        nonlocal values
+        path = out / CONFIG
+        try:
+            values = json.loads(path.read_text()) if path.exists() else None
+            foreign = None if values else foreign_entry(out)
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"out: got {out}, which cannot be used ({error}), wanted a writable run folder; name another by --out"
+            ) from None
+        if values is not None and not (isinstance(values, dict) and {"model", "train"} <= values.keys()):
+            foreign = CONFIG
+        wanted = f"an empty folder or a run's: this one holds {foreign}"
+        require(foreign is None, "out", str(out), wanted, "name another by --out")
+
+    world.agree(look, main_only=True)
+    return world.broadcast(values)
+
+
+def check_continues(out: Path, held: dict, config: dict, continuable: tuple[str, ...]) -> None:
+    """Raise unless a configuration continues the one that the folder holds."""
+    for section, options in config.items():
+        for name, value in options.items():
+            if f"{section}.{name}" in continuable:
+                continue
+            before = held.get(section, {}).get(name)
+            wanted = f"{before!r}, as in the run that {out} holds"
+            hint = "name another folder by --out to start a new run"
+            require(before == value, f"{section}.{name}", value, wanted, hint)
+
+
 def foreign_entry(folder: Path) -> str | None:
     """Find the first entry that is not of a run's start; hidden files and empty folders do not count."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
@@ -315,24 +302,6 @@ def foreign_entry(folder: Path) -> str | None:
         if not hidden and not (path.is_dir() and not any(path.iterdir())):
             return path.name
     return None
-
-
-def _sums(terms: Terms) -> dict[str, Tensor]:
-    """The addends of a micro-batch."""
-    raw, equal, unequal = terms.raw, terms.equal, ~terms.equal
-    du_dt = terms.du_dt.square().flatten(1).mean(1)  # only of the samples with a derivative
-    of_v = {name: x.sum().double() for name in V_SUMS if (x := getattr(terms, name)) is not None}
-    return of_v | {
-        "samples": torch.full((), float(len(raw)), device=raw.device),
-        "unequal_samples": unequal.sum(),
-        "loss": terms.loss.double(),
-        "raw": raw.sum().double(),
-        "raw_equal": torch.where(equal, raw, 0).sum().double(),
-        "raw_unequal": torch.where(unequal, raw, 0).sum().double(),
-        "v_loss": terms.v_loss.sum().double(),
-        "weight": terms.weight.sum().double(),
-        "du_dt": torch.where(unequal[len(raw) - len(du_dt) :], du_dt, 0).sum().double(),
-    }
 
 
 def _memory_gb(device: torch.device) -> float | None:

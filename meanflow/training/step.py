@@ -14,8 +14,7 @@ from torch.utils import _pytree as pytree
 from ..command import heartbeat
 from ..config import RunConfig
 from ..graph import Graph, on_capture_stream
-from ..method.plan import Plan, Planner
-from ..method.terms import Terms
+from ..method.contract import Objective, Plan, Sizes, Terms
 from ..model.copies import product_copies, products_kept
 from .draw import draw_batch
 from .guard import SpikeGuard
@@ -46,9 +45,10 @@ class Step:
 
     Args:
         config: of the run; train.compile and train.cuda_graph decide the mode.
-        loss: the objective, compiled (`compile_loss`) if train.compile says so, and then wrapped for several processes.
+        loss: the objective of its networks, compiled (`compile_loss`) if train.compile says so, and then wrapped for
+            several processes.
         optimizer: its step() updates the moving average too.
-        planner: makes the plans, and declares their sizes.
+        objective: declares the sizes of its plans.
         guard: decides which steps to skip; None: none.
     """
 
@@ -57,10 +57,10 @@ class Step:
         config: RunConfig,
         loss: nn.Module,
         optimizer: torch.optim.Optimizer,
-        planner: Planner,
+        objective: Objective,
         guard: SpikeGuard | None = None,
     ):
-        self.config, self.loss, self.optimizer, self.planner = config, loss, optimizer, planner
+        self.config, self.loss, self.optimizer, self.objective = config, loss, optimizer, objective
         self.guard = guard
         self.params = [p for p in loss.parameters() if p.requires_grad]
         self._products = product_copies(loss)
@@ -68,7 +68,7 @@ class Step:
         self._warm = not (config.train.compile or config.train.cuda_graph)
         self.compile_seconds = 0.0
         """Time spent on compiling and capturing so far."""
-        self._graphs: dict[tuple, _Graphs] = {}
+        self._graphs: dict[Sizes, _Graphs] = {}
         """Graphs by the plan's sizes."""
         self._pulse, self._behind = torch.zeros((), device=self.params[0].device), None
         if config.train.compile:
@@ -90,15 +90,15 @@ class Step:
 
     def _gradient(self, inputs: StepInputs) -> Terms:
         """Add a micro-batch's share of the gradient."""
-        batch, samples, step, r, t, drop, plan, guidance = inputs
+        batch, samples, step, drawn, plan, _ = inputs
         with record_function("draw"):
             x, e = self._draw(batch, samples, step)
         if self.config.train.compile:
-            declare_sizes(plan)
+            declare_sizes(self.objective, plan)
         count = self.config.train.accumulate
         with products_kept(self._products):
             with record_function("loss"):
-                terms = self.loss(x, e, r, t, batch.labels, drop, plan, guidance)
+                terms = self.loss(x, e, batch.labels, drawn, plan)
             with record_function("backward"):
                 (terms.loss if count == 1 else terms.loss * (1 / count)).backward()
         return terms._replace(loss=terms.loss.detach())
@@ -157,12 +157,7 @@ class Step:
         self._warm = True
 
     def _declared_plans(self) -> list[Plan]:
-        return [
-            self.planner.example(guidance, tangent)
-            # largest first: memory that fits it fits the others
-            for tangent in reversed(self.planner.tangent_sizes)
-            for guidance in reversed(self.planner.guidance_sizes)
-        ]
+        return [self.objective.example(sizes) for sizes in self.objective.declared]
 
     @contextmanager
     def _timed(self, what: str):
@@ -189,10 +184,10 @@ class Step:
             torch._foreach_zero_([p.grad for p in self.params])
         terms = []
         for inputs in earlier:
-            found = self._graphs[_shapes(inputs)].part(inputs)
+            found = self._graphs[inputs.plan.sizes].part(inputs)
             # the next graph overwrites what this one returns
             terms.append(pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, found))
-        graphs = self._graphs[_shapes(last)]
+        graphs = self._graphs[last.plan.sizes]
         done = graphs.last((last, [self._watched(each) for each in terms]))
         if graphs.lent:
             self._leave(graphs.lent)
@@ -224,9 +219,9 @@ class Step:
                     self.loss.zero_grad()
                 part = Graph(self._part, example, pool) if accumulates else None
                 last = Graph(self._last, (example, watched), pool)
-                self._graphs[_shapes(example)] = _Graphs(part, last, [last.lend(p.grad) for p in self.params if lends])
+                self._graphs[plan.sizes] = _Graphs(part, last, [last.lend(p.grad) for p in self.params if lends])
             if lends:
-                lent = self._graphs[_shapes(inputs)].lent
+                lent = self._graphs[inputs.plan.sizes].lent
                 self._leave(lent)
                 torch._foreach_copy_(lent, gradients)
 
@@ -249,14 +244,7 @@ class _Graphs(NamedTuple):
     """The gradients that the last one leaves; empty where they are elsewhere."""
 
 
-def _shapes(inputs: StepInputs) -> tuple:
-    return len(inputs.plan.rows), inputs.plan.tangent_start
-
-
-def declare_sizes(plan: Plan) -> None:
-    """Mark the plan's sizes as dynamic: one compiled graph serves all sizes of a group except 0 and the whole batch."""
-    groups = [plan.rows, plan.null] if len(plan.rows) else []
-    if plan.order is not None and 0 < plan.tangent_start < len(plan.guided):
-        groups.append(plan.tangent)
-    for group in groups:
+def declare_sizes(objective: Objective, plan: Plan) -> None:
+    """Mark as dynamic the sizes that one compiled graph serves."""
+    for group in objective.dynamic(plan):
         torch._dynamo.mark_dynamic(group, 0)

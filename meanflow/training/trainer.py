@@ -23,10 +23,9 @@ from ..draws import Draws, Purpose
 from ..errors import TrainingStopped, UserError
 from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
-from ..method.guidance import draw_guidance, sampling_guidance
-from ..method.microbatch import BatchSplit
-from ..method.plan import Drawn, Planner
+from ..method.guidance import sampling_guidance
 from ..method.sampling import sample
+from ..objectives.build import make_objective
 from ..owner import owned
 from ..storage import checkpoint as ckpt
 from ..world import World
@@ -38,7 +37,7 @@ from .messages import StepInputs
 from .optim import empty_state_tensors, learning_rate, load_state_tensors, set_learning_rate, state_tensors
 from .parallel import full_tensor, runnable
 from .prefetch import Prefetcher
-from .runlog import RunLog
+from .runlog import RunLog, check_continues, held_config
 from .step import Step
 
 GRID_CLASSES, GRID_ROWS = 10, 8
@@ -76,14 +75,14 @@ class Trainer:
         self.guidance = sampling_guidance(
             config.model, config.objective, config.evaluation.guidance, "evaluation.guidance"
         )
-        v_head = config.objective.direction == "v_head"
-        self.log = RunLog(out, self.world, config.train.wandb, v_head)
-        held = self.log.held()
+        held = held_config(out, self.world)
         config = self.config = capture_if_possible(_with_groups(config, held, self.world), self.world)
         if held is not None:
             # options that are newer than the run have their defaults
-            self.log.check(to_dict(from_dict(held)), to_dict(config), CONTINUABLE)
+            check_continues(out, to_dict(from_dict(held)), to_dict(config), CONTINUABLE)
         train = config.train
+        self.objective = make_objective(config, self.world.size)
+        self.log = RunLog(out, self.world, self.objective, train.wandb)
 
         # precision and determinism, before anything is computed
         torch.set_float32_matmul_precision(train.matmul)
@@ -91,23 +90,20 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(train.deterministic)
 
-        # data, its order, and its split over processes and micro-batches
+        # data, its order, and what of it is this process's
         self.dataset: Dataset = open_dataset(config.data, config.model)
         self.order = Order(len(self.dataset), train.batch, train.seed, config.data.drop_last)
-        self.split = BatchSplit(train.batch, train.groups, self.world.size * train.accumulate)
+        self.split = self.objective.split
         self.micro_batches = range(self.world.rank, self.split.micro_batches, self.world.size)
-        # the prefixes of all processes, for they warm up together
-        prefixes = {self.split.prefix(config.objective, i) for i in range(self.split.micro_batches)}
-        self.planner = Planner(config.objective, self.split.micro_batch_size, prefixes)
         if self.device.type == "cpu":
-            fit_threads(config.model, self.split.micro_batch_size)
+            fit_threads(config.model, self.objective.batch)
 
         # networks, optimizer and step; a run that has a checkpoint does not begin with train.init
         begins = train.init and not ckpt.checkpoints(out / ckpt.FOLDER)
         weights = load_checkpoint(Path(train.init))[0] if begins else None
-        self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, weights)
-        self.guard = SpikeGuard(config.guard, self.device, v_head)
-        self.make_step = Step(config, loss, self.optimizer, self.planner, self.guard)
+        self.net, self.ema, loss, self.optimizer = build_engine(config, self.world, self.objective, weights)
+        self.guard = SpikeGuard(config.guard, self.device, self.objective.watched)
+        self.make_step = Step(config, loss, self.optimizer, self.objective, self.guard)
         # for the MFU, which a CPU has none of
         self.flops = sample_flops(config.model) if self.device.type == "cuda" else None
         self.judge = None
@@ -123,34 +119,25 @@ class Trainer:
 
     def inputs(self, position: int) -> tuple[StepInputs, ...]:
         """Data, draws and plan of each of this process's micro-batches, on the host: a plan decides a step's shapes."""
-        config, seed, inputs = self.config, self.config.train.seed, []
+        config, seed, objective, inputs = self.config, self.config.train.seed, self.objective, []
         for micro_batch in self.micro_batches:
             samples = self.split.samples(micro_batch)
             flip = draw_flips(Draws(seed, position, samples)) if config.data.flip else None
             batch = self.dataset.read(self.order.indices(position)[samples.numpy()], flip)
-            drawn = self._drawn(position, micro_batch)
+            drawn, others = objective.drawn(seed, position, micro_batch), ()
             if config.train.cuda_graph and self.world.size > 1:
                 # one captured step runs in all processes: it has the largest size that any of them needs at this turn
                 first = micro_batch - self.world.rank
-                others = (self._drawn(position, first + rank) for rank in range(self.world.size))
-                plan = self.planner.plan_together(drawn, others)
-            else:
-                plan = self.planner.plan(*drawn)
-            r, t, drop, guidance = drawn
-            inputs.append(StepInputs(batch, samples, torch.tensor(position), r, t, drop, plan, guidance))
+                others = (objective.drawn(seed, position, first + rank) for rank in range(self.world.size))
+            plan, needed = objective.plan(drawn, *others), objective.sizes(drawn, exact=True)
+            inputs.append(StepInputs(batch, samples, torch.tensor(position), drawn, plan, needed))
         return tuple(inputs)
-
-    def _drawn(self, position: int, micro_batch: int) -> Drawn:
-        """What is drawn for a micro-batch, of this process or another."""
-        objective, seed = self.config.objective, self.config.train.seed
-        r, t, drop = self.split.draw(objective, seed, position, micro_batch)
-        draws = Draws(seed, position, self.split.samples(micro_batch))
-        return Drawn(r, t, drop, draw_guidance(objective, draws, r == t))
 
     def train_step(self, micro_batches: tuple[StepInputs, ...]) -> None:
         """Make one optimizer step, unless the guard skips it."""
         set_learning_rate(self.optimizer, self.rate(self.step))
-        flops = sum(self.flops.of_plan(inputs.plan) for inputs in micro_batches) if self.flops else 0.0
+        passes = (self.objective.passes(inputs.needed) for inputs in micro_batches)
+        flops = sum(map(self.flops.of_passes, passes)) if self.flops else 0.0
         self.log.add(self.make_step(*(inputs.to(self.device) for inputs in micro_batches)), flops)
         self.step += 1
         self.position += 1
@@ -203,8 +190,9 @@ class Trainer:
     def _write_log(self, bar: tqdm, waited: float) -> None:
         epoch, rate = self.order.epoch(self.position), self.rate(self.step - 1)
         row = self.log.write(self.step, epoch, rate, waited, ema_distance=self.ema_distance())
-        if row["raw"] is not None:
-            bar.set_postfix_str(f"raw {row['raw']:.4g}")
+        figure = next(iter(self.objective.watched))
+        if row[figure] is not None:
+            bar.set_postfix_str(f"{figure} {row[figure]:.4g}")
         if row["skipped"]:
             found = self.guard.findings()
             self.log.event(self.step, f"{row['skipped']} step(s) left out, {found.reason()}", total=found.skipped)

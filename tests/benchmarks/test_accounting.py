@@ -9,24 +9,24 @@ import torch
 from torch import nn
 
 from benchmarks import accounting
-from benchmarks.counting import accounts
 from benchmarks.counting.accounts import (
-    ExactPlanner,
+    BACKWARD,
+    TANGENT,
+    TRAINED,
     Flops,
     MetaStep,
+    Proportional,
     account,
     count,
-    plan_sizes,
     saved_bytes,
 )
 from benchmarks.counting.floor import find_rates, floor, least_bytes, measured_step
 from meanflow.config import ModelConfig, RunConfig
-from meanflow.draws import Draws, Purpose
+from meanflow.draws import Draws
 from meanflow.errors import UserError
-from meanflow.method.guidance import draw_guidance
-from meanflow.method.objective import func_jvp, meanflow_terms
-from meanflow.method.plan import Planner, whole_batch
-from meanflow.method.times import draw_times, drop_mask
+from meanflow.method.passes import func_jvp
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.objectives.meanflow_plan import Drawn, whole_batch
 from meanflow.presets import preset
 from meanflow.training.flops import sample_flops
 from meanflow.training.peaks import PEAKS
@@ -105,23 +105,24 @@ def test_forward_is_the_papers(model, gmacs):
 
 def test_passes_are_proportional_to_their_rows():
     step = MetaStep(tiny(equal_placement="bernoulli"))
-    guidance_sizes, tangent_sizes = step.planner.guidance_sizes, step.planner.tangent_sizes
-    assert len(guidance_sizes) > 5 and len(tangent_sizes) >= 5
-    bare = {n: step.forward(0, n) for n in tangent_sizes}
-    a_row = step.passes(guidance_sizes[1], tangent_sizes[1], bare)
-    for guidance, tangent in zip(guidance_sizes[1:], (*tangent_sizes[1:], *tangent_sizes), strict=False):
-        passes = step.passes(guidance, tangent, bare)
-        assert passes["guidance"] == a_row["guidance"] * (guidance / guidance_sizes[1])
-        assert passes["tangent"] == a_row["tangent"] * (tangent / tangent_sizes[1])
-        assert (passes["primal"], passes["backward"]) == (a_row["primal"], a_row["backward"])
-    assert step.passes(0, 0, bare)["guidance"] == step.passes(0, 0, bare)["tangent"] == Flops()
+    declared, proportional = step.objective.declared, Proportional(step)
+    assert len(declared) > 5 * 5
+    for tangents, rows in declared[::3]:
+        counted, found = step.parts((tangents, rows)), proportional.parts((tangents, rows))
+        assert counted.keys() == found.keys() == {"guidance", TRAINED, TANGENT, BACKWARD}
+        for part, flops in found.items():
+            assert (flops.linear, flops.attention) == pytest.approx((counted[part].linear, counted[part].attention))
+        # and what is counted pass by pass is the step
+        whole = count(lambda sizes=(tangents, rows): step.loss(step.objective.example(sizes)).backward())
+        assert sum(counted.values(), Flops()) == whole
+    assert proportional.parts((0, 0))["guidance"] == proportional.parts((0, 0))[TANGENT] == Flops()
 
 
-def drawn(config: RunConfig, step: int, rank: int = 0):
-    """Times and dropped labels of a rank's batch."""
+def drawn(config: RunConfig, step: int, rank: int = 0) -> Drawn:
+    """What is drawn for a rank's batch."""
     batch = config.train.batch
     draws = Draws(config.train.seed, step, torch.arange(batch) + rank * batch)
-    return *draw_times(config.objective, draws), drop_mask(config.objective, draws.uniform(Purpose.LABEL_DROP))
+    return MeanFlow(config.objective, batch).draw(draws)
 
 
 @pytest.mark.parametrize("placement", ["first", "bernoulli"])
@@ -129,18 +130,17 @@ def test_means_are_those_of_the_drawn_steps(placement):
     config = tiny(equal_placement=placement, guidance_end=0.5, label_drop=0.3)
     ranks, batches = 3, 4
     accounts = account(config, ranks=ranks, batches=batches)
-    step, planner = MetaStep(config), Planner(config.objective, config.train.batch)
-    exact = ExactPlanner(config.objective, config.train.batch)
+    step = MetaStep(config)
 
-    def forwards(planner, index, rank):
-        plan = planner.plan(*drawn(config, index, rank))
+    def forwards(index, rank, exact=False):
+        plan = step.objective.plan(drawn(config, index, rank), exact=exact)
         return count(lambda: step.loss(plan).backward()).total / accounts["forward_flops"]
 
-    padded = [[forwards(planner, index, rank) for rank in range(ranks)] for index in range(batches)]
+    padded = [[forwards(index, rank) for rank in range(ranks)] for index in range(batches)]
     assert len({n for of_ranks in padded for n in of_ranks}) > 2
     assert accounts["step_in_forwards"] == pytest.approx(sum(p[0] for p in padded) / batches, rel=1e-12)
     assert accounts["step_in_forwards_slowest_rank"] == pytest.approx(sum(map(max, padded)) / batches, rel=1e-12)
-    unpadded = sum(forwards(exact, index, 0) for index in range(batches)) / batches
+    unpadded = sum(forwards(index, 0, exact=True) for index in range(batches)) / batches
     assert accounts["step_in_forwards_unpadded"] == pytest.approx(unpadded, rel=1e-12)
     assert unpadded < accounts["step_in_forwards"] < accounts["step_in_forwards_slowest_rank"]
     assert sum(size["batches"] for size in accounts["sizes"]) == batches
@@ -149,25 +149,24 @@ def test_means_are_those_of_the_drawn_steps(placement):
 @pytest.mark.parametrize("placement", ["first", "bernoulli"])
 def test_exact_sizes_have_no_padding(placement):
     config = tiny(equal_placement=placement, guidance_end=0.5, label_drop=0.3)
-    planner = ExactPlanner(config.objective, config.train.batch)
+    objective = MeanFlow(config.objective, config.train.batch)
     for index in range(20):
-        r, t, drop = drawn(config, index)
+        r, t, drop, _ = of_batch = drawn(config, index)
         guided = (t <= 0.5) & ~drop
         needed = int(guided.sum() + (guided & (r != t)).sum())
-        assert plan_sizes(config, planner, index, 0) == (needed, int((r != t).sum()))
+        assert objective.sizes(of_batch, exact=True) == (int((r != t).sum()), needed)
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-imf"])
 def test_a_runs_recorded_flops_are_those_of_its_step(name):
     config = tiny() if name == "digits" else preset(name)
     config = replace(config, train=replace(config.train, batch=8))
-    planner, step = ExactPlanner(config.objective, 8), MetaStep(config)
+    step = MetaStep(config)
     for index in range(3):
-        r, t, drop = drawn(config, index)
-        guidance = draw_guidance(config.objective, Draws(config.train.seed, index, torch.arange(8)), r == t)
-        plan = planner.plan(r, t, drop, guidance)
+        plan = step.objective.plan(drawn(config, index), exact=True)
         counted = count(lambda plan=plan: step.loss(plan).backward()).total
-        assert sample_flops(config.model).of_plan(plan) == pytest.approx(counted, rel=1e-12)
+        found = sample_flops(config.model).of_passes(step.objective.passes(plan.sizes))
+        assert found == pytest.approx(counted, rel=1e-12)
 
 
 def test_saved_bytes_of_a_known_graph():
@@ -185,8 +184,7 @@ def test_saved_bytes_of_a_known_graph():
 
 def test_a_target_that_is_not_stopped_is_seen():
     step = MetaStep(tiny())
-    r, t, drop = drawn(step.config, 0)
-    plan = whole_batch(step.config.objective, r, t, drop).to(accounts.META)
+    plan = whole_batch(step.config.objective, *drawn(step.config, 0))
 
     def not_stopped():
         def jvp(net, primals, tangents, others, start):
@@ -194,8 +192,7 @@ def test_a_target_that_is_not_stopped_is_seen():
                 u, du_dt = func_jvp(net, primals, tangents, others, start)
             return u + du_dt.sum(), du_dt
 
-        inputs = (step.x, step.e, step.r, step.t, step.y, step.drop)
-        return meanflow_terms(step.config.objective, step.net, *inputs, plan, jvp=jvp).loss
+        return step.loss(plan, jvp=jvp)
 
     assert saved_bytes(not_stopped, step.net) > 1.8 * account(step.config, batches=1)["saved_bytes"]
 
@@ -252,7 +249,7 @@ def test_floor_is_products_and_bytes(tmp_path):
 def test_bytes_of_the_floor_by_hand():
     config = tiny(omega=1.0, kappa=0.0, label_drop=0.0, share_equal=1.0)
     model, rows = config.model, 8 * config.model.tokens
-    moved = least_bytes(config, {"sizes": [{"guidance": 0, "tangent": 0, "batches": 3}]})
+    moved = least_bytes(config, {"sizes": [{"sizes": (0, 0), "batches": 3}]})
     net = MetaStep(config).net
     numbers = [p.numel() for p in net.parameters()]
     assert moved["gradient's norm"] == 4 * sum(numbers) and moved["optimizer"] == 36 * sum(numbers)

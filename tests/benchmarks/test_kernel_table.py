@@ -27,8 +27,8 @@ from benchmarks.counting.step_kernels import (
 from benchmarks.harness.clock import Ceilings
 from benchmarks.pages import kernel_table
 from benchmarks.workloads import step_workload
-from meanflow.method.plan import Planner
 from meanflow.model.build import build_net
+from meanflow.objectives.build import make_objective
 from meanflow_kernels.adamw_ema import adamw_ema_bytes
 from meanflow_kernels.adamw_ema.native import MISSING
 
@@ -139,8 +139,8 @@ def test_calls_and_bytes_of_operators():
 
 def test_calls_of_a_step():
     work = step_workload.make_workload(options())
-    planner = Planner(work.run.objective, 4)
-    plans = [planner.example(2, 2), planner.example(0, 4), planner.example(0, 4)]
+    example = make_objective(work.run).example
+    plans = [example((2, 2)), example((4, 0)), example((4, 0))]
     counted = step_kernels.count_calls(work.run, plans)
     model = work.run.model
     shape = (model.depth, model.depth / 3)

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.workloads.naive import NaiveDiT, naive_terms
 from meanflow.config import ModelConfig, ObjectiveConfig
-from meanflow.method.objective import meanflow_terms
 from meanflow.model.build import build_net
+from meanflow.objectives.meanflow import meanflow_terms
 
 TINY = ModelConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=4, in_channels=2, num_classes=3)
 BATCH = 6

@@ -11,8 +11,8 @@ from benchmarks.workloads.naive import naive_terms
 from benchmarks.workloads.naive_imf import NaiveImfDiT, naive_imf_terms
 from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.method.guidance import GuidanceInputs
-from meanflow.method.objective import meanflow_terms
 from meanflow.model.build import build_net
+from meanflow.objectives.meanflow import meanflow_terms
 from meanflow.presets import IMPROVED
 
 TINY = ModelConfig(

@@ -43,7 +43,7 @@ assert all(tensor.isfinite().all() for result in results for tensor in result)
 
 STEP = """
 import torch
-from meanflow.method.objective import meanflow_terms
+from meanflow.objectives.meanflow import meanflow_terms
 from meanflow.training.optim import make_optimizer
 from meanflow.presets import preset
 from meanflow.model.build import build_net

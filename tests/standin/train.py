@@ -30,12 +30,11 @@ def main(words: list[str]) -> None:
     objective = replace(run.objective, omega=0.2, kappa=0.92, equal_placement="bernoulli", label_drop=0.2)
     with World("cuda") as world, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(replace(run, objective=objective), Path(folder), world)
-        planner, step = trainer.planner, 0
-        for tangent in planner.tangent_sizes:
-            for guidance in planner.guidance_sizes:
-                plan = planner.example(guidance, tangent)
-                trainer.train_step(tuple(inputs._replace(plan=plan) for inputs in trainer.inputs(step)))
-                step += 1
+        step = 0
+        for sizes in reversed(trainer.objective.declared):
+            plan = trainer.objective.example(sizes)
+            trainer.train_step(tuple(inputs._replace(plan=plan) for inputs in trainer.inputs(step)))
+            step += 1
         trainer.make_step.drop_graphs()
         print(f"process {world.rank + 1} of {world.size}: {step} steps, a size each", flush=True)
 

@@ -16,12 +16,11 @@ from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.guidance import arrange_guidance, draw_guidance
-from meanflow.method.objective import meanflow_terms
-from meanflow.method.plan import Planner, whole_batch
-from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.build import build_net
 from meanflow.model.dit import DiT
 from meanflow.model.imf import ImfDiT
+from meanflow.objectives.meanflow import MeanFlow, meanflow_terms
+from meanflow.objectives.meanflow_plan import Drawn, Plan, whole_batch
 from meanflow.sizes import IMF_SIZES
 from meanflow_kernels.routing import Route, force_route
 
@@ -98,7 +97,7 @@ def test_planned_step_is_the_whole_batch(objective, equal, drop, placement):
     if objective.guidance_weights == "ema":
         guide = network()
         nn.init.normal_(guide.v_final_layer.linear.weight, std=0.3)
-    plan = Planner(objective, BATCH).plan(*inputs[2:4], drop, guidance)
+    plan = MeanFlow(objective, BATCH).plan(Drawn(*inputs[2:4], drop, guidance))
     planned = meanflow_terms(objective, net, *inputs, plan, guidance, guide=guide)
     whole = meanflow_terms(objective, net, *inputs, inputs=guidance, guide=guide)
     order = torch.arange(BATCH) if plan.order is None else plan.order
@@ -118,7 +117,7 @@ def test_planned_step_is_the_whole_batch(objective, equal, drop, placement):
 def test_a_dit_takes_the_boundary_form():
     objective = replace(OBJECTIVES["boundary, fixed guidance"])
     net, (*inputs, _) = network(DiT), batch(objective, FIRST, torch.arange(BATCH) < 2)
-    plan = Planner(objective, BATCH).plan(*inputs[2:4], inputs[-1])
+    plan = MeanFlow(objective, BATCH).plan(Drawn(*inputs[2:4], inputs[-1]))
     planned, whole = (meanflow_terms(objective, net, *inputs, p) for p in (plan, None))
     x, e, _, t, y, _ = inputs
     t_ = t[:, None, None, None]
@@ -135,8 +134,8 @@ def test_compiled(name):
     """
     objective = OBJECTIVES.get(name, OFFICIAL)
     net, (*inputs, guidance) = network(), batch(objective, FIRST, torch.arange(BATCH) < 2)
-    planner = Planner(objective, BATCH)
-    plans = [planner.plan(*inputs[2:4], inputs[-1], guidance), planner.example(planner.guidance_sizes[-1]), None]
+    planner = MeanFlow(objective, BATCH)
+    plans = [planner.plan(Drawn(*inputs[2:4], inputs[-1], guidance)), planner.example(planner.declared[0]), None]
     plans = plans if name == "all" else plans[:1]
 
     def step(plan):
@@ -179,7 +178,7 @@ def passes(objective, drop):
     # every other sample lies inside its interval
     start = torch.where(torch.arange(32) % 2 == 1, 0.0, 1.5).double()
     guidance = guidance._replace(start=start, end=torch.ones_like(start))
-    plan = Planner(objective, 32).plan(*inputs[2:4], drop, guidance)
+    plan = MeanFlow(objective, 32).plan(Drawn(*inputs[2:4], drop, guidance))
     meanflow_terms(objective, net, *inputs, plan, guidance)
     return net.passes
 
@@ -200,11 +199,10 @@ def test_passes_that_a_step_needs():
 def test_plans_have_declared_sizes(size, seed, name, first, share):
     placement = "first" if first else "bernoulli"
     objective = replace(OBJECTIVES[name], equal_placement=placement, share_equal=share, label_drop=0.2)
-    planner, draws = Planner(objective, size), Draws(seed, 0, torch.arange(size))
-    r, t = draw_times(objective, draws)
-    drop, guidance = drop_mask(objective, draws.uniform(Purpose.LABEL_DROP)), draw_guidance(objective, draws, r == t)
-    plan = planner.plan(r, t, drop, guidance)
-    assert len(plan.rows) in planner.guidance_sizes and size - plan.tangent_start in planner.tangent_sizes
+    planner = MeanFlow(objective, size)
+    r, t, drop, guidance = drawn = planner.draw(Draws(seed, 0, torch.arange(size)))
+    plan = planner.plan(drawn)
+    assert plan.sizes in planner.declared and size - plan.tangent_start == plan.sizes[0]
     order, sample, rows = torch.arange(size) if plan.order is None else plan.order, torch.arange(size), plan.rows
     assert (r == t)[order][: plan.tangent_start].all()
     guided = whole_batch(objective, r, t, drop, guidance).guided[order]
@@ -217,7 +215,7 @@ def test_plans_have_declared_sizes(size, seed, name, first, share):
         assert torch.equal(rows[plan.cond_row][own], sample[own]) and not plan.null[plan.cond_row][own].any()
     if objective.mixes_conditional:
         assert ((r == t)[order] & ~drop[order])[guided & ~own].all()
-    example = planner.example(len(rows), size - plan.tangent_start)
+    example = planner.example(plan.sizes)
     assert [len(x) for x in example if x is not None] == [len(x) for x in plan if x is not None]
 
 
@@ -239,7 +237,8 @@ def count(run) -> int:
 def flops(rows: int, model: ModelConfig) -> tuple[int, int]:
     """Of a step of 32 samples with so many rows of guidance, and of F: the blocks from the input to u, of the same."""
     # on meta no size may depend on a value: a plan of the right sizes
-    plan = Planner(OFFICIAL, 32).example(rows).to(torch.device("meta"))
+    plan = MeanFlow(OFFICIAL, 32).example((16, rows))
+    plan = Plan(*(x if x is None else x.to("meta") for x in plan))
     with torch.device("meta"):
         net = build_net(model)
         z, t, y = torch.empty(32, 4, 32, 32), torch.empty(32), torch.empty(32, dtype=torch.long)
@@ -263,12 +262,9 @@ def test_flops_of_a_step(size, counted):
     """In forwards of the batch: the mean over drawn plans of 32 and 128 samples."""
     (none, forward), (all_rows, _) = (counted(rows, ModelConfig.official(f"imf-{size}/2")) for rows in (32, 64))
     for samples, bar in zip((32, 128), BARS[size], strict=True):
-        planner, rows, steps = Planner(OFFICIAL, samples), 0.0, 200
+        planner, rows, steps = MeanFlow(OFFICIAL, samples), 0.0, 200
         for step in range(steps):
-            draws = Draws(0, step, torch.arange(samples))
-            r, t = draw_times(OFFICIAL, draws)
-            drop = drop_mask(OFFICIAL, draws.uniform(Purpose.LABEL_DROP))
-            rows += len(planner.plan(r, t, drop, draw_guidance(OFFICIAL, draws, r == t)).rows) / steps
+            rows += planner.sizes(planner.drawn(0, step, 0))[1] / steps
         total = (none + (rows / samples - 1) * (all_rows - none)) / forward
         assert bar - 0.03 < total <= bar, total
 

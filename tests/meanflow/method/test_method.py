@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from meanflow.config import ObjectiveConfig
-from meanflow.method.objective import Predictions, func_jvp, meanflow_terms, pair_jvp
-from meanflow.method.plan import whole_batch
+from meanflow.method.passes import Pass, Passes, func_jvp, pair_jvp
 from meanflow.method.sampling import sample
 from meanflow.model.dit import DiT
+from meanflow.objectives.meanflow import Predictions, meanflow_terms
+from meanflow.objectives.meanflow_plan import whole_batch
 
 F64 = torch.float64
 
@@ -178,7 +179,8 @@ def test_guidance_interval_includes_both_ends():
     t = torch.tensor([0.25, 0.75, 0.5, 0.2499, 0.7501])
     v = torch.ones(5, 1, 1, 1)
     plan = whole_batch(config, t, t, torch.zeros(5, dtype=torch.bool))
-    predictions = Predictions.make(config, Constant(), v, t, torch.arange(5), None, plan)
+    passes = Passes({"guidance": Pass(len(plan.rows))}, Constant())
+    predictions = Predictions.make(config, passes, v, t, torch.arange(5), None, plan)
     v_g = predictions.guided(v, slice(None)).flatten()
     torch.testing.assert_close(v_g, torch.tensor([53.2, 53.2, 53.2, 1.0, 1.0]))
 

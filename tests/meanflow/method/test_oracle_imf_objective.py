@@ -10,9 +10,10 @@ import torch
 from meanflow.config import ObjectiveConfig, OptimConfig
 from meanflow.interop.imf_weights import from_official, to_official
 from meanflow.method.guidance import arrange_guidance
-from meanflow.method.objective import func_jvp, guided_scale, meanflow_terms, pair_jvp
-from meanflow.method.plan import Planner
+from meanflow.method.passes import func_jvp, pair_jvp
 from meanflow.method.times import drop_mask, equal_prefix
+from meanflow.objectives.meanflow import MeanFlow, guided_scale, meanflow_terms
+from meanflow.objectives.meanflow_plan import Drawn
 from meanflow.training.optim import learning_rate, make_optimizer, set_learning_rate, update_ema
 
 JVPS = {"pairs": pair_jvp, "torch.func": func_jvp}
@@ -67,7 +68,7 @@ def run(name: str, mode: str, jvp, planned: bool):
     *inputs, guidance = batch(data, f"case/{name}/", config, dtype)
     if not planned:
         return net, meanflow_terms(config, net, *inputs, inputs=guidance, jvp=jvp), slice(None)
-    plan = Planner(config, len(inputs[0])).plan(*inputs[2:4], inputs[-1], guidance)
+    plan = MeanFlow(config, len(inputs[0])).plan(Drawn(*inputs[2:4], inputs[-1], guidance))
     terms = meanflow_terms(config, net, *inputs, plan, guidance, jvp=jvp)
     assert plan.order is None
     return net, terms, slice(plan.tangent_start, None)
@@ -154,7 +155,7 @@ def test_training_steps(mode, planned):
     losses, norms = [], []
     for step in range(cfg["n_steps"]):
         *inputs, guidance = batch(data, f"step{step}/", config, dtype)
-        plan = Planner(config, len(inputs[0])).plan(*inputs[2:4], inputs[-1], guidance) if planned else None
+        plan = MeanFlow(config, len(inputs[0])).plan(Drawn(*inputs[2:4], inputs[-1], guidance)) if planned else None
         terms = meanflow_terms(config, net, *inputs, plan, guidance)
         optimizer.zero_grad()
         terms.loss.backward()

@@ -9,9 +9,10 @@ import torch
 from meanflow.config import ObjectiveConfig, OptimConfig
 from meanflow.errors import UserError
 from meanflow.interop.official_weights import from_official
-from meanflow.method.objective import func_jvp, meanflow_terms, pair_jvp
-from meanflow.method.plan import Planner
+from meanflow.method.passes import func_jvp, pair_jvp
 from meanflow.method.times import drop_mask
+from meanflow.objectives.meanflow import MeanFlow, meanflow_terms
+from meanflow.objectives.meanflow_plan import Drawn
 from meanflow.training.optim import make_optimizer, update_ema
 
 JVPS = {"pairs": pair_jvp, "torch.func": func_jvp}
@@ -60,14 +61,14 @@ def run(name: str, mode: str, jvp, planned: bool):
     if not planned:
         terms = meanflow_terms(config, net, *inputs, jvp=jvp)
         return data, net, terms, terms._asdict(), slice(None)
-    plan = planner(config, inputs).plan(*inputs[2:4], inputs[-1])
+    plan = planner(config, inputs).plan(Drawn(*inputs[2:4], inputs[-1]))
     terms = meanflow_terms(config, net, *inputs, plan, jvp=jvp)
     return data, net, terms, *in_batch_order(terms, plan)
 
 
-def planner(config: ObjectiveConfig, inputs: tuple) -> Planner:
+def planner(config: ObjectiveConfig, inputs: tuple) -> MeanFlow:
     """The official cases have r = t anywhere in the batch."""
-    return Planner(replace(config, equal_placement="bernoulli"), len(inputs[0]))
+    return MeanFlow(replace(config, equal_placement="bernoulli"), len(inputs[0]))
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["whole", "planned"])
@@ -111,7 +112,7 @@ def test_training_steps(mode, planned):
     losses, norms = [], []
     for step in range(cfg["n_steps"]):
         inputs = batch(data, f"step{step}/", config, oracle.MODES[mode])
-        plan = planner(config, inputs).plan(*inputs[2:4], inputs[-1]) if planned else None
+        plan = planner(config, inputs).plan(Drawn(*inputs[2:4], inputs[-1])) if planned else None
         terms = meanflow_terms(config, net, *inputs, plan)
         optimizer.zero_grad()
         terms.loss.backward()

@@ -11,10 +11,10 @@ from torch import nn
 from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
-from meanflow.method.objective import meanflow_terms
-from meanflow.method.plan import Drawn, Planner, whole_batch
 from meanflow.method.times import draw_times, drop_mask
 from meanflow.model.dit import DiT
+from meanflow.objectives.meanflow import MeanFlow, meanflow_terms
+from meanflow.objectives.meanflow_plan import Drawn, whole_batch
 
 F64 = torch.float64
 BATCH = 12
@@ -75,7 +75,7 @@ def test_planned_step_is_the_official_step(objective, equal, drop, placement):
     if objective.guidance_weights == "ema":
         guide = network()
         nn.init.normal_(guide.final_layer.linear.weight, std=0.3)
-    plan = Planner(objective, BATCH).plan(inputs[2], inputs[3], drop)
+    plan = MeanFlow(objective, BATCH).plan(Drawn(inputs[2], inputs[3], drop))
     planned = meanflow_terms(objective, net, *inputs, plan, guide=guide)
     whole = meanflow_terms(objective, net, *inputs, guide=guide)
     order = torch.arange(BATCH) if plan.order is None else plan.order
@@ -105,8 +105,8 @@ class Counted(nn.Module):
 def passes(objective, equal, drop):
     """(samples, samples with a tangent, whether all have a label) of each call of the network."""
     net, inputs = Counted(), batch(equal, drop)
-    planner = Planner(objective, len(equal))
-    meanflow_terms(objective, net, *inputs, planner.plan(inputs[2], inputs[3], drop))
+    plan = MeanFlow(objective, len(equal)).plan(Drawn(inputs[2], inputs[3], drop))
+    meanflow_terms(objective, net, *inputs, plan)
     return net.passes
 
 
@@ -132,17 +132,17 @@ def test_passes_that_a_step_needs():
 def test_plans_have_declared_sizes(size, seed, name, first, share):
     placement = "first" if first else "bernoulli"
     objective = replace(OBJECTIVES[name], equal_placement=placement, share_equal=share, label_drop=0.2)
-    planner = Planner(objective, size)
-    assert len(planner.guidance_sizes) <= 18
+    planner = MeanFlow(objective, size)
+    assert len({rows for _, rows in planner.declared}) <= 18
     drawn = []
     for step in range(3):
         draws = Draws(seed, step, torch.arange(size))
         drawn.append(Drawn(*draw_times(objective, draws), drop_mask(objective, draws.uniform(Purpose.LABEL_DROP))))
-    alone, together = ([planner.plan_together(each, others) for each in drawn] for others in ((), drawn))
+    alone, together = ([planner.plan(each, *others) for each in drawn] for others in ((), drawn))
     for plan, each in zip(alone + together, drawn + drawn, strict=True):
         assert_serves(planner, plan, each)
     # all take the largest of the sizes that they would take alone, or more rows where the derivative takes more
-    sizes, wanted = ([(len(plan.tangent), len(plan.rows)) for plan in plans] for plans in (together, alone))
+    sizes, wanted = ([plan.sizes for plan in plans] for plans in (together, alone))
     assert len(set(sizes)) == 1
     assert sizes[0][0] == max(tangent for tangent, _ in wanted) and sizes[0][1] >= max(rows for _, rows in wanted)
     if len({tangent for tangent, _ in wanted}) == 1:
@@ -151,7 +151,7 @@ def test_plans_have_declared_sizes(size, seed, name, first, share):
 
 def assert_serves(planner, plan, drawn):
     (r, t, drop, _), size, objective = drawn, planner.batch, planner.config
-    assert len(plan.rows) in planner.guidance_sizes and size - plan.tangent_start in planner.tangent_sizes
+    assert plan.sizes in planner.declared and size - plan.tangent_start == plan.sizes[0]
     order = torch.arange(size) if plan.order is None else plan.order
     assert torch.equal(order.sort().values, torch.arange(size))
     assert (r == t)[order][: plan.tangent_start].all()
@@ -172,14 +172,14 @@ def assert_serves(planner, plan, drawn):
 
 def test_padding_is_an_eighth_of_the_batch_at_most():
     for size in (2, 7, 32, 64, 256):
-        sizes = Planner(GUIDED, size).guidance_sizes
+        sizes = sorted(rows for _, rows in MeanFlow(GUIDED, size).declared)
         assert max(b - a for a, b in zip((0, *sizes), sizes, strict=False)) <= max(2, -(-size // 8))
 
 
 def test_other_batches_are_refused():
-    planner, nobody = Planner(ObjectiveConfig(), 8), torch.zeros(8, dtype=torch.bool)
+    planner, nobody = MeanFlow(ObjectiveConfig(), 8), torch.zeros(8, dtype=torch.bool)
     r, t = torch.rand(2, 8).sort(0).values
     with pytest.raises(UserError, match="batch: got 4"):
-        planner.plan(r[:4], t[:4], nobody[:4])
+        planner.plan(Drawn(r[:4], t[:4], nobody[:4]))
     with pytest.raises(UserError, match="first 6 samples"):
-        planner.plan(r, t, nobody)
+        planner.plan(Drawn(r, t, nobody))

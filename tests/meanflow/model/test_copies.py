@@ -145,7 +145,7 @@ def test_a_compiled_backward_casts_no_product(monkeypatch, tmp_path):
     made = {}
     for p in (params := copied(trainer)[0]):
         p.register_hook(lambda grad, p=p: made.update({p: grad.data_ptr()}))
-    Step(eager, trainer.make_step.loss, trainer.optimizer, trainer.planner)(*trainer.inputs(0))
+    Step(eager, trainer.make_step.loss, trainer.optimizer, trainer.objective)(*trainer.inputs(0))
     # the biases of the patches, and of the two embedded times that are added up, have no copy
     cast = [tuple(shape) for target, shape in found if target is torch.ops.aten._to_copy.default]
     assert cast == [(run.model.hidden_size,)] * 3

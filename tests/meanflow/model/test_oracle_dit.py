@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meanflow.config import DIT_PATCHES, DIT_SIZES, ModelConfig
-from meanflow.method.objective import func_jvp, pair_jvp
+from meanflow.method.passes import func_jvp, pair_jvp
 from meanflow.model.build import build_net
 from meanflow.model.dit import Dual, position_table
 from meanflow_kernels import timestep_embedding, timestep_embedding_jvp

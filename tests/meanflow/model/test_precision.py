@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.harness.errors import relative_error
 from benchmarks.workloads.naive import NaiveDiT
 from meanflow.config import ModelConfig
-from meanflow.method.objective import pair_jvp
+from meanflow.method.passes import pair_jvp
 from meanflow.model.build import build_net
 
 WIDTHS = {"S": (384, 6), "XL": pytest.param(1152, 16, marks=pytest.mark.slow)}

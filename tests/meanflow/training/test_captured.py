@@ -53,7 +53,7 @@ def test_captured_step_is_the_plain_step(name, compiled, connected, accumulate, 
     with world_of_graphs() as world:
         run = replace(run, train=replace(run.train, cuda_graph=True))
         captured, b = steps_of(run, tmp_path / "captured", 12, world)
-        assert len(b.make_step._graphs) == len(b.planner.tangent_sizes) * len(b.planner.guidance_sizes)
+        assert len(b.make_step._graphs) == len(b.objective.declared)
         assert_same_steps(captured, plain, 1e-5)
         assert_same_moments(a, b)
         if accumulate == 1 and not connected:
@@ -150,7 +150,7 @@ def test_a_captured_step_leaves_its_own_gradient(connected, accumulate, tmp_path
     with World("cpu") as world:
         captured = Trainer(run, tmp_path / "captured", world)
         run = replace(run, train=replace(run.train, cuda_graph=True))
-        make_step = Step(run, captured.make_step.loss, captured.optimizer, captured.planner, captured.guard)
+        make_step = Step(run, captured.make_step.loss, captured.optimizer, captured.objective, captured.guard)
         assert isinstance(make_step.loss, DistributedDataParallel) == connected
         graphs = Replay(captured)
         monkeypatch.setattr(step_module, "Graph", graphs)

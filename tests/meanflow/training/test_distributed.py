@@ -20,7 +20,8 @@ from meanflow.draws import Draws
 from meanflow.errors import UserError
 from meanflow.interop.weights import load_ema
 from meanflow.method.microbatch import BatchSplit
-from meanflow.method.times import draw_times, drop_mask
+from meanflow.method.times import draw_times, drop_mask, equal_prefix
+from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.trainer import Trainer, train
 
 TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_every": 99, "groups": 2}
@@ -111,15 +112,16 @@ def test_a_batch_is_the_same_however_it_is_split(placement):
     for groups in (1, 2, 4):
         found = {}
         for count in (1, 2, 4, 8):
-            split = BatchSplit(32, groups, count)
+            objective = MeanFlow(config, 32, groups, count)
+            split, drawn = objective.split, [objective.drawn(3, 7, i) for i in range(count)]
             samples = torch.cat([split.samples(i) for i in range(count)])
-            r, t, drop = map(torch.cat, zip(*(split.draw(config, 3, 7, i) for i in range(count)), strict=True))
+            r, t, drop = map(torch.cat, zip(*(each[:3] for each in drawn), strict=True))
             order = samples.argsort()
             assert samples[order].tolist() == list(range(32))
             found[count] = torch.stack([r[order], t[order], drop[order].float()])
             for i in range(count):
-                r, t, _ = split.draw(config, 3, 7, i)
-                prefix = split.prefix(config, i)
+                r, t, *_ = drawn[i]
+                prefix = split.prefix(equal_prefix(config, split.group_size), i)
                 assert torch.equal(r[:prefix], t[:prefix])
                 if placement == "first":  # each micro-batch keeps its share
                     assert prefix == 24 // count and not torch.any(r[prefix:] == t[prefix:])
@@ -128,12 +130,13 @@ def test_a_batch_is_the_same_however_it_is_split(placement):
 
 def test_a_group_is_an_official_device():
     """With a group a process, a process's samples are the official ones: its own, the first of them with r = t."""
-    config, split = ObjectiveConfig(label_drop=0.3), BatchSplit(32, 4, 4)
+    config = ObjectiveConfig(label_drop=0.3)
+    objective = MeanFlow(config, 32, 4, 4)
     for rank in range(4):
         mine = torch.arange(8 * rank, 8 * (rank + 1))
-        assert split.samples(rank).tolist() == mine.tolist()
+        assert objective.split.samples(rank).tolist() == mine.tolist()
         draws = Draws(3, 7, mine)
-        r, t, drop = split.draw(config, 3, 7, rank)
+        r, t, drop, _ = objective.drawn(3, 7, rank)
         assert torch.equal(torch.stack([r, t]), torch.stack(draw_times(config, draws)))
         assert torch.equal(drop, drop_mask(config, draws.uniform(4)))
 

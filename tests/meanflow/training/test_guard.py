@@ -13,6 +13,8 @@ from meanflow.interop.weights import load_ema
 from meanflow.training.guard import WARMUP_STEPS, SpikeGuard
 from meanflow.training.trainer import Trainer
 
+WATCHED = {"raw": "raw loss", "v_loss": "v_loss"}
+
 
 def watched(raw=100.0, v_loss=50.0, grad_norm=1.0):
     return torch.tensor([raw, v_loss]), torch.tensor(grad_norm)
@@ -25,7 +27,7 @@ def feed(guard, steps, first=0, **values):
 @pytest.mark.parametrize("name", ["raw", "v_loss", "grad_norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_left_out_from_the_first_step_on(name, value):
-    guard = SpikeGuard(GuardConfig(), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(), torch.device("cpu"), WATCHED)
     assert feed(guard, 2, **{name: value}) == [1, 1]
     assert feed(guard, 1, first=2) == [0]
     assert feed(guard, 2, first=3, **{name: value}) == [1, 1]
@@ -36,7 +38,7 @@ def test_what_is_not_finite_is_left_out_from_the_first_step_on(name, value):
 
 @pytest.mark.parametrize("name", ["raw", "v_loss", "grad_norm"])
 def test_a_spike_is_left_out_once_there_is_a_mean(name):
-    guard = SpikeGuard(GuardConfig(spike=5.0), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(spike=5.0), torch.device("cpu"), WATCHED)
     usual = {"raw": 100.0, "v_loss": 50.0, "grad_norm": 1.0}[name]
     assert feed(guard, 1, **{name: 20 * usual}) == [0]  # too early to tell
     assert feed(guard, 2 * WARMUP_STEPS, first=1) == [0] * 2 * WARMUP_STEPS
@@ -49,7 +51,7 @@ def test_a_spike_is_left_out_once_there_is_a_mean(name):
 
 
 def test_the_loss_of_v_is_watched_where_it_is_trained():
-    guard = SpikeGuard(GuardConfig(spike=5.0), torch.device("cpu"), v_head=True)
+    guard = SpikeGuard(GuardConfig(spike=5.0), torch.device("cpu"), WATCHED | {"raw_v": "raw loss of v"})
 
     def check(raw_v):
         return float(guard.check(torch.tensor([100.0, 50.0, raw_v]), torch.tensor(1.0), torch.tensor(0)))
@@ -60,13 +62,13 @@ def test_the_loss_of_v_is_watched_where_it_is_trained():
 
 
 def test_no_spikes_are_looked_for():
-    guard = SpikeGuard(GuardConfig(spike=0.0), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(spike=0.0), torch.device("cpu"), WATCHED)
     assert feed(guard, 2 * WARMUP_STEPS) == [0] * 2 * WARMUP_STEPS
     assert feed(guard, 1, raw=1e30) == [0] and feed(guard, 1, raw=float("nan")) == [1]
 
 
 def test_the_mean_follows():
-    guard = SpikeGuard(GuardConfig(), torch.device("cpu"))
+    guard = SpikeGuard(GuardConfig(), torch.device("cpu"), WATCHED)
     for i, raw in enumerate((1.0, 2.0, 3.0)):
         feed(guard, 1, first=i, raw=raw)
     assert guard.findings().means[0] == pytest.approx(2.0)  # at first the plain mean

@@ -11,9 +11,10 @@ from ranks import RANKS, Ranks
 from torch import Tensor, nn
 
 from meanflow.config import ObjectiveConfig
-from meanflow.method.objective import MeanFlowLoss
-from meanflow.method.plan import Planner
+from meanflow.method.contract import ObjectiveLoss
 from meanflow.model.dit import DiT
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.objectives.meanflow_plan import Drawn, whole_batch
 from meanflow.training.optim import update_ema
 from meanflow.training.parallel import (
     OwnRows,
@@ -64,13 +65,23 @@ def batch(rank: int, step: int = 0, dtype=F64, *, dropped: int = 1, equal: int =
 
 
 def plan_of(objective, inputs):
-    return Planner(objective, BATCH).plan(inputs[2], inputs[3], inputs[5])
+    return MeanFlow(objective, BATCH).plan(Drawn(inputs[2], inputs[3], inputs[5]))
 
 
-def whole_loss(loss: MeanFlowLoss, batches, *, planned: bool = False) -> Tensor:
+def loss_of(objective, net: DiT, guide: DiT | None = None) -> ObjectiveLoss:
+    return ObjectiveLoss(MeanFlow(objective, BATCH), net, guide)
+
+
+def terms_of(loss, inputs, plan):
+    x, e, r, t, y, drop = inputs
+    return loss(x, e, y, Drawn(r, t, drop), plan)
+
+
+def whole_loss(loss: ObjectiveLoss, batches, *, planned: bool = False) -> Tensor:
     """The loss of all processes' batches; each pass on every sample, unless planned."""
-    plans = (plan_of(loss.config, inputs) if planned else None for inputs in batches)
-    return sum(loss(*inputs, plan).loss for inputs, plan in zip(batches, plans, strict=True)) / len(batches)
+    config = loss.objective.config
+    plans = [plan_of(config, x) if planned else whole_batch(config, x[2], x[3], x[5]) for x in batches]
+    return sum(terms_of(loss, *each).loss for each in zip(batches, plans, strict=True)) / len(batches)
 
 
 class Engine:
@@ -81,7 +92,7 @@ class Engine:
 
     def __init__(self, name: str, objective: ObjectiveConfig, net: DiT, guide: DiT | None = None, backend: str = ""):
         self.objective, self.net, self.compiled = objective, net, bool(backend)
-        self.loss = MeanFlowLoss(objective, net, guide)
+        self.loss = loss_of(objective, net, guide)
         if name in ("ddp", "zero1"):
             if backend:
                 self.loss.compile(fullgraph=True, dynamic=False, backend=backend)
@@ -95,8 +106,8 @@ class Engine:
     def terms(self, inputs, plan=None):
         plan = plan_of(self.objective, inputs) if plan is None else plan
         if self.compiled:
-            declare_sizes(plan)
-        return self.loss(*inputs, plan)
+            declare_sizes(MeanFlow(self.objective, BATCH), plan)
+        return terms_of(self.loss, inputs, plan)
 
     def backward(self, inputs, plan=None):
         self.net.zero_grad()
@@ -133,13 +144,12 @@ def gradient_error(
     # each block is compiled
     sizes |= dict(depth=1) if backend and not all_sizes else {}
     wanted = network(**sizes)
-    whole_loss(MeanFlowLoss(objective, wanted), batches).backward()
+    whole_loss(loss_of(objective, wanted), batches).backward()
     engine = Engine(name, objective, network(**sizes, checkpoint_blocks=checkpoint_blocks), backend=backend)
     if all_sizes:
-        planner = Planner(objective, BATCH)
-        for tangent in reversed(planner.tangent_sizes):
-            for guidance in reversed(planner.guidance_sizes):
-                engine.backward(batches[rank], planner.example(guidance, tangent))
+        planned = MeanFlow(objective, BATCH)
+        for sizes in planned.declared:
+            engine.backward(batches[rank], planned.example(sizes))
     elif backend:
         engine.backward(batches[rank])
     with torch.compiler.set_stance("fail_on_recompile") if backend else nullcontext():
@@ -216,7 +226,7 @@ def step_error(rank: int, name: str, objective, native: bool, dtype) -> float:
         net = network(dtype=dtype)
         ema = copy.deepcopy(net).requires_grad_(False)
         guide = ema if objective.guidance_weights == "ema" else None
-        engine = MeanFlowLoss(objective, net, guide) if single else Engine(name, objective, net, guide)
+        engine = loss_of(objective, net, guide) if single else Engine(name, objective, net, guide)
         if name == "fsdp" and not single and guide is None:
             shard(ema)
         params, averages = list(net.parameters()), list(ema.parameters())
@@ -275,7 +285,7 @@ def bf16_error(rank: int) -> dict:
     engine = Engine("fsdp", GUIDED, sharded)
     for net in (wanted, single):
         # planned, for what is rounded depends on the samples that are computed together
-        whole_loss(MeanFlowLoss(GUIDED, net), batches, planned=True).backward()
+        whole_loss(loss_of(GUIDED, net), batches, planned=True).backward()
     seen = {}
     block = engine.net.blocks[1]
     block.attn.register_forward_pre_hook(lambda attn, _: seen.update(weight=attn.qkv.weight.dtype))

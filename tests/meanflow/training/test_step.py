@@ -16,9 +16,10 @@ from torch import nn
 
 from meanflow.command import heartbeat
 from meanflow.errors import UserError
-from meanflow.method.objective import MeanFlowLoss
-from meanflow.method.plan import Planner, whole_batch
+from meanflow.method.contract import ObjectiveLoss
 from meanflow.model.copies import kept_copies
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.objectives.meanflow_plan import whole_batch
 from meanflow.training.messages import explained_failures
 from meanflow.training.optim import load_state_tensors, make_optimizer, state_tensors
 from meanflow.training.step import Step
@@ -29,7 +30,7 @@ from meanflow.training.trainer import Trainer, train
 def test_improved_meanflows_planned_step_is_the_whole_batch(placement, tmp_path, monkeypatch):
     run = config({"equal_placement": placement}, name="digits-imf", checkpoint_blocks=placement == "bernoulli")
     planned, _ = steps_of(run, tmp_path / "planned", 3)
-    monkeypatch.setattr(Planner, "plan", lambda self, *inputs: whole_batch(self.config, *inputs))
+    monkeypatch.setattr(MeanFlow, "plan", lambda self, drawn: whole_batch(self.config, *drawn))
     whole, _ = steps_of(run, tmp_path / "whole", 3)
     for (*got, sizes), (*wanted, sizes_whole) in zip(planned, whole, strict=True):
         assert sizes[0] < sizes_whole[0] and sizes[1] > sizes_whole[1] == 0
@@ -60,12 +61,12 @@ def test_compiled_step_is_the_plain_step(name, placement, backend, tmp_path, cap
     assert "compiling the step: done in" in capsys.readouterr().err
 
     (inputs,) = trainer.inputs(0)
-    for tangent in trainer.planner.tangent_sizes:
-        for guidance in trainer.planner.guidance_sizes:
-            trainer.make_step(inputs._replace(plan=trainer.planner.example(guidance, tangent)))
+    example = trainer.objective.example
+    for sizes in trainer.objective.declared:
+        trainer.make_step(inputs._replace(plan=example(sizes)))
     # a size that was not declared would compile, and says so instead
     with pytest.raises(RuntimeError, match="fail_on_recompile"):
-        trainer.make_step(inputs._replace(plan=trainer.planner.example(1)))
+        trainer.make_step(inputs._replace(plan=example((trainer.objective.declared[0][0], 1))))
 
 
 # --- the optimizer ---
@@ -176,12 +177,11 @@ def test_out_of_memory_names_the_settings(tmp_path):
     run = config()
     trainer = Trainer(run, tmp_path)
 
-    class TooLarge(MeanFlowLoss):
+    class TooLarge(ObjectiveLoss):
         def forward(self, *inputs):
             return torch.empty(2**60)
 
-    loss = TooLarge(run.objective, trainer.net)
-    step = Step(run, loss, trainer.optimizer, Planner(run.objective, 16))
+    step = Step(run, TooLarge(trainer.objective, trainer.net), trainer.optimizer, trainer.objective)
     with pytest.raises(UserError, match=r"memory: the step does not fit.*train.batch.*bf16") as error:
         step(*trainer.inputs(0))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Plans of a step: which samples of a batch need which pass of the network.
+"""Draws and plans of MeanFlow's step: which samples of a batch need which pass of the network.
 
 The official step runs every pass on every sample. Much of that is multiplied by zero or computed twice: where r = t
 the factor of the derivative is zero and u(z, t, t | y) is the primal pass itself; without a label, or outside the
@@ -9,16 +9,17 @@ A group's size decides the shapes of a step, so groups are padded to a few decla
 the step knows all of them beforehand. Processes that replay one captured step together take the same sizes.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import ObjectiveConfig
+from ..draws import Draws, Purpose
 from ..errors import require
-from .guidance import GuidanceInputs
-from .times import equal_prefix
+from ..method.contract import Objective, Sizes
+from ..method.guidance import GuidanceInputs, draw_guidance
+from ..method.times import draw_times, drop_mask, equal_prefix
 
 SIZES_PER_BATCH = 8
 """Groups grow in steps of an eighth of the batch: padding then costs a sixteenth of a forward pass on average."""
@@ -50,9 +51,10 @@ class Plan(NamedTuple):
         """Index of the first sample that gets the derivative."""
         return len(self.guided) - len(self.tangent)
 
-    def to(self, device: torch.device) -> "Plan":
-        """Copy to another device without waiting."""
-        return Plan(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+    @property
+    def sizes(self) -> Sizes:
+        """Samples with a derivative, and rows of the guidance forward."""
+        return len(self.tangent), len(self.rows)
 
 
 def guided_mask(config: ObjectiveConfig, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None) -> Tensor:
@@ -67,7 +69,7 @@ def guided_mask(config: ObjectiveConfig, t: Tensor, drop: Tensor, inputs: Guidan
 
 
 class Drawn(NamedTuple):
-    """What a plan is made from, on the CPU."""
+    """What is drawn for a batch beside data and noise."""
 
     r: Tensor
     t: Tensor
@@ -75,25 +77,35 @@ class Drawn(NamedTuple):
     drop: Tensor
     """Who trains on the null class (B,) bool."""
     guidance: GuidanceInputs | None = None
-    """Of the network that is told of its guidance."""
+    """What the network is told of its guidance, where it is told."""
 
 
-class Planner:
-    """Makes the plans of one device's batches.
+class PlannedMeanFlow(Objective):
+    """MeanFlow's work on the host, before the device is asked for anything: its draws, sizes and plans."""
 
-    Args:
-        config: of the objective.
-        batch: samples B, of a device or of a micro-batch.
-        prefixes: how many samples at the start of a batch may be known to have r = t; None is the official number.
-    """
+    config: ObjectiveConfig
 
-    def __init__(self, config: ObjectiveConfig, batch: int, prefixes: Iterable[int] | None = None):
-        self.config, self.batch = config, batch
-        self._prefixes = {equal_prefix(config, batch)} if prefixes is None else set(prefixes)
+    def __init__(self, config: ObjectiveConfig, batch: int, groups: int = 1, micro_batches: int = 1, steps: int = 1):
+        super().__init__(config, batch, groups, micro_batches, steps)
+        first, all_of_them = equal_prefix(config, self.split.group_size), range(micro_batches)
+        # those of all micro-batches, for processes warm up together
+        self._prefixes = {self.split.prefix(first, micro_batch) for micro_batch in all_of_them}
         # torch specialises a compiled region on a dimension of one
-        self.granule = max(2, -(-batch // (SIZES_WITH_PREDICTIONS if config.predicts_direction else SIZES_PER_BATCH)))
-        self.tangent_sizes = self._tangent_sizes()
-        self.guidance_sizes = self._guidance_sizes()
+        sizes = SIZES_WITH_PREDICTIONS if config.predicts_direction else SIZES_PER_BATCH
+        self.granule = max(2, -(-self.batch // sizes))
+        tangents, guidance = self._tangent_sizes(), self._guidance_sizes()
+        self._declared = tuple((n, rows) for n in reversed(tangents) for rows in reversed(guidance))
+
+    def draw(self, draws: Draws) -> Drawn:
+        """Draw times, dropped labels, and the guidance of a network that is told of it."""
+        r, t = draw_times(self.config, draws)
+        drop = drop_mask(self.config, draws.uniform(Purpose.LABEL_DROP))
+        return Drawn(r, t, drop, draw_guidance(self.config, draws, r == t))
+
+    @property
+    def declared(self) -> tuple[Sizes, ...]:
+        """Sizes of the derivative and of the guidance forward."""
+        return self._declared
 
     def _multiples(self, most: int) -> tuple[int, ...]:
         return (*range(0, most, self.granule), most)
@@ -104,7 +116,8 @@ class Planner:
         return self._multiples(self.batch)
 
     def _guidance_sizes(self) -> tuple[int, ...]:
-        config, derived = self.config, self.tangent_sizes[-1]
+        config, tangents = self.config, self._tangent_sizes()
+        derived = tangents[-1]
         conditional = derived if config.predicts_direction else 0
         if config.mixes_conditional:
             conditional = self.batch if config.guide_dropped or not self._primal_serves else derived
@@ -112,7 +125,7 @@ class Planner:
         if not most:
             return (0,)
         always = (config.guidance_start, config.guidance_end) == (0, 1) and config.guidance_input != "interval"
-        if (not config.guided or (always and config.label_drop == 0)) and len(self.tangent_sizes) == 1:
+        if (not config.guided or (always and config.label_drop == 0)) and len(tangents) == 1:
             return (most,)
         # size 0 is left out: one shape fewer to compile, and under FSDP all ranks must run the same number of forwards
         return self._multiples(most)[1:]
@@ -122,40 +135,26 @@ class Planner:
         """Whether the primal pass, where r = t, is the conditional prediction: only if the current weights guide."""
         return self.config.guidance_weights == "current"
 
-    def plan(self, r: Tensor, t: Tensor, drop: Tensor, inputs: GuidanceInputs | None = None) -> Plan:
-        """Plan the passes of a batch.
-
-        Args:
-            r, t: times (B,), on the CPU. drop: (B,) bool, who trains on the null class. inputs: of the network that is
-                told of its guidance.
+    def need(self, drawn: Drawn, sizes: Sizes) -> int:
+        """Samples with a derivative, first: they decide who needs a conditional prediction; then guidance's rows.
 
         Raises:
             UserError: for another batch size, or r < t where the configuration promises r = t.
         """
-        return self.plan_together(Drawn(r, t, drop, inputs), ())
+        if not sizes:
+            return self._tangents(drawn)
+        guided, conditional, _ = self._masks(drawn, self.batch - sizes[0])
+        return int(guided.sum() + conditional.sum())
 
-    def plan_together(self, mine: Drawn, others: Iterable[Drawn]) -> Plan:
-        """Plan the passes of a batch with the largest sizes that it or another process's batch needs.
-
-        Raises:
-            UserError: as plan, for any of the batches.
-        """
-        drawn = (mine, *others)
-        tangent_start = min(map(self._tangent_start, drawn))
-        # the derivative's size first: it decides who needs a conditional prediction
-        masks = [self._masks(each, tangent_start) for each in drawn]
-        rows = max(int(guided.sum() + conditional.sum()) for guided, conditional, _ in masks)
-        return self._fill(*masks[0], tangent_start, _padded(rows, self.guidance_sizes))
-
-    def _tangent_start(self, drawn: Drawn) -> int:
+    def _tangents(self, drawn: Drawn) -> int:
         unequal, count = drawn.r != drawn.t, len(drawn.t)
-        require(count == self.batch, "batch", count, f"the plan's {self.batch}", "make a Planner for each size")
+        require(count == self.batch, "batch", count, f"the plan's {self.batch}", "make an objective for each size")
         if self.config.equal_placement == "bernoulli":
-            return self.batch - _padded(int(unequal.sum()), self.tangent_sizes)
+            return int(unequal.sum())
         known = [prefix for prefix in self._prefixes if not unequal[:prefix].any()]
         wanted = f"r = t in the first {min(self._prefixes)} samples"
         require(len(known) > 0, "r", "r < t", wanted, "set objective.equal_placement to bernoulli")
-        return max(known)
+        return self.batch - max(known)
 
     def _masks(self, drawn: Drawn, tangent_start: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Who is guided and who needs a conditional prediction, each (B,) bool in planned order, and that order."""
@@ -170,8 +169,10 @@ class Planner:
             conditional |= derived
         return guided, conditional, order
 
-    def _fill(self, guided: Tensor, conditional: Tensor, order: Tensor | None, tangent_start: int, size: int) -> Plan:
-        """The plan with so many rows of the guidance forward."""
+    def arrange(self, drawn: Drawn, sizes: Sizes) -> Plan:
+        """The plan with so many samples with a derivative, and rows of the guidance forward."""
+        tangents, size = sizes
+        guided, conditional, order = self._masks(drawn, self.batch - tangents)
         sample = torch.arange(self.batch)
         null = sample[guided]
         rows = torch.cat([null, sample[conditional]])
@@ -180,7 +181,7 @@ class Planner:
         null_row[null] = torch.arange(len(null))
         cond_row[conditional] = torch.arange(len(null), len(rows))
         return Plan(
-            tangent=sample[tangent_start:],
+            tangent=sample[self.batch - tangents :],
             order=order,
             guided=guided,
             rows=torch.cat([rows, rows.new_zeros(padding)]),
@@ -189,20 +190,27 @@ class Planner:
             cond_row=cond_row,
         )
 
-    def example(self, guidance_size: int, tangent_size: int | None = None) -> Plan:
-        """A plan of given sizes, to compile or count a step with; its indices are arbitrary."""
-        tangent_start = self.batch - (self.tangent_sizes[-1] if tangent_size is None else tangent_size)
+    def example(self, sizes: Sizes) -> Plan:
+        """A plan of given sizes."""
+        tangents, guidance = sizes
         sample = torch.arange(self.batch)
-        rows = torch.arange(guidance_size) % self.batch
+        rows = torch.arange(guidance) % self.batch
         return Plan(
-            tangent=sample[tangent_start:],
+            tangent=sample[self.batch - tangents :],
             order=None if self.config.equal_placement == "first" else sample,
-            guided=torch.full((self.batch,), guidance_size > 0),
+            guided=torch.full((self.batch,), guidance > 0),
             rows=rows,
             null=rows >= 0,
-            null_row=sample % max(guidance_size, 1),
-            cond_row=torch.where(sample < tangent_start, -1, 0),
+            null_row=sample % max(guidance, 1),
+            cond_row=torch.where(sample < self.batch - tangents, -1, 0),
         )
+
+    def dynamic(self, plan: Plan) -> list[Tensor]:
+        """One compiled graph serves all sizes of a group except 0 and the whole batch."""
+        groups = [plan.rows, plan.null] if len(plan.rows) else []
+        if plan.order is not None and 0 < plan.tangent_start < len(plan.guided):
+            groups.append(plan.tangent)
+        return groups
 
 
 def whole_batch(
@@ -222,7 +230,3 @@ def whole_batch(
         null_row=sample,
         cond_row=sample + nulls if conditional else torch.full_like(sample, -1),
     )
-
-
-def _padded(count: int, sizes: tuple[int, ...]) -> int:
-    return next(size for size in sizes if size >= count)

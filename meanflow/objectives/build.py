@@ -1,0 +1,19 @@
+"""Build the objective of a configuration."""
+
+from ..config import ObjectiveConfig, RunConfig
+from ..method.contract import Objective
+from .meanflow import MeanFlow
+
+OBJECTIVES: dict[type, type[Objective]] = {ObjectiveConfig: MeanFlow}
+"""By the class of their options."""
+
+
+def make_objective(run: RunConfig, processes: int = 1) -> Objective:
+    """The objective of a run in so many processes.
+
+    Raises:
+        UserError: for a batch that does not divide.
+    """
+    train = run.train
+    made = OBJECTIVES[type(run.objective)]
+    return made(run.objective, train.batch, train.groups or processes, processes * train.accumulate, train.steps)
