@@ -67,7 +67,7 @@ def _fashion() -> RunConfig:
         config,
         model=replace(config.model, patch_size=4, input_size=32),
         data=DataConfig(name="fashion"),
-        train=replace(config.train, steps=3600),
+        train=replace(config.train, steps=2400),
     )
 
 
