@@ -14,6 +14,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from .. import cli
+from ..config import RunConfig
 from ..data.decoder import make_decoder
 from ..evaluation.classifier import ClassifierJudge
 from ..evaluation.evaluator import Plan, Sampler, evaluate, table
@@ -21,16 +22,54 @@ from ..evaluation.features import Extractor, digest
 from ..evaluation.fid_reference import Sources
 from ..evaluation.protocols import named
 from ..interop.formats import home
-from ..interop.weights import load_ema
+from ..interop.weights import Network, load_ema
 from ..method.guidance import sampling_guidance
 from ..method.sampling import check_times, even_times
 from ..world import World
 
 
 @dataclass(frozen=True)
-class Options:
+class Judging:
+    """What the commands that judge a trained model ask alike."""
+
     checkpoint: Positional[Path]
     """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
+    inception: Path | None = None
+    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits and Fashion-MNIST are
+    judged by a classifier of their own."""
+    sources: Annotated[Sources, arg(name="")] = Sources()
+    vae: str = ""
+    """The autoencoder to decode with, instead of the run's."""
+    data: str = ""
+    """The folder of Fashion-MNIST, instead of the run's."""
+    seed: int = 0
+    """Seed of the noise and the labels (and of that classifier)."""
+    batch: int = 64
+    """Samples generated at a time by each process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the model's matrix products. Features and scores are in fp32 and fp64 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def load(self, device: torch.device) -> tuple[Network, RunConfig, Path, int]:
+        """:func:`load_ema` of the checkpoint, with the precision, autoencoder and data that are asked for."""
+        net, config, path, step = load_ema(self.checkpoint, device)
+        if self.precision == "bf16":
+            net.compute_dtype = torch.bfloat16
+        data = replace(config.data, vae=self.vae or config.data.vae, path=self.data or config.data.path)
+        return net, replace(config, data=data), path, step
+
+    def by_classifier(self, config: RunConfig) -> bool:
+        """Whether the data's own classifier judges, for want of the FID's network."""
+        return config.data.in_pixels and self.inception is None
+
+    def settings(self, net: Network, step: int) -> dict:
+        """What all scores depend on, for the record by which a command is continued."""
+        return {"step": step, "weights_sha256": digest(net), "seed": self.seed, "precision": self.precision}
+
+
+@dataclass(frozen=True)
+class Options(Judging):
     steps: tuple[int, ...] = (1,)
     """Evaluations of the network per image, evenly spaced in time; several numbers are measured in turn."""
     times: tuple[float, ...] = ()
@@ -44,26 +83,10 @@ class Options:
     protocols: tuple[str, ...] = ("official",)
     """official balanced round floor pytorch-fid clean-fid own-data, several joined by +, and improved MeanFlow's
     imf-jax imf-torch imf-adm: measured side by side."""
-    inception: Path | None = None
-    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits and Fashion-MNIST are
-    judged by a classifier of their own."""
-    sources: Annotated[Sources, arg(name="")] = Sources()
     dinov2: Path | None = None
     """A folder with facebook/dinov2-large, for the FDD."""
-    vae: str = ""
-    """The autoencoder to decode with, instead of the run's."""
-    data: str = ""
-    """The folder of Fashion-MNIST, instead of the run's."""
     out: Path | None = None
     """Where features and report are written (default: RUN/evaluation/stepN_seedN_PRECISION, and the guidance)."""
-    seed: int = 0
-    """Seed of the noise and the labels (and of that classifier)."""
-    batch: int = 64
-    """Samples generated at a time by each process."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the model's matrix products. Features and scores are in fp32 and fp64 always."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
     json: bool = False
     """Print JSON alone."""
 
@@ -73,23 +96,20 @@ def main(args: list[str]) -> None:
     schedules = (check_times(options.times),) if options.times else tuple(even_times(n) for n in options.steps)
     plan = Plan(options.count, schedules, {name: named(name) for name in options.protocols}, options.batch)
     with World(options.device) as world:
-        net, config, path, step = load_ema(options.checkpoint, world.device)
+        net, config, path, step = options.load(world.device)
         guidance = sampling_guidance(config.model, config.objective, options.guidance or config.evaluation.guidance)
-        if options.precision == "bf16":
-            net.compute_dtype = torch.bfloat16
-        data = replace(config.data, vae=options.vae or config.data.vae, path=options.data or config.data.path)
-        if data.in_pixels and options.inception is None:
+        if options.by_classifier(config):
             if world.is_main:
                 about = {"checkpoint": str(path), "step": step} | ({"guidance": guidance} if guidance else {})
-                judge = ClassifierJudge(data, options.seed)
+                judge = ClassifierJudge(config.data, options.seed)
                 judge_pictures(judge, options.json, net, schedules, about, world.device, guidance)
             return
         extractor = Extractor(options.inception, world.device, options.dinov2)
         shape = (net.in_channels, net.input_size, net.input_size)
-        decode = make_decoder(data, world.device)
+        decode = make_decoder(config.data, world.device)
         sampler = Sampler(net, decode, shape, config.model.num_classes, options.seed, world.device, guidance)
-        settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
-        settings |= {"data": data.name, "vae": None if data.in_pixels else data.vae}
+        vae = None if config.data.in_pixels else config.data.vae
+        settings = options.settings(net, step) | {"data": config.data.name, "vae": vae}
         name = f"step{step}_seed{options.seed}_{options.precision}"
         if guidance:
             settings["guidance"] = list(guidance)

@@ -14,14 +14,12 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
-from tyro.conf import Positional, arg
 
 from .. import cli
 from ..config import RunConfig
@@ -29,25 +27,23 @@ from ..data.decoder import make_decoder
 from ..errors import UserError, require
 from ..evaluation.classifier import ClassifierJudge
 from ..evaluation.evaluator import Evaluator, claim, schedule_name
-from ..evaluation.features import Extractor, digest
-from ..evaluation.fid_reference import Sources, load_reference
+from ..evaluation.features import Extractor
+from ..evaluation.fid_reference import load_reference
 from ..evaluation.protocols import named
 from ..interop.formats import home
-from ..interop.weights import load_ema
 from ..method.guidance import TOLD, sampling_guidance
 from ..method.sampling import even_times
 from ..owner import owned
 from ..storage.record import write_atomically
 from ..world import World
+from .evaluate import Judging
 
 ROWS, PICTURE = "rows.jsonl", "heat_map.png"
 Score = Callable[[tuple[float, ...]], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Options:
-    checkpoint: Positional[Path]
-    """A run folder, whose last checkpoint is taken, a checkpoint, exported weights, or a folder of a saved pipeline."""
+class Options(Judging):
     omegas: tuple[float, ...] = (1, 2, 3, 4, 6, 8)
     """Scales to try, 1 or more; 1 is no guidance. Training draws them up to objective.omega_max."""
     intervals: tuple[str, ...] = ("0-1", "0.2-0.8", "0.3-0.7", "0.4-0.65")
@@ -58,22 +54,8 @@ class Options:
     """Samples of a point, for the FID, which falls as they grow: compare points of equal counts alone."""
     protocol: str = "official"
     """How the FID is measured: one name of evaluate.py's --protocols, or several joined by +."""
-    inception: Path | None = None
-    """Weights of the FID's network, pt_inception-2015-12-05-6726825d.pth. Without it digits and Fashion-MNIST are
-    judged by a classifier of their own."""
-    sources: Annotated[Sources, arg(name="")] = Sources()
-    vae: str = ""
-    """The autoencoder to decode with, instead of the run's."""
     out: Path | None = None
     """Where rows and heat map are written (default: RUN/sweep/, by step, schedule and seed)."""
-    seed: int = 0
-    """Seed of the noise and the labels (and of that classifier)."""
-    batch: int = 64
-    """Samples generated at a time by each process."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the model's matrix products. Features and scores are in fp32 and fp64 always."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
 
 
 def grid(options: Options, config: RunConfig) -> list[tuple[float, ...]]:
@@ -198,7 +180,7 @@ def make_score(
     protocol = named(options.protocol)
     source, kept = options.sources.by_kind()[protocol.reference], out / "reference"
     reference = load_reference(protocol.reference, source, extractor, protocol.resize, kept, options.batch, world)
-    decode = make_decoder(replace(config.data, vae=options.vae) if options.vae else config.data, world.device)
+    decode = make_decoder(config.data, world.device)
     shape, classes = (net.in_channels, net.input_size, net.input_size), config.model.num_classes
     about = {"protocol": protocol, "batch": options.batch, "seed": options.seed, "world": world}
 
@@ -215,13 +197,11 @@ def main(args: list[str]) -> None:
     require(options.batch >= 1, "batch", options.batch, "a positive whole number", "change it")
     times, protocol = even_times(options.steps), named(options.protocol)
     with World(options.device) as world:
-        net, config, path, step = load_ema(options.checkpoint, world.device)
+        net, config, path, step = options.load(world.device)
         points = grid(options, config)
-        if options.precision == "bf16":
-            net.compute_dtype = torch.bfloat16
-        settings = {"step": step, "weights_sha256": digest(net), "seed": options.seed, "precision": options.precision}
+        settings = options.settings(net, step)
         name = f"step{step}_{schedule_name(times)}_seed{options.seed}_{options.precision}"
-        if config.data.in_pixels and options.inception is None:
+        if options.by_classifier(config):
             extractor = None
         else:
             extractor = Extractor(options.inception, world.device)
