@@ -4,11 +4,15 @@ import os
 import socket
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import runs
 import torch
 import torch.distributed as dist
 from fresh import FORKS
+
+from meanflow.training.trainer import train
 
 # a hang fails after so long; a compiler at work takes its time
 RANKS, SECONDS = 2, 240
@@ -70,3 +74,11 @@ def serve(rank: int, count: int, port: int, pipe):
         except Exception:
             pipe.send((False, traceback.format_exc()))
         torch._dynamo.reset()
+
+
+def train_tiny(rank: int, out: str, options: dict) -> int:
+    return train(runs.tiny(**options), Path(out))
+
+
+def train_guided(rank: int, out: str, options: dict) -> int:
+    return train(runs.guided(**options), Path(out))

@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 import torch._inductor.config
-from ranks import Ranks
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder
@@ -16,13 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow.training import parallel
 from meanflow.training.engine import compile_loss
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks()
-    yield processes
-    processes.stop()
 
 
 class Objective(nn.Module):

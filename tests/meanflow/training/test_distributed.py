@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from ranks import Ranks
+from ranks import train_guided, train_tiny
 
 from meanflow.config import ObjectiveConfig
 from meanflow.draws import Draws
@@ -25,21 +25,6 @@ from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.trainer import Trainer, train
 
 TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_every": 99, "groups": 2}
-
-
-def train_guided(rank: int, out: str, options: dict) -> int:
-    return train(runs.guided(**options), Path(out))
-
-
-def train_tiny(rank: int, out: str, options: dict) -> int:
-    return train(runs.tiny(**options), Path(out))
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks()
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import RANKS, Ranks
+from ranks import RANKS
 from torch import Tensor, nn
 
 from meanflow.config import ObjectiveConfig
@@ -34,13 +34,6 @@ BATCH = 8
 GUIDED = ObjectiveConfig(omega=0.2, kappa=0.92, guidance_end=0.75)
 BY_EMA = replace(GUIDED, guidance_weights="ema")
 COIN = replace(GUIDED, equal_placement="bernoulli")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks()
-    yield processes
-    processes.stop()
 
 
 # --- what they compute ---

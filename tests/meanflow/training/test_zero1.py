@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import runs
 import torch
-from ranks import Ranks
+from ranks import Ranks, train_guided, train_tiny
 
 from meanflow.errors import UserError
 from meanflow.model.copies import kept_copies
@@ -19,25 +19,10 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks()
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
 def four_ranks():
     processes = Ranks(4)
     yield processes
     processes.stop()
-
-
-def train_tiny(rank: int, out: str, options: dict) -> int:
-    return train(runs.tiny(**options), Path(out))
-
-
-def train_guided(rank: int, out: str, options: dict) -> int:
-    return train(runs.guided(**options), Path(out))
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
