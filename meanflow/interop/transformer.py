@@ -1,5 +1,6 @@
 """The networks as diffusers models: saved to a folder, loaded from one, in any dtype."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -65,11 +66,11 @@ class _Model(ModelMixin, ConfigMixin):
         for block in self.blocks:
             block.checkpointed = False
 
-    def _labels(self, class_labels: Tensor | None, z: Tensor) -> Tensor:
-        """The labels, or the null class for all of z (B, ...)."""
-        if class_labels is not None:
-            return class_labels
-        return torch.full((len(z),), self.model_config.num_classes, device=z.device)
+    def _call(self, forward: Callable, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None, return_dict: bool, *guidance):
+        """The network's forward in diffusers' form, of the null class where there are no labels."""
+        y = torch.full((len(z),), self.model_config.num_classes, device=z.device) if y is None else y
+        u = forward(z, r, t, y, *guidance)
+        return Transformer2DModelOutput(sample=u) if return_dict else (u,)
 
 
 class MeanFlowTransformer2DModel(DiT, _Model):
@@ -121,9 +122,7 @@ class MeanFlowTransformer2DModel(DiT, _Model):
         Returns:
             An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
         """
-        labels = self._labels(class_labels, hidden_states)
-        u = super().forward(hidden_states, r_timestep, timestep, labels)
-        return Transformer2DModelOutput(sample=u) if return_dict else (u,)
+        return self._call(super().forward, hidden_states, timestep, r_timestep, class_labels, return_dict)
 
 
 class ImfTransformer2DModel(ImfDiT, _Model):
@@ -170,20 +169,14 @@ class ImfTransformer2DModel(ImfDiT, _Model):
         guidance_start: Tensor | None = None,
         guidance_end: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The average velocity from timestep t back to r.
+        """As :meth:`MeanFlowTransformer2DModel.forward`, told its guidance.
 
         Args:
-            hidden_states: z (B, channels, size, size). timestep, r_timestep: t and r (B,) in [0, 1], r <= t, best in
-                fp32 whatever the model's dtype. class_labels: (B,), int64; None is the null class for all.
             guidance_scale, guidance_start, guidance_end: omega and the times where guidance begins and ends (B,), best
                 in fp32; by default there is none.
-
-        Returns:
-            An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
         """
-        labels, guidance = self._labels(class_labels, hidden_states), (guidance_scale, guidance_start, guidance_end)
-        u = super().forward(hidden_states, r_timestep, timestep, labels, *guidance)
-        return Transformer2DModelOutput(sample=u) if return_dict else (u,)
+        call = (hidden_states, timestep, r_timestep, class_labels, return_dict)
+        return self._call(super().forward, *call, guidance_scale, guidance_start, guidance_end)
 
 
 Transformer = MeanFlowTransformer2DModel | ImfTransformer2DModel
