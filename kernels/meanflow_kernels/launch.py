@@ -7,9 +7,9 @@ Contract of an op's folder:
 - ``candidates.py`` holds configs worth timing beside those, as data too, where there are any.
 - ``reference.py`` holds the operator as mathematics, ``kernel.py`` the Triton kernels.
 - ``op.py`` has a launcher that builds :class:`Launch` objects from tensors and a config, the shipped one by default;
-  the registered operators, which run them (``plans.py``); the public functions; and ``compile_cases(arch)``, exported
-  by the folder's ``__init__.py``: a :class:`CompileCase` for each shipped config and dtype, built by the same launcher
-  from meta tensors, so that a test compiles what runs.
+  the registered operators, which name it (``registration.py``); the public functions; and ``compile_cases(arch)``,
+  exported by the folder's ``__init__.py``: a :class:`CompileCase` for each shipped config and dtype, built by the same
+  launcher from meta tensors, so that a test compiles what runs.
 
 Nothing here imports Triton before a launch is run or compiled.
 """

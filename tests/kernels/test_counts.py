@@ -136,7 +136,7 @@ def test_pointwise_operators_count_no_products(place):
 def test_every_registered_operator_has_a_formula():
     # an operator without one would be left out of a profile without a word
     sources = "".join(path.read_text() for path in Path(meanflow_kernels.__file__).parent.glob("*/op.py"))
-    ours = set(re.findall(r'custom_op\("(meanflow_kernels::\w+)"', sources))
+    ours = set(re.findall(r'(?:custom|kernel)_op\("(meanflow_kernels::\w+)"', sources))
     assert ours and ours == {str(op).replace(".", "::") for op in flop_registry if "meanflow_kernels" in str(op)}
 
 

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shape, check_tangents
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
@@ -59,19 +58,13 @@ def backward_launches(
     return first, sum_partials(partial, [dshift, dscale], sums_config)
 
 
-@custom_op("meanflow_kernels::adaln")
-def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+@kernel_op("meanflow_kernels::adaln")
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Launched[Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    run(forward_launch, x, shift, scale, y, None, None, None, None, 0, eps, FORWARD)
-    return y
+    return y, (forward_launch, x, shift, scale, y, None, None, None, None, 0, eps, FORWARD)
 
 
-@_adaln.register_fake
-def _(x, shift, scale, eps, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype)
-
-
-@custom_op("meanflow_kernels::adaln_jvp")
+@kernel_op("meanflow_kernels::adaln_jvp")
 def _adaln_jvp(
     x: Tensor,
     shift: Tensor,
@@ -83,48 +76,25 @@ def _adaln_jvp(
     tangent_samples: int,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> Launched[tuple[Tensor, Tensor]]:
     y = x.new_empty(x.shape, dtype=out_dtype)
     y_dot = x.new_empty((tangent_samples, *x.shape[1:]), dtype=out_dtype)
-    run(forward_launch, x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, tangent_start, eps, FORWARD)
-    return y, y_dot
+    operands = (x, shift, scale, y, x_dot, shift_dot, scale_dot, y_dot, tangent_start, eps)
+    return (y, y_dot), (forward_launch, *operands, FORWARD)
 
 
-@_adaln_jvp.register_fake
-def _(x, shift, scale, x_dot, shift_dot, scale_dot, tangent_start, tangent_samples, eps, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((tangent_samples, *x.shape[1:]), dtype=out_dtype)
+@kernel_op("meanflow_kernels::adaln_bwd")
+def _adaln_bwd(x: Tensor, scale: Tensor, dy: Tensor, eps: float) -> Launched[tuple[Tensor, Tensor, Tensor]]:
+    grads = empty_like(x, scale, scale)
+    return grads, (backward_launches, x, scale, dy, *grads, eps, BACKWARD, SUMS)
 
 
-@custom_op("meanflow_kernels::adaln_bwd")
-def _adaln_bwd(x: Tensor, scale: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dshift, dscale = x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    run(backward_launches, x, scale, dy, dx, dshift, dscale, eps, BACKWARD, SUMS)
-    return dx, dshift, dscale
-
-
-@_adaln_bwd.register_fake
-def _(x, scale, dy, eps):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-
-
-def _save(ctx, inputs, output):
-    # the primal's x and scale only: tangents are neither saved nor differentiated
-    x, _, scale, *_ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale)
-    ctx.eps, ctx.inputs = inputs[-2], len(inputs)
-
-
-def _differentiate(ctx, dy, dy_dot=None):
-    refuse_tangent_gradient(dy_dot)
-    grads = (None, None, None)
-    if dy is not None:
-        grads = last(*torch.ops.meanflow_kernels.adaln_bwd(*ctx.saved_tensors, dy, ctx.eps))
-    return (*grads, *[None] * (ctx.inputs - 3))
-
-
-_adaln.register_autograd(_differentiate, setup_context=_save)
-_adaln_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _adaln,
+    _adaln_jvp,
+    keep=lambda operands, y: (operands[:3:2], operands[-2:-1]),  # x and scale, and eps
+    backward=torch.ops.meanflow_kernels.adaln_bwd,
+)
 
 
 def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..tiling import StripConfig, TileConfig, ceil_div
 from .config import BACKWARD, FORWARD, SUMS
@@ -110,56 +109,30 @@ def backward_launches(
     return first, sum_partials(partial, [dbias[None]], sums_config)
 
 
-@custom_op("meanflow_kernels::bias_gelu")
-def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+@kernel_op("meanflow_kernels::bias_gelu")
+def _bias_gelu(x: Tensor, bias: Tensor) -> Launched[Tensor]:
     y = x.new_empty(x.shape)
-    run(forward_launch, x, bias, y, None, None, 0, FORWARD)
-    return y
+    return y, (forward_launch, x, bias, y, None, None, 0, FORWARD)
 
 
-@_bias_gelu.register_fake
-def _(x, bias):
-    return x.new_empty(x.shape)
+@kernel_op("meanflow_kernels::bias_gelu_jvp")
+def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, tangent_start: int) -> Launched[tuple[Tensor, Tensor]]:
+    y, y_dot = empty_like(x, x_dot)
+    return (y, y_dot), (forward_launch, x, bias, y, x_dot, y_dot, tangent_start, FORWARD)
 
 
-@custom_op("meanflow_kernels::bias_gelu_jvp")
-def _bias_gelu_jvp(x: Tensor, bias: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
-    y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    run(forward_launch, x, bias, y, x_dot, y_dot, tangent_start, FORWARD)
-    return y, y_dot
+@kernel_op("meanflow_kernels::bias_gelu_bwd")
+def _bias_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> Launched[tuple[Tensor, Tensor]]:
+    dx, dbias = empty_like(x, bias)
+    return (dx, dbias), (backward_launches, x, bias, dy, dx, dbias, BACKWARD, SUMS)
 
 
-@_bias_gelu_jvp.register_fake
-def _(x, bias, x_dot, tangent_start):
-    return x.new_empty(x.shape), x.new_empty(x_dot.shape)
-
-
-@custom_op("meanflow_kernels::bias_gelu_bwd")
-def _bias_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dbias = x.new_empty(x.shape), bias.new_empty(bias.shape)
-    run(backward_launches, x, bias, dy, dx, dbias, BACKWARD, SUMS)
-    return dx, dbias
-
-
-@_bias_gelu_bwd.register_fake
-def _(x, bias, dy):
-    return x.new_empty(x.shape), bias.new_empty(bias.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2])
-    ctx.inputs = len(inputs)
-
-
-def _differentiate(ctx, dy, dy_dot=None):
-    refuse_tangent_gradient(dy_dot)
-    grads = (None, None) if dy is None else last(*torch.ops.meanflow_kernels.bias_gelu_bwd(*ctx.saved_tensors, dy))
-    return (*grads, *[None] * (ctx.inputs - 2))
-
-
-_bias_gelu.register_autograd(_differentiate, setup_context=_save)
-_bias_gelu_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _bias_gelu,
+    _bias_gelu_jvp,
+    keep=lambda operands, y: (operands[:2], ()),
+    backward=torch.ops.meanflow_kernels.bias_gelu_bwd,
+)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_kernel_dtype, check_parameter, check_real, check_shape, check_tangents
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
-from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch
+from ..rows.launch import check_kernel_row, check_vectors, partial_sums, row_cases, row_launch, stream_and_norm
 from ..tiling import TileConfig
 from .config import BACKWARD, FORWARD, PRIMAL, SUMS
 from .reference import gate_adaln_ref, gate_adaln_tangent_ref
@@ -100,13 +99,7 @@ def backward_launches(
     return first, sum_partials(partial, sums, sums_config, None if bias is None else dbias)
 
 
-def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_out in x's dtype and h in out_dtype, for so many samples."""
-    shape = (samples, *x.shape[1:])
-    return x.new_empty(shape), x.new_empty(shape, dtype=out_dtype)
-
-
-@custom_op("meanflow_kernels::gate_adaln")
+@kernel_op("meanflow_kernels::gate_adaln")
 def _gate_adaln(
     x: Tensor,
     y: Tensor,
@@ -116,18 +109,12 @@ def _gate_adaln(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    out = _outputs(x, x.shape[0], out_dtype)
-    run(forward_launch, (x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, PRIMAL)
-    return out
+) -> Launched[tuple[Tensor, Tensor]]:
+    out = stream_and_norm(x, x.shape[0], out_dtype)
+    return out, (forward_launch, (x, y, gate, shift, scale), bias, (None,) * 5, out, (None, None), 0, eps, PRIMAL)
 
 
-@_gate_adaln.register_fake
-def _(x, y, gate, shift, scale, bias, eps, out_dtype):
-    return _outputs(x, x.shape[0], out_dtype)
-
-
-@custom_op("meanflow_kernels::gate_adaln_jvp")
+@kernel_op("meanflow_kernels::gate_adaln_jvp")
 def _gate_adaln_jvp(
     x: Tensor,
     y: Tensor,
@@ -144,20 +131,14 @@ def _gate_adaln_jvp(
     tangent_samples: int,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
+) -> Launched[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    out, out_dot = stream_and_norm(x, x.shape[0], out_dtype), stream_and_norm(x, tangent_samples, out_dtype)
     primals, tangents = (x, y, gate, shift, scale), (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    run(forward_launch, primals, bias, tangents, out, out_dot, tangent_start, eps, FORWARD)
-    return *out, *out_dot
+    launch = (forward_launch, primals, bias, tangents, out, out_dot, tangent_start, eps, FORWARD)
+    return (*out, *out_dot), launch
 
 
-@_gate_adaln_jvp.register_fake
-def _(x, *operands):
-    *_, tangent_samples, _, out_dtype = operands
-    return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
-
-
-@custom_op("meanflow_kernels::gate_adaln_bwd")
+@kernel_op("meanflow_kernels::gate_adaln_bwd")
 def _gate_adaln_bwd(
     x_out: Tensor,
     y: Tensor,
@@ -167,47 +148,28 @@ def _gate_adaln_bwd(
     dx_out: Tensor | None,
     dh: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dy, dgate, dshift, dscale, dbias = _gradients(x_out, y, gate, bias)
-    sums = [dshift, dscale, dgate]
-    inputs = (x_out, y, gate, scale, bias, dx_out, dh)
-    run(backward_launches, *inputs, dx, dy, sums, dbias, eps, BACKWARD, SUMS)
-    return dx, dy, dgate, dshift, dscale, dbias
+) -> Launched[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    dx, dy, dgate, dshift, dscale = empty_like(x_out, y, gate, gate, gate)
+    dbias = y.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    inputs, sums = (x_out, y, gate, scale, bias, dx_out, dh), [dshift, dscale, dgate]
+    launch = (backward_launches, *inputs, dx, dy, sums, dbias, eps, BACKWARD, SUMS)
+    return (dx, dy, dgate, dshift, dscale, dbias), launch
 
 
-def _gradients(x_out: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Room for dx, dy, dgate, dshift, dscale and dbias, which is empty without a bias."""
-    rows, dbias = (x_out.new_empty(x_out.shape), y.new_empty(y.shape)), y.new_empty(0)
-    return *rows, *[gate.new_empty(gate.shape) for _ in range(3)], dbias if bias is None else bias.new_empty(bias.shape)
+def _keep(operands, output):
+    # x_out serves in x's place: the next layer keeps it anyhow
+    _, y, gate, _, scale, bias, *_ = operands
+    return (output[0], y, gate, scale, bias), (operands[-2], output[1].dtype)
 
 
-@_gate_adaln_bwd.register_fake
-def _(x_out, y, gate, scale, bias, dx_out, dh, eps):
-    return _gradients(x_out, y, gate, bias)
+def _backward(x_out, y, gate, scale, bias, dx_out, dh, eps, h_dtype):
+    # the residual alone was used: rare enough to pay for zeros
+    dh = x_out.new_zeros(x_out.shape, dtype=h_dtype) if dh is None else dh
+    *grads, dbias = torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, bias, dx_out, dh, eps)
+    return *grads, None if bias is None else dbias
 
 
-def _save(ctx, inputs, output):
-    # x_out serves in x's place: the next layer keeps it anyhow. Tangents are neither saved nor differentiated
-    _, y, gate, _, scale, bias, *_ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], y, gate, scale, bias)
-    ctx.h_dtype, ctx.eps, ctx.inputs = output[1].dtype, inputs[-2], len(inputs)
-
-
-def _differentiate(ctx, dx_out, dh, *cotangents):
-    refuse_tangent_gradient(*cotangents)
-    grads = (None,) * 6
-    if dx_out is not None or dh is not None:
-        x_out, y, gate, scale, bias = ctx.saved_tensors
-        # the residual alone was used: rare enough to pay for zeros
-        dh = x_out.new_zeros(x_out.shape, dtype=ctx.h_dtype) if dh is None else dh
-        *grads, dbias = torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, bias, dx_out, dh, ctx.eps)
-        grads = last(*grads, None if bias is None else dbias)
-    return (*grads, *[None] * (ctx.inputs - 6))
-
-
-_gate_adaln.register_autograd(_differentiate, setup_context=_save)
-_gate_adaln_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(_gate_adaln, _gate_adaln_jvp, keep=_keep, backward=_backward, results=2)
 
 
 def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
-from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch
+from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch, stream_and_norm
 from ..tiling import TileConfig
 from .config import BACKWARD, FORWARD, SUMS
 from .reference import gate_rmsnorm_ref, gate_rmsnorm_tangent_ref
@@ -80,32 +79,15 @@ def backward_launches(
     return first, sum_partials(partial, [total[None] for total in sums], sums_config)
 
 
-def _outputs(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_out in x's dtype and h in out_dtype, for so many samples."""
-    shape = (samples, *x.shape[1:])
-    return x.new_empty(shape), x.new_empty(shape, dtype=out_dtype)
-
-
-def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Room for the gradients of x (or x_out), y, gate and weight."""
-    return tuple(x.new_empty(x.shape) for x in inputs)
-
-
-@custom_op("meanflow_kernels::gate_rmsnorm")
+@kernel_op("meanflow_kernels::gate_rmsnorm")
 def _gate_rmsnorm(
     x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    out = _outputs(x, x.shape[0], out_dtype)
-    run(forward_launch, (x, y), (None, None), gate, weight, out, (None, None), 0, eps, FORWARD)
-    return out
+) -> Launched[tuple[Tensor, Tensor]]:
+    out = stream_and_norm(x, x.shape[0], out_dtype)
+    return out, (forward_launch, (x, y), (None, None), gate, weight, out, (None, None), 0, eps, FORWARD)
 
 
-@_gate_rmsnorm.register_fake
-def _(x, y, gate, weight, eps, out_dtype):
-    return _outputs(x, x.shape[0], out_dtype)
-
-
-@custom_op("meanflow_kernels::gate_rmsnorm_jvp")
+@kernel_op("meanflow_kernels::gate_rmsnorm_jvp")
 def _gate_rmsnorm_jvp(
     x: Tensor,
     y: Tensor,
@@ -117,52 +99,32 @@ def _gate_rmsnorm_jvp(
     tangent_samples: int,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, out_dot = _outputs(x, x.shape[0], out_dtype), _outputs(x, tangent_samples, out_dtype)
-    run(forward_launch, (x, y), (x_dot, y_dot), gate, weight, out, out_dot, tangent_start, eps, FORWARD)
-    return *out, *out_dot
+) -> Launched[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    out, out_dot = stream_and_norm(x, x.shape[0], out_dtype), stream_and_norm(x, tangent_samples, out_dtype)
+    operands = ((x, y), (x_dot, y_dot), gate, weight, out, out_dot, tangent_start, eps)
+    return (*out, *out_dot), (forward_launch, *operands, FORWARD)
 
 
-@_gate_rmsnorm_jvp.register_fake
-def _(x, y, gate, weight, x_dot, y_dot, tangent_start, tangent_samples, eps, out_dtype):
-    return *_outputs(x, x.shape[0], out_dtype), *_outputs(x, tangent_samples, out_dtype)
-
-
-@custom_op("meanflow_kernels::gate_rmsnorm_bwd")
+@kernel_op("meanflow_kernels::gate_rmsnorm_bwd")
 def _gate_rmsnorm_bwd(
     x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, dx_out: Tensor | None, dh: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dy, dgate, dweight = _gradients(x_out, y, gate, weight)
-    sums = [dgate, dweight]
-    run(backward_launches, x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS)
-    return dx, dy, dgate, dweight
+) -> Launched[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    dx, dy, *sums = grads = empty_like(x_out, y, gate, weight)
+    return grads, (backward_launches, x_out, y, gate, weight, dx_out, dh, dx, dy, sums, eps, BACKWARD, SUMS)
 
 
-@_gate_rmsnorm_bwd.register_fake
-def _(x_out, y, gate, weight, dx_out, dh, eps):
-    return _gradients(x_out, y, gate, weight)
+def _keep(operands, output):
+    # x_out serves in x's place: the next layer keeps it anyhow
+    return (output[0], *operands[1:4]), (operands[-2], output[1].dtype)
 
 
-def _save(ctx, inputs, output):
-    # x_out serves in x's place: the next layer keeps it anyhow. Tangents are neither saved nor differentiated
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], *inputs[1:4])
-    ctx.h_dtype, ctx.eps, ctx.inputs = output[1].dtype, inputs[-2], len(inputs)
+def _backward(x_out, y, gate, weight, dx_out, dh, eps, h_dtype):
+    # the residual alone was used: rare enough to pay for zeros
+    dh = x_out.new_zeros(x_out.shape, dtype=h_dtype) if dh is None else dh
+    return torch.ops.meanflow_kernels.gate_rmsnorm_bwd(x_out, y, gate, weight, dx_out, dh, eps)
 
 
-def _differentiate(ctx, dx_out, dh, *cotangents):
-    refuse_tangent_gradient(*cotangents)
-    grads = (None,) * 4
-    if dx_out is not None or dh is not None:
-        x_out, *parameters = ctx.saved_tensors
-        # the residual alone was used: rare enough to pay for zeros
-        dh = x_out.new_zeros(x_out.shape, dtype=ctx.h_dtype) if dh is None else dh
-        grads = last(*torch.ops.meanflow_kernels.gate_rmsnorm_bwd(x_out, *parameters, dx_out, dh, ctx.eps))
-    return (*grads, *[None] * (ctx.inputs - 4))
-
-
-_gate_rmsnorm.register_autograd(_differentiate, setup_context=_save)
-_gate_rmsnorm_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(_gate_rmsnorm, _gate_rmsnorm_jvp, keep=_keep, backward=_backward, results=2)
 
 
 def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:

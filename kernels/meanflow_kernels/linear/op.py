@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_alike, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, last, pack, unpack
+from ..registration import custom_op
 from ..transforms import check_pair_transforms, tracked
 
 
@@ -77,7 +78,7 @@ def linear_jvp(
     return torch.nn.functional.linear(x, weight, bias), forbid_gradient(y_dot, x, x_dot, weight)
 
 
-@torch.library.custom_op("meanflow_kernels::join", mutates_args=())
+@custom_op("meanflow_kernels::join")
 def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, -1)
 

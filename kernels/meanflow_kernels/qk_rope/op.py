@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents, fail
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import check_kernel_row, partial_sums, row_launch
@@ -121,26 +120,15 @@ def _outputs(qk: Tensor) -> tuple[Tensor, Tensor]:
     return qk.new_empty(shape), qk.new_empty(shape)
 
 
-def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Room for the gradients of qk, q_weight and k_weight."""
-    return tuple(x.new_empty(x.shape) for x in inputs)
-
-
-@custom_op("meanflow_kernels::qk_rope")
+@kernel_op("meanflow_kernels::qk_rope")
 def _qk_rope(
     qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> Launched[tuple[Tensor, Tensor]]:
     out = _outputs(qk)
-    run(forward_launch, qk, (q_weight, k_weight, cos, sin), out, None, (None, None), 0, eps, FORWARD)
-    return out
+    return out, (forward_launch, qk, (q_weight, k_weight, cos, sin), out, None, (None, None), 0, eps, FORWARD)
 
 
-@_qk_rope.register_fake
-def _(qk, q_weight, k_weight, cos, sin, eps):
-    return _outputs(qk)
-
-
-@custom_op("meanflow_kernels::qk_rope_jvp")
+@kernel_op("meanflow_kernels::qk_rope_jvp")
 def _qk_rope_jvp(
     qk: Tensor,
     q_weight: Tensor,
@@ -150,52 +138,33 @@ def _qk_rope_jvp(
     qk_dot: Tensor,
     tangent_start: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, out_dot = _outputs(qk), _outputs(qk_dot)
-    run(forward_launch, qk, (q_weight, k_weight, cos, sin), out, qk_dot, out_dot, tangent_start, eps, FORWARD)
-    return *out, *out_dot
+) -> Launched[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    out, out_dot, parameters = _outputs(qk), _outputs(qk_dot), (q_weight, k_weight, cos, sin)
+    return (*out, *out_dot), (forward_launch, qk, parameters, out, qk_dot, out_dot, tangent_start, eps, FORWARD)
 
 
-@_qk_rope_jvp.register_fake
-def _(qk, q_weight, k_weight, cos, sin, qk_dot, tangent_start, eps):
-    return *_outputs(qk), *_outputs(qk_dot)
-
-
-@custom_op("meanflow_kernels::qk_rope_bwd")
+@kernel_op("meanflow_kernels::qk_rope_bwd")
 def _qk_rope_bwd(
     qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dqk, dq_weight, dk_weight = _gradients(qk, q_weight, k_weight)
-    parameters, sums = (q_weight, k_weight, cos, sin), (dq_weight, dk_weight)
-    run(backward_launches, qk, parameters, (dq, dk), dqk, sums, eps, BACKWARD, SUMS)
-    return dqk, dq_weight, dk_weight
+) -> Launched[tuple[Tensor, Tensor, Tensor]]:
+    dqk, *sums = grads = empty_like(qk, q_weight, k_weight)
+    parameters = (q_weight, k_weight, cos, sin)
+    return grads, (backward_launches, qk, parameters, (dq, dk), dqk, sums, eps, BACKWARD, SUMS)
 
 
-@_qk_rope_bwd.register_fake
-def _(qk, q_weight, k_weight, cos, sin, dq, dk, eps):
-    return _gradients(qk, q_weight, k_weight)
+def _backward(qk, q_weight, k_weight, cos, sin, dq, dk, eps):
+    # one of them alone was used: rare enough to pay for zeros
+    dq, dk = (qk.new_zeros(qk[:, :, 0].shape) if x is None else x for x in (dq, dk))
+    return torch.ops.meanflow_kernels.qk_rope_bwd(qk, q_weight, k_weight, cos, sin, dq, dk, eps)
 
 
-def _save(ctx, inputs, output):
-    # the tangent is neither saved nor differentiated; cos and sin are constants
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5])
-    ctx.eps, ctx.inputs = inputs[-1], len(inputs)
-
-
-def _differentiate(ctx, dq, dk, *cotangents):
-    refuse_tangent_gradient(*cotangents)
-    grads = (None,) * 3
-    if dq is not None or dk is not None:
-        qk, *parameters = ctx.saved_tensors
-        # one of them alone was used: rare enough to pay for zeros
-        dq, dk = (qk.new_zeros(qk[:, :, 0].shape) if x is None else x for x in (dq, dk))
-        grads = last(*torch.ops.meanflow_kernels.qk_rope_bwd(qk, *parameters, dq, dk, ctx.eps))
-    return (*grads, *[None] * (ctx.inputs - 3))
-
-
-_qk_rope.register_autograd(_differentiate, setup_context=_save)
-_qk_rope_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _qk_rope,
+    _qk_rope_jvp,
+    keep=lambda operands, output: (operands[:5], operands[-1:]),
+    backward=_backward,
+    results=2,
+)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:

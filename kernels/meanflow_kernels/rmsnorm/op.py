@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..rows.config import RowConfig
 from ..rows.launch import IMF_WIDTHS, check_kernel_row, partial_sums, row_cases, row_launch
@@ -70,61 +69,32 @@ def backward_launches(
     return first, sum_partials(partial, [dweight[None]], sums_config)
 
 
-@custom_op("meanflow_kernels::rmsnorm")
-def _rmsnorm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+@kernel_op("meanflow_kernels::rmsnorm")
+def _rmsnorm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Launched[Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype)
-    run(forward_launch, x, weight, y, None, None, 0, eps, FORWARD)
-    return y
+    return y, (forward_launch, x, weight, y, None, None, 0, eps, FORWARD)
 
 
-@_rmsnorm.register_fake
-def _(x, weight, eps, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype)
-
-
-@custom_op("meanflow_kernels::rmsnorm_jvp")
+@kernel_op("meanflow_kernels::rmsnorm_jvp")
 def _rmsnorm_jvp(
     x: Tensor, weight: Tensor, x_dot: Tensor, tangent_start: int, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Launched[tuple[Tensor, Tensor]]:
     y, y_dot = x.new_empty(x.shape, dtype=out_dtype), x_dot.new_empty(x_dot.shape, dtype=out_dtype)
-    run(forward_launch, x, weight, y, x_dot, y_dot, tangent_start, eps, FORWARD)
-    return y, y_dot
+    return (y, y_dot), (forward_launch, x, weight, y, x_dot, y_dot, tangent_start, eps, FORWARD)
 
 
-@_rmsnorm_jvp.register_fake
-def _(x, weight, x_dot, tangent_start, eps, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype), x_dot.new_empty(x_dot.shape, dtype=out_dtype)
+@kernel_op("meanflow_kernels::rmsnorm_bwd")
+def _rmsnorm_bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> Launched[tuple[Tensor, Tensor]]:
+    grads = empty_like(x, weight)
+    return grads, (backward_launches, x, weight, dy, *grads, eps, BACKWARD, SUMS)
 
 
-@custom_op("meanflow_kernels::rmsnorm_bwd")
-def _rmsnorm_bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-    run(backward_launches, x, weight, dy, dx, dweight, eps, BACKWARD, SUMS)
-    return dx, dweight
-
-
-@_rmsnorm_bwd.register_fake
-def _(x, weight, dy, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _save(ctx, inputs, output):
-    # the tangent is neither saved nor differentiated
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2])
-    ctx.eps, ctx.inputs = inputs[-2], len(inputs)
-
-
-def _differentiate(ctx, dy, dy_dot=None):
-    refuse_tangent_gradient(dy_dot)
-    grads = (None, None)
-    if dy is not None:
-        grads = last(*torch.ops.meanflow_kernels.rmsnorm_bwd(*ctx.saved_tensors, dy, ctx.eps))
-    return (*grads, *[None] * (ctx.inputs - 2))
-
-
-_rmsnorm.register_autograd(_differentiate, setup_context=_save)
-_rmsnorm_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _rmsnorm,
+    _rmsnorm_jvp,
+    keep=lambda operands, y: (operands[:2], operands[-2:-1]),  # x and weight, and eps
+    backward=torch.ops.meanflow_kernels.rmsnorm_bwd,
+)
 
 
 def _launches(x: Tensor, y: Tensor, vector: Tensor) -> dict[str, Launch]:

@@ -107,6 +107,12 @@ def partial_sums(count: int, x: Tensor, config: RowConfig, width: int | None = N
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
+def stream_and_norm(x: Tensor, samples: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for a residual stream like x (B, L, C), and for what is normalised of it, for so many samples."""
+    shape = (samples, *x.shape[1:])
+    return x.new_empty(shape), x.new_empty(shape, dtype=out_dtype)
+
+
 DIT_WIDTHS = (384, 768, 1024, 1152)
 IMF_WIDTHS = (768, 1024)
 

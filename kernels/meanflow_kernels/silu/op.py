@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
 from ..tiling import ceil_div
 from .config import BLOCK, NUM_WARPS
@@ -48,57 +47,27 @@ def _launch(x: Tensor, y: Tensor | None, x_dot: Tensor | None, y_dot: Tensor | N
     )
 
 
-@custom_op("meanflow_kernels::silu")
-def _silu(x: Tensor) -> Tensor:
+@kernel_op("meanflow_kernels::silu")
+def _silu(x: Tensor) -> Launched[Tensor]:
     y = x.new_empty(x.shape)
-    run(_launch, x, y, None, None)
-    return y
+    return y, (_launch, x, y, None, None)
 
 
-@_silu.register_fake
-def _(x):
-    return x.new_empty(x.shape)
+@kernel_op("meanflow_kernels::silu_jvp")
+def _silu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> Launched[tuple[Tensor, Tensor]]:
+    y, y_dot = empty_like(x, x_dot)
+    return (y, y_dot), (_launch, x, y, x_dot, y_dot, tangent_start)
 
 
-@custom_op("meanflow_kernels::silu_jvp")
-def _silu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
-    y, y_dot = x.new_empty(x.shape), x.new_empty(x_dot.shape)
-    run(_launch, x, y, x_dot, y_dot, tangent_start)
-    return y, y_dot
-
-
-@_silu_jvp.register_fake
-def _(x, x_dot, tangent_start):
-    return x.new_empty(x.shape), x.new_empty(x_dot.shape)
-
-
-@custom_op("meanflow_kernels::silu_bwd")
-def _silu_bwd(x: Tensor, dy: Tensor) -> Tensor:
+@kernel_op("meanflow_kernels::silu_bwd")
+def _silu_bwd(x: Tensor, dy: Tensor) -> Launched[Tensor]:
     dx = x.new_empty(x.shape)
-    run(_launch, x, None, dy, dx)
-    return dx
+    return dx, (_launch, x, None, dy, dx)
 
 
-@_silu_bwd.register_fake
-def _(x, dy):
-    return x.new_empty(x.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0])
-    ctx.inputs = len(inputs)
-
-
-def _differentiate(ctx, dy, dy_dot=None):
-    refuse_tangent_gradient(dy_dot)
-    (x,) = ctx.saved_tensors
-    (dx,) = (None,) if dy is None else last(torch.ops.meanflow_kernels.silu_bwd(x, dy))
-    return (dx, *[None] * (ctx.inputs - 1))
-
-
-_silu.register_autograd(_differentiate, setup_context=_save)
-_silu_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _silu, _silu_jvp, keep=lambda operands, y: (operands[:1], ()), backward=torch.ops.meanflow_kernels.silu_bwd
+)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:

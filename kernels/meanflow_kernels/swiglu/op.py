@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, kernel_op
 from ..routing import runs_kernel
 from ..tiling import ceil_div
 from .config import BACKWARD, FORWARD, FlatConfig
@@ -82,57 +81,27 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@custom_op("meanflow_kernels::swiglu")
-def _swiglu(x: Tensor) -> Tensor:
+@kernel_op("meanflow_kernels::swiglu")
+def _swiglu(x: Tensor) -> Launched[Tensor]:
     y = _empty(x)
-    run(forward_launch, x, y, None, None, 0, FORWARD)
-    return y
+    return y, (forward_launch, x, y, None, None, 0, FORWARD)
 
 
-@_swiglu.register_fake
-def _(x):
-    return _empty(x)
-
-
-@custom_op("meanflow_kernels::swiglu_jvp")
-def _swiglu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> tuple[Tensor, Tensor]:
+@kernel_op("meanflow_kernels::swiglu_jvp")
+def _swiglu_jvp(x: Tensor, x_dot: Tensor, tangent_start: int) -> Launched[tuple[Tensor, Tensor]]:
     y, y_dot = _empty(x), _empty(x_dot)
-    run(forward_launch, x, y, x_dot, y_dot, tangent_start, FORWARD)
-    return y, y_dot
+    return (y, y_dot), (forward_launch, x, y, x_dot, y_dot, tangent_start, FORWARD)
 
 
-@_swiglu_jvp.register_fake
-def _(x, x_dot, tangent_start):
-    return _empty(x), _empty(x_dot)
-
-
-@custom_op("meanflow_kernels::swiglu_bwd")
-def _swiglu_bwd(x: Tensor, dy: Tensor) -> Tensor:
+@kernel_op("meanflow_kernels::swiglu_bwd")
+def _swiglu_bwd(x: Tensor, dy: Tensor) -> Launched[Tensor]:
     dx = x.new_empty(x.shape)
-    run(backward_launch, x, dy, dx, BACKWARD)
-    return dx
+    return dx, (backward_launch, x, dy, dx, BACKWARD)
 
 
-@_swiglu_bwd.register_fake
-def _(x, dy):
-    return x.new_empty(x.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0])
-    ctx.inputs = len(inputs)
-
-
-def _differentiate(ctx, dy, dy_dot=None):
-    refuse_tangent_gradient(dy_dot)
-    (x,) = ctx.saved_tensors
-    (dx,) = (None,) if dy is None else last(torch.ops.meanflow_kernels.swiglu_bwd(x, dy))
-    return (dx, *[None] * (ctx.inputs - 1))
-
-
-_swiglu.register_autograd(_differentiate, setup_context=_save)
-_swiglu_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _swiglu, _swiglu_jvp, keep=lambda operands, y: (operands[:1], ()), backward=torch.ops.meanflow_kernels.swiglu_bwd
+)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_shape, check_tangents, fail
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..launch import CompileCase, Launch
-from ..plans import run
-from ..registration import custom_op
+from ..registration import Launched, differentiate, kernel_op
 from ..routing import runs_kernel
 from ..tiling import next_power_of_two
 from .config import NUM_WARPS
@@ -71,59 +70,32 @@ def _backward(t: Tensor, dy: Tensor, dt: Tensor, max_period: float) -> Launch:
     return _launch(_timestep_embedding_bwd_kernel, t, dy.shape[1], max_period, dy_ptr=dy, dt_ptr=dt)
 
 
-@custom_op("meanflow_kernels::timestep_embedding")
-def _timestep_embedding(t: Tensor, dim: int, max_period: float) -> Tensor:
+@kernel_op("meanflow_kernels::timestep_embedding")
+def _timestep_embedding(t: Tensor, dim: int, max_period: float) -> Launched[Tensor]:
     y = t.new_empty((t.shape[0], dim))
-    run(_forward, t, y, None, None, 0, max_period)
-    return y
+    return y, (_forward, t, y, None, None, 0, max_period)
 
 
-@_timestep_embedding.register_fake
-def _(t, dim, max_period):
-    return t.new_empty((t.shape[0], dim))
-
-
-@custom_op("meanflow_kernels::timestep_embedding_jvp")
+@kernel_op("meanflow_kernels::timestep_embedding_jvp")
 def _timestep_embedding_jvp(
     t: Tensor, t_dot: Tensor, dim: int, tangent_start: int, max_period: float
-) -> tuple[Tensor, Tensor]:
+) -> Launched[tuple[Tensor, Tensor]]:
     y, y_dot = t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
-    run(_forward, t, y, t_dot, y_dot, tangent_start, max_period)
-    return y, y_dot
+    return (y, y_dot), (_forward, t, y, t_dot, y_dot, tangent_start, max_period)
 
 
-@_timestep_embedding_jvp.register_fake
-def _(t, t_dot, dim, tangent_start, max_period):
-    return t.new_empty((t.shape[0], dim)), t.new_empty((t_dot.shape[0], dim))
-
-
-@custom_op("meanflow_kernels::timestep_embedding_bwd")
-def _timestep_embedding_bwd(t: Tensor, dy: Tensor, max_period: float) -> Tensor:
+@kernel_op("meanflow_kernels::timestep_embedding_bwd")
+def _timestep_embedding_bwd(t: Tensor, dy: Tensor, max_period: float) -> Launched[Tensor]:
     dt = t.new_empty(t.shape)
-    run(_backward, t, dy, dt, max_period)
-    return dt
+    return dt, (_backward, t, dy, dt, max_period)
 
 
-@_timestep_embedding_bwd.register_fake
-def _(t, dy, max_period):
-    return t.new_empty(t.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0])
-    ctx.max_period, ctx.inputs = inputs[-1], len(inputs)
-
-
-def _differentiate(ctx, dy, dy_dot=None):
-    refuse_tangent_gradient(dy_dot)
-    (t,) = ctx.saved_tensors
-    (dt,) = (None,) if dy is None else last(torch.ops.meanflow_kernels.timestep_embedding_bwd(t, dy, ctx.max_period))
-    return (dt, *[None] * (ctx.inputs - 1))
-
-
-_timestep_embedding.register_autograd(_differentiate, setup_context=_save)
-_timestep_embedding_jvp.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _timestep_embedding,
+    _timestep_embedding_jvp,
+    keep=lambda operands, y: (operands[:1], operands[-1:]),
+    backward=torch.ops.meanflow_kernels.timestep_embedding_bwd,
+)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
