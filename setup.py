@@ -67,7 +67,10 @@ LIBRARIES = {"meanflow_kernels.native_cpu": ["csrc/ops.cpp", "csrc/adamw_ema_cpu
 if find_nvcc():
     LIBRARIES["meanflow_kernels.native_cuda"] = ["csrc/adamw_ema_cuda.cu"]
 
-COMMANDS = ("ablate", "convert", "evaluate", "export", "page", "prepare_data", "quickstart", "sample", "sweep", "train")
+COMMANDS = (
+    "ablate", "compare", "convert", "evaluate", "export", "page", "prepare_data", "quickstart", "sample", "sweep",
+    "train",
+)  # fmt: skip
 
 setup(
     name="meanflow",

@@ -47,7 +47,7 @@ def guided(guidance_weights="current", implementation="native", **options):
 def curve(out: Path) -> list[dict]:
     """The log without what depends on the clock."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clocks = ("time", "images_per_second", "data_wait", "memory_gb", "mfu")
+    clocks = ("time", "images_per_second", "cpu_seconds", "data_wait", "memory_gb", "mfu")
     return [{key: row[key] for key in row if key not in clocks} for row in rows]
 
 

@@ -47,7 +47,7 @@ INNER = {
         "evaluation": {"method", "data", "storage"},
         "interop": {"model", "method", "data", "storage"},
         "training": {"model", "method", "objectives", "data", "storage", "evaluation", "interop"},
-        "apps": {"method", "data", "storage", "evaluation", "interop", "training"},
+        "apps": {"method", "objectives", "data", "storage", "evaluation", "interop", "training"},
         "": set(),
     },
     "benchmarks": {

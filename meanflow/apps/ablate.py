@@ -5,7 +5,6 @@ axes: share (1a) tangent (1b) embedding (1c) sampler (1d) weight (1e) omega (1f)
 """
 
 import json
-import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,11 @@ from tyro.conf import Positional
 from .. import cli
 from ..config import RunConfig
 from ..errors import require
-from ..evaluation.classifier import ClassifierJudge
+from ..evaluation.classifier import ClassifierJudge, spread
 from ..interop.weights import load_ema
 from ..presets import ABLATIONS, preset
 from ..storage.record import write_atomically
-from ..training.trainer import train
+from ..training.trainer import train_all
 from ..world import choose_device
 
 SEEDS = (0, 1, 2)
@@ -79,16 +78,20 @@ def sweep(name: str, out: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEE
     """
     require(name in AXES, "axis", name, "one of " + " ".join(AXES), "see --help")
     require(len(seeds) > 0, "seeds", seeds, "at least one", "name some")
-    for overrides, _ in AXES[name].rows.values():
-        run_config(overrides, 0, steps)  # before the judge is trained
-    axis, judge, results = AXES[name], ClassifierJudge(preset("digits").data), {}
-    for row, (overrides, fid) in axis.rows.items():
+    axis = AXES[name]
+    runs = {
+        (row, seed): (out / name / f"{row}-steps{steps}-seed{seed}", run_config(overrides, seed, steps))
+        for row, (overrides, _) in axis.rows.items()
+        for seed in seeds
+    }
+    code = train_all(dict(runs.values()))
+    if code:
+        return code
+    judge, results = ClassifierJudge(preset("digits").data), {}
+    for row, (_, fid) in axis.rows.items():
         scores = []
         for seed in seeds:
-            folder, config = out / name / f"{row}-steps{steps}-seed{seed}", run_config(overrides, seed, steps)
-            code = train(config, folder)
-            if code:
-                return code
+            folder, config = runs[row, seed]
             device = choose_device(config.train.device)
             scores.append(judge.score_net(load_ema(folder, device)[0], device).as_dict())
         results[row] = {"paper_fid": fid, "scores": scores}
@@ -107,11 +110,6 @@ def sweep(name: str, out: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEE
     return 0
 
 
-def _spread(scores: list[dict], key: str) -> tuple[float, float]:
-    values = [score[key] for score in scores]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def table(result: dict) -> list[str]:
     """Format an axis as a Markdown table: mean ± standard deviation over the seeds."""
     lines = [
@@ -125,7 +123,7 @@ def table(result: dict) -> list[str]:
     ]
     for row, values in result["rows"].items():
         (frechet, d_frechet), (accuracy, _), (variance, _) = (
-            _spread(values["scores"], key) for key in ("frechet", "accuracy", "variance_ratio")
+            spread(values["scores"], key) for key in ("frechet", "accuracy", "variance_ratio")
         )
         fid = "" if values["paper_fid"] is None else f"{values['paper_fid']:.2f}"
         lines.append(f"| {row} | {frechet:.1f} ± {d_frechet:.1f} | {accuracy:.1%} | {variance:.2f} | {fid} |")
@@ -140,7 +138,7 @@ def draw(path: Path, result: dict) -> None:
     figure = Figure(figsize=(1.5 + 1.1 * len(rows), 3.8), layout="constrained")
     ours = figure.subplots()
     place = torch.arange(len(rows)).double().numpy()
-    means, spreads = zip(*(_spread(result["rows"][row]["scores"], "frechet") for row in rows), strict=True)
+    means, spreads = zip(*(spread(result["rows"][row]["scores"], "frechet") for row in rows), strict=True)
     ours.bar(place - 0.2, means, 0.38, yerr=spreads, color="tab:blue", label="digits, ours", capsize=3)
     ours.axhline(result["floor"], color="tab:blue", linestyle=":", linewidth=1)
     ours.set_ylabel("Fréchet distance, digits (dotted: floor)", color="tab:blue")

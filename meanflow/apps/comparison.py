@@ -6,24 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..config import RunConfig
 from ..config_json import to_dict
-from ..data.images import to_uint8
-from ..draws import Draws, Purpose
 from ..errors import UserError, require
-from ..evaluation.classifier import ClassifierJudge
+from ..evaluation.classifier import ClassifierJudge, draw_grids, grid_of, real_grid
 from ..interop.weights import load_ema
-from ..method.sampling import sample
 from ..owner import owned
 from ..storage.record import environment, write_atomically
-from ..training.runlog import foreign_entry
-from ..training.trainer import train
+from ..training.runlog import cost_of, foreign_entry
+from ..training.trainer import train_all
 from ..world import choose_device
 
-ROWS, CLASSES = 8, 10
 TITLES = {
     "real": "real digits",
     "meanflow": "MeanFlow, one step",
@@ -64,19 +59,18 @@ def compare(configs: dict[str, RunConfig], out: Path) -> int:
         require(
             config.data.name == "digits", "data.name", config.data.name, "digits", "for latents see scripts/train.py"
         )
-        code = train(config, out / name)
-        if code:
-            return code
-
+    code = train_all({out / name: config for name, config in configs.items()})
+    if code:
+        return code
     judge = ClassifierJudge(configs["meanflow"].data)
-    images = {"real": _real_grid(judge)}
-    scores, speed = {}, {}
+    images = {TITLES["real"]: real_grid(judge)}
+    scores, costs = {}, {}
     for name, config in configs.items():
         device = choose_device(config.train.device)
         net, *_ = load_ema(out / name, device)
         scores[name] = judge.score_net(net, device)
-        images[name] = _grid_of(net, config.train.seed, device)
-        speed[name] = _speed(out / name)
+        images[TITLES[name]] = grid_of(net, config.train.seed, device)
+        costs[name] = cost_of(out / name)
     report = {
         **scores["meanflow"].as_dict(),
         "frechet_floor": judge.floor(),
@@ -86,9 +80,9 @@ def compare(configs: dict[str, RunConfig], out: Path) -> int:
         "variance_ratio_flow_matching": scores["flow_matching"].variance_ratio,
         "classifier_accuracy_real": judge.accuracy_real,
         "steps": configs["meanflow"].train.steps,
-        "train_seconds": sum(seconds for seconds, _ in speed.values()),
-        "images_per_second": speed["meanflow"][1],
-        "images_per_second_flow_matching": speed["flow_matching"][1],
+        "train_seconds": sum(cost.seconds for cost in costs.values()),
+        "images_per_second": costs["meanflow"].images_per_second,
+        "images_per_second_flow_matching": costs["flow_matching"].images_per_second,
         "environment": environment(),
     }
     draw_samples(out / "samples.png", images)
@@ -137,37 +131,10 @@ def report_lines(report: dict) -> list[str]:
     ]
 
 
-def _speed(run: Path) -> tuple[float, float]:
-    """Seconds of training and the median images a second, from a run's log."""
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    config = json.loads((run / "config.json").read_text())["train"]
-    rates = torch.tensor([row["images_per_second"] for row in rows], dtype=torch.float64)
-    steps = torch.tensor([row["step"] for row in rows], dtype=torch.float64).diff(prepend=torch.zeros(1).double())
-    return float((steps * config["batch"] / rates).sum()), float(rates.median())
-
-
-def _real_grid(judge: ClassifierJudge) -> Tensor:
-    columns = [torch.nonzero(judge.real.labels == c)[:ROWS, 0] for c in range(CLASSES)]
-    return to_uint8(judge.real.images[torch.stack(columns, 1).flatten()])
-
-
-def _grid_of(net, seed: int, device: torch.device) -> Tensor:
-    indices = torch.arange(ROWS * CLASSES, device=device)
-    noise = Draws(seed, 0, indices).normal(Purpose.NOISE, (net.in_channels, net.input_size, net.input_size))
-    return to_uint8(sample(net, noise, indices % CLASSES)).cpu()
-
-
 def draw_samples(path: Path, images: dict[str, Tensor]) -> None:
-    """Draw grids of uint8 digits side by side, one column per class."""
+    """Draw grids of uint8 digits side by side, by their titles."""
     from matplotlib.figure import Figure
 
-    from ..data.images import grid
-
     figure = Figure(figsize=(4.2 * len(images), 4.4), layout="constrained")
-    for axes, (name, digits) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
-        axes.imshow(grid(digits, CLASSES).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(TITLES[name])
-        axes.set_xticks([9 * c + 4.5 for c in range(CLASSES)], range(CLASSES))
-        axes.set_yticks([])
-        axes.set_xlabel("class")
+    draw_grids(figure.subplots(1, len(images)), images)
     figure.savefig(path, dpi=150)

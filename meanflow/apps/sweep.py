@@ -113,6 +113,8 @@ def best(rows: list[dict]) -> dict:
 def in_words(row: dict) -> str:
     """A point and its score."""
     name, value = measure(row)
+    if not row["guidance"]:
+        return f"{name} {value:.4g}"
     omega, *interval = row["guidance"]
     times = f" in [{interval[0]:g}, {interval[1]:g}]" if interval else ""
     return f"omega {omega:g}{times}: {name} {value:.4g}"

@@ -1,7 +1,9 @@
-"""Scores of small pictures: Fréchet distance, conditional accuracy, within-class variance, by a small classifier."""
+"""Scores of small pictures, by a small classifier: Fréchet distance, accuracy, within-class variance; and grids."""
 
 import hashlib
 import os
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from ..data.dataset import Pictures, open_pictures
+from ..data.images import grid, to_uint8
 from ..draws import Draws, Purpose
 from ..method.sampling import sample
 from ..startup import cache_folder
@@ -23,6 +26,7 @@ CLASSIFIER_EPOCHS, CLASSIFIER_BATCH = {"digits": 20, "fashion": 3}, 64
 # without noise and dropout the classifier memorises the digits, and its features generalise badly
 CLASSIFIER_NOISE, CLASSIFIER_DROPOUT = {"digits": 0.2, "fashion": 0.05}, {"digits": 0.5, "fashion": 0.0}
 FLOOR_DRAWS = 20
+ROWS, CLASSES = 8, 10
 PART = 2000
 """Images that a network or the classifier is given at a time."""
 
@@ -180,3 +184,35 @@ def _keep(net: nn.Module, path: Path) -> None:
         os.replace(partial, path)
     except OSError:
         pass
+
+
+def spread(scores: list[dict], key: str) -> tuple[float, float]:
+    """Mean and standard deviation of a score over the seeds."""
+    values = [score[key] for score in scores]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def real_grid(judge: ClassifierJudge) -> Tensor:
+    """Real pictures as a grid of samples, uint8."""
+    columns = [torch.nonzero(judge.real.labels == c)[:ROWS, 0] for c in range(CLASSES)]
+    return to_uint8(judge.real.images[torch.stack(columns, 1).flatten()])
+
+
+def grid_of(
+    net, seed: int, device: torch.device, times: Sequence[float] = (1.0, 0.0), guidance: Sequence[float] = ()
+) -> Tensor:
+    """Samples of a network, uint8, one column per class."""
+    indices = torch.arange(ROWS * CLASSES, device=device)
+    noise = Draws(seed, 0, indices).normal(Purpose.NOISE, (net.in_channels, net.input_size, net.input_size))
+    return to_uint8(sample(net, noise, indices % CLASSES, times, guidance)).cpu()
+
+
+def draw_grids(all_axes, images: dict[str, Tensor]) -> None:
+    """Draw each grid of uint8 pictures, one column per class, on axes of its own."""
+    for axes, (title, pictures) in zip(all_axes, images.items(), strict=True):
+        axes.imshow(grid(pictures, CLASSES).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title)
+        size = pictures.shape[-1]
+        axes.set_xticks([(size + 1) * c + (size + 1) / 2 for c in range(CLASSES)], range(CLASSES))
+        axes.set_yticks([])
+        axes.set_xlabel("class")

@@ -105,3 +105,16 @@ def sample(
             ends (`meanflow.method.guidance.sampling_guidance`).
     """
     return Sampler(net)(noise, y, times, guidance)
+
+
+class Euler(nn.Module):
+    """A network sampled by Euler's steps along its velocity u(z, t, t), as flow matching is: z - (t - r) u(z, t, t)."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+        self.in_channels, self.input_size, self.num_classes = net.in_channels, net.input_size, net.num_classes
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """The velocity at t, whatever r; conditions: the label and what follows it."""
+        return self.net(z, t, t, *conditions)

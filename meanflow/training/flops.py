@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step's matrix products, for the MFU of the log."""
+"""Floating-point operations of a training step's matrix products: for the MFU of the log, and for equal budgets."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from meanflow_kernels.routing import Route, force_route
 
 from ..config import ModelConfig
+from ..method.contract import Objective
 from ..method.passes import Pass
 from ..model.build import build_net
 
 SAMPLES = 2
+DRAWN_STEPS = 50
+"""Steps whose plans a mean is taken over."""
 
 
 class SampleFlops(NamedTuple):
@@ -53,3 +56,13 @@ def sample_flops(config: ModelConfig) -> SampleFlops:
         backward, _ = count(lambda: sum(u.sum() for u in (outputs if heads else (outputs,))).backward())
         dual, _ = count(lambda: net(z, t, t, y, **heads, tangents=(z, None, t), tangent_start=0))
     return SampleFlops(forward, primal, dual - primal, backward)
+
+
+def step_flops(model: ModelConfig, objective: Objective) -> float:
+    """Operations of a training step in one process: the mean over the first steps that a run of seed 0 draws."""
+    flops = sample_flops(model)
+
+    def of_step(step: int) -> float:
+        return flops.of_passes(objective.passes(objective.sizes(objective.drawn(0, step, 0), exact=True)))
+
+    return sum(map(of_step, range(DRAWN_STEPS))) / DRAWN_STEPS

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class RunLog:
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._clock, self._flops, self._images, self._waited = time.perf_counter(), 0.0, 0, 0.0
+        self._cpu_clock = time.process_time()
 
     def start(self, config: dict, step: int, classes: list[str] | None = None) -> None:
         """Record the configuration and the classes' names, and drop lines after the step from which the run goes on."""
@@ -145,7 +146,7 @@ class RunLog:
         """
         s = dict(zip(self._names, self.world.sum(self._sums).tolist(), strict=True))
         self._sums = torch.zeros_like(self._sums)
-        now = time.perf_counter()
+        now, cpu_now = time.perf_counter(), time.process_time()
         seconds = now - self._clock
 
         def of_steps(name: str) -> float | None:
@@ -161,12 +162,14 @@ class RunLog:
             "skipped": int(s["skipped"]),
             **more,
             "images_per_second": self._images * self.world.size / seconds,
+            "cpu_seconds": cpu_now - self._cpu_clock,
             "data_wait": (waited - self._waited) / seconds,
             "mfu": self._mfu(seconds),
             "memory_gb": _memory_gb(self.world.device),
             "time": time.time(),
         }
         self._clock, self._flops, self._images, self._waited = now, 0.0, 0, waited
+        self._cpu_clock = cpu_now
         if self.world.is_main:
             self._write(step, row)
         return row
@@ -302,6 +305,26 @@ def foreign_entry(folder: Path) -> str | None:
         if not hidden and not (path.is_dir() and not any(path.iterdir())):
             return path.name
     return None
+
+
+class Cost(NamedTuple):
+    """Of a run, from its log."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all cores together: about the same where others use them too."""
+    images_per_second: float
+    """The median."""
+
+
+def cost_of(run: Path) -> Cost:
+    """What a run's training took."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    config = json.loads((run / "config.json").read_text())["train"]
+    rates = torch.tensor([row["images_per_second"] for row in rows], dtype=torch.float64)
+    steps = torch.tensor([row["step"] for row in rows], dtype=torch.float64).diff(prepend=torch.zeros(1).double())
+    cpu_seconds = sum(row.get("cpu_seconds", 0.0) for row in rows)  # older logs have none
+    return Cost(float((steps * config["batch"] / rates).sum()), cpu_seconds, float(rates.median()))
 
 
 def _memory_gb(device: torch.device) -> float | None:

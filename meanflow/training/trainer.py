@@ -329,6 +329,19 @@ def train(config: RunConfig, out: Path) -> int:
     return code
 
 
+def train_all(runs: dict[Path, RunConfig]) -> int:
+    """Train the run of each folder; those that are done are not repeated.
+
+    Returns:
+        0, or the exit code of a training that a signal stopped.
+    """
+    for folder, config in runs.items():
+        code = train(config, folder)
+        if code:
+            return code
+    return 0
+
+
 def _train(trainer: Trainer, received: list[int]) -> int:
     def say(text: str) -> None:
         if trainer.world.is_main:

@@ -1,0 +1,318 @@
+"""Compare objectives trained at equal FLOPs: table and picture beside the figures published for ImageNet.
+
+python scripts/compare.py --data digits                          MeanFlow, improved MeanFlow, flow matching
+
+python scripts/compare.py --entries meanflow imf --steps 600     two of them, at equal steps
+
+Each is trained by its preset, once a seed, and judged in 1, 2 and 4 steps. Where a network is told its guidance, the
+best of a few is found on the first seed's, after training. Repeating an interrupted command continues it.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .. import cli
+from ..config import OptimConfig, RunConfig
+from ..errors import require
+from ..evaluation.classifier import ClassifierJudge, draw_grids, grid_of, real_grid, spread
+from ..interop.weights import load_ema
+from ..method.sampling import Euler, even_times
+from ..objectives.build import make_objective
+from ..owner import owned
+from ..presets import preset
+from ..storage.record import environment, write_atomically
+from ..training.flops import sample_flops, step_flops
+from ..training.runlog import cost_of
+from ..training.trainer import train_all
+from ..world import World
+from . import sweep
+
+SEEDS = (0, 1, 2)
+STEPS_OF_SAMPLES = (1, 2, 4)
+OMEGAS, INTERVALS = (1.0, 1.25, 1.5, 2.0), ("0-1",)
+"""The guidance that is tried on a network that is told it: digits want little."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An objective in the comparison."""
+
+    preset: str
+    label: str
+    published: float
+    """FID of one-step samples on ImageNet 256x256."""
+    whose: str
+    """The network of that figure, and whose run it is."""
+
+
+ENTRIES: dict[str, dict[str, Entry]] = {
+    "digits": {
+        "meanflow": Entry("digits", "MeanFlow", 6.17, "B/2, 240 epochs, MeanFlow's paper"),
+        "imf": Entry("digits-imf", "improved MeanFlow", 3.82, "B/2, 240 epochs, iMF's paper"),
+        "flow-matching": Entry("digits-flow-matching", "flow matching", 328.91, "B/4, 80 epochs, MeanFlow's paper"),
+    }
+}
+"""By the data, then by name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    data: Literal["digits"] = "digits"
+    """What to train on."""
+    entries: tuple[str, ...] = tuple(ENTRIES["digits"])
+    """Which to compare: meanflow, imf, flow-matching."""
+    budget_flops: float | None = None
+    """Operations of each training, matrix products alone (default: those of the preset digits, 6.2e12)."""
+    steps: int | None = None
+    """Training steps of each instead, whatever they cost."""
+    seeds: tuple[int, ...] = SEEDS
+    """Seeds of each training."""
+    out: Path = Path("runs/compare")
+    """Each comparison gets a folder in it. What is done is not repeated."""
+
+
+def configs_of(options: Options) -> tuple[str, dict[str, RunConfig]]:
+    """The name of a comparison, and the configuration of each of its entries.
+
+    Raises:
+        UserError: for entries that are not there, and budgets that train nothing.
+    """
+    known = ENTRIES[options.data]
+    unknown = next((name for name in options.entries if name not in known), None)
+    require(unknown is None, "entries", unknown, "some of " + " ".join(known), "see --help")
+    require(len(options.entries) > 0, "entries", options.entries, "at least one", "name some")
+    require(len(options.seeds) > 0, "seeds", options.seeds, "at least one", "name some")
+    both = options.steps is not None and options.budget_flops is not None
+    require(not both, "steps", options.steps, "steps or budget_flops, not both", "leave one out")
+    configs = {name: preset(known[name].preset) for name in options.entries}
+    if options.steps is not None:
+        name, steps = f"{options.data}-{options.steps}steps", dict.fromkeys(configs, options.steps)
+    else:
+        first = preset(options.data)
+        budget = options.budget_flops
+        budget = first.train.steps * flops_of_step(first) if budget is None else budget
+        name = f"{options.data}-{budget:.3g}flops".replace("+", "")
+        steps = {entry: round(budget / flops_of_step(config)) for entry, config in configs.items()}
+        least, wanted = min(steps.values()), "enough for a step of each entry"
+        require(least >= 1, "budget_flops", budget, wanted, "one of digits takes 3.4e9")
+    return name, {
+        entry: replace(config, train=replace(config.train, steps=steps[entry], sample_every=steps[entry]))
+        for entry, config in configs.items()
+    }
+
+
+def compare(options: Options) -> tuple[int, Path]:
+    """Train and judge every entry: table.md, table.json and picture.png in a folder of options.out.
+
+    Returns:
+        0, or the exit code of a training that a signal stopped; the folder.
+    """
+    name, configs = configs_of(options)
+    folder = options.out / name
+    runs = {(entry, seed): folder / f"{entry}-seed{seed}" for entry in configs for seed in options.seeds}
+    with owned(folder):
+        code = train_all({path: _seeded(configs[entry], seed) for (entry, seed), path in runs.items()})
+        if code:
+            return code, folder
+        judge, entries = ClassifierJudge(preset(options.data).data), {}
+        images = {"real digits": real_grid(judge)}
+        with World("auto") as world:
+            for entry, config in configs.items():
+                about = ENTRIES[options.data][entry]
+                paths = [runs[entry, seed] for seed in options.seeds]
+                judged = judge_runs(judge, paths, config, world)
+                entries[entry] = {"label": about.label, "published": about.published, "whose": about.whose}
+                entries[entry] |= _accounts(config, paths) | {"samples": judged}
+                fewest = min(STEPS_OF_SAMPLES)
+                net, guidance = sampler_of(paths[0], world), judged[str(fewest)]["guidance"]
+                images[about.label] = grid_of(net, options.seeds[0], world.device, even_times(fewest), guidance)
+        result = {
+            "data": options.data,
+            "equal": "FLOPs" if options.steps is None else "steps",
+            "seeds": list(options.seeds),
+            "floor": judge.floor(),
+            "class_means": judge.class_means(),
+            "entries": entries,
+            "environment": environment(),
+        }
+        write_atomically(folder / "table.md", "\n".join(table(result)) + "\n")
+        draw(folder / "picture.png", result, images)
+        write_atomically(folder / "table.json", json.dumps(result, indent=2) + "\n")
+    return 0, folder
+
+
+@cache
+def flops_of_step(config: RunConfig) -> float:
+    """Operations of a training step."""
+    return step_flops(config.model, make_objective(config))
+
+
+def _seeded(config: RunConfig, seed: int) -> RunConfig:
+    return replace(config, train=replace(config.train, seed=seed))
+
+
+def sampler_of(run: Path, world: World) -> nn.Module:
+    """The averaged network of a run, as its objective samples."""
+    net, config, *_ = load_ema(run, world.device)
+    return Euler(net) if config.objective.share_equal == 1 else net
+
+
+def judge_runs(judge: ClassifierJudge, runs: list[Path], config: RunConfig, world: World) -> dict[str, dict]:
+    """The scores of each run by the number of sampling steps, at the guidance that is best for the first run."""
+    told = config.objective.guidance_input != "none"
+    points = sweep.grid(sweep.Options(runs[0], omegas=OMEGAS, intervals=INTERVALS), config) if told else [()]
+    results = {}
+    for steps in STEPS_OF_SAMPLES:
+
+        def rows(run: Path, points: list[tuple[float, ...]], steps=steps) -> list[dict]:
+            net, times = sampler_of(run, world), even_times(steps)
+            file = run / f"scores_{steps}_steps.jsonl"
+            found = sweep.sweep(
+                points, lambda told: judge.score_net(net, world.device, times, told).as_dict(), file, world
+            )
+            return [row for row in found if tuple(row["guidance"]) in points]
+
+        tried = rows(runs[0], points)
+        best = sweep.best(tried)["guidance"]
+        scores = [row for run in runs for row in rows(run, [tuple(best)])]
+        results[str(steps)] = {"guidance": best, "tried": tried if told else [], "scores": scores}
+    return results
+
+
+def _accounts(config: RunConfig, runs: list[Path]) -> dict:
+    """What was trained, and what it took: counted, and measured by the runs' logs (the mean over the seeds)."""
+    flops, forward = flops_of_step(config), sample_flops(config.model).forward
+    costs = [cost_of(run)._asdict() for run in runs]
+    return {
+        "steps": config.train.steps,
+        "flops": config.train.steps * flops,
+        "forwards_per_step": flops / (config.train.batch * forward),
+        "forward_flops": forward,
+        "optimizer": in_words(config.optim),
+        **{name: spread(costs, name)[0] for name in costs[0]},
+    }
+
+
+def in_words(optim: OptimConfig) -> str:
+    """The optimizer's settings."""
+    rate = f"lr {optim.lr:g} after {optim.warmup_steps} steps"
+    betas = f"AdamW, beta {optim.beta1:g} and {optim.beta2:g}, weight decay {optim.weight_decay:g}"
+    return f"{betas}, {rate}, average {optim.ema_decay:g}"
+
+
+def table(result: dict) -> list[str]:
+    """Format a comparison as two Markdown tables: mean ± standard deviation over the seeds."""
+    entries, seeds = result["entries"].values(), len(result["seeds"])
+    lines = [
+        (
+            f"{result['data'].capitalize()} at equal {result['equal']}, {seeds} seeds. The floor of the Fréchet "
+            f"distance is {result['floor']:.2f}; the classes' mean images, which have no variance, score "
+            f"{result['class_means']:.1f}."
+        ),
+        "",
+        "| | sampling steps | Fréchet distance | accuracy | within-class variance, of the real | told guidance |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in entries:
+        for steps, judged in entry["samples"].items():
+            (frechet, d_frechet), (accuracy, _), (variance, _) = (
+                spread(judged["scores"], key) for key in ("frechet", "accuracy", "variance_ratio")
+            )
+            distance = f"{frechet:.1f} ± {d_frechet:.1f}" if seeds > 1 else f"{frechet:.1f}"
+            omega, *interval = judged["guidance"] or ("",)
+            guidance = f"{omega:g} in [{interval[0]:g}, {interval[1]:g}]" if interval else ""
+            lines.append(f"| {entry['label']} | {steps} | {distance} | {accuracy:.1%} | {variance:.2f} | {guidance} |")
+    guided = [entry["label"] for entry in entries if any(judged["tried"] for judged in entry["samples"].values())]
+    if guided:
+        scales = ", ".join(f"{omega:g}" for omega in OMEGAS)
+        lines += ["", f"Guidance told to {' and '.join(guided)}: best of {scales}, by the first seed's distance."]
+    lines += [
+        "",
+        "| | training steps | TFLOP | F a step | MFLOP in F | images/s | CPU minutes | FID on ImageNet | whose |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in entries:
+        counted = f"{entry['flops'] / 1e12:.2f} | {entry['forwards_per_step']:.2f} | {entry['forward_flops'] / 1e6:.1f}"
+        measured = f"{entry['images_per_second']:.0f} | {entry['cpu_seconds'] / 60:.1f}"
+        published = f"{entry['published']:.2f} | {entry['whose']}"
+        lines.append(f"| {entry['label']} | {entry['steps']} | {counted} | {measured} | {published} |")
+    minutes = sum(entry["cpu_seconds"] for entry in entries) * seeds / 60
+    optimizers: dict[str, list[str]] = {}
+    for entry in entries:
+        optimizers.setdefault(entry["optimizer"], []).append(entry["label"])
+    told = [f"{' and '.join(labels)}: {words}" for words, labels in optimizers.items()]
+    return [
+        *lines,
+        "",
+        (
+            f"F: one forward of the batch to u. CPU minutes: of one training; {minutes:.0f} for all of them. FID: of "
+            f"one-step samples, published. {'. '.join(told)}."
+        ),
+    ]
+
+
+def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
+    """Draw distances, accuracy and variance, and the published figures, above one-step samples of the first seed."""
+    from matplotlib.figure import Figure
+
+    entries = list(result["entries"].values())
+    figure = Figure(figsize=(4.2 * len(images), 9), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+    distance, quality, published = above.subplots(1, 3)
+    below.suptitle(f"samples in {next(iter(entries[0]['samples']))} step(s)")
+    draw_grids(below.subplots(1, len(images)), images)
+    colors = [f"C{i}" for i in range(len(entries))]
+
+    for entry, color in zip(entries, colors, strict=True):
+        steps = [int(each) for each in entry["samples"]]
+        means, spreads = zip(
+            *(spread(judged["scores"], "frechet") for judged in entry["samples"].values()), strict=True
+        )
+        distance.errorbar(steps, means, spreads, color=color, marker="o", capsize=4, label=entry["label"])
+    distance.axhline(result["floor"], color="gray", linestyle=":", label="floor: real digits")
+    distance.set_xscale("log", base=2)
+    distance.set_yscale("log")
+    distance.set_xticks(steps, steps)
+    distance.set_xlabel("sampling steps")
+    distance.set_title(f"Fréchet distance, {result['data']}, at equal {result['equal']}")
+    distance.legend()
+
+    place = range(len(entries))
+    labels = [entry["label"].replace(" ", "\n") for entry in entries]
+    for shift, key, words, alpha in ((-0.2, "accuracy", "accuracy", 1.0), (0.2, "variance_ratio", "variance", 0.5)):
+        means, spreads = zip(
+            *(spread(next(iter(entry["samples"].values()))["scores"], key) for entry in entries), strict=True
+        )
+        bars = quality.bar([i + shift for i in place], means, 0.38, yerr=spreads, color=colors, alpha=alpha, capsize=4)
+        quality.bar_label(bars, [f"{words}\n{mean:.2f}" for mean in means])
+    quality.set_xticks(place, labels)
+    quality.margins(y=0.2)
+    quality.set_title("one step: share in the right class, variance within it of the real")
+
+    bars = published.bar(place, [entry["published"] for entry in entries], color=colors)
+    published.bar_label(
+        bars, [f"{entry['published']:.2f}\n{entry['whose'].replace(', ', chr(10))}" for entry in entries]
+    )
+    published.set_yscale("log")
+    published.set_ylim(1, 30 * max(entry["published"] for entry in entries))
+    published.set_xticks(place, labels)
+    published.set_title("published: FID of one step, ImageNet 256x256")
+    figure.savefig(path, dpi=110)
+
+
+def main(args: list[str]) -> int:
+    options = cli.parse(Options, args, prog="compare.py", description=__doc__)
+    code, folder = compare(options)
+    if code == 0:
+        print((folder / "table.md").read_text())
+        print(folder / "picture.png")
+    return code
+
+
+run = partial(cli.run, main)
