@@ -246,7 +246,7 @@ def table(result: dict) -> list[str]:
     optimizers: dict[str, list[str]] = {}
     for entry in entries:
         optimizers.setdefault(entry["optimizer"], []).append(entry["label"])
-    told = [f"{' and '.join(labels)}: {words}" for words, labels in optimizers.items()]
+    told = [f"{', '.join(labels)}: {words}" for words, labels in optimizers.items()]
     return [
         *lines,
         "",
@@ -265,7 +265,7 @@ def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
     figure = Figure(figsize=(4.2 * len(images), 9), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     distance, quality, published = above.subplots(1, 3)
-    below.suptitle(f"samples in {next(iter(entries[0]['samples']))} step(s)")
+    below.suptitle(f"samples, sampling steps: {next(iter(entries[0]['samples']))}")
     draw_grids(below.subplots(1, len(images)), images)
     colors = [f"C{i}" for i in range(len(entries))]
 
@@ -293,7 +293,7 @@ def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
         quality.bar_label(bars, [f"{words}\n{mean:.2f}" for mean in means])
     quality.set_xticks(place, labels)
     quality.margins(y=0.2)
-    quality.set_title("one step: share in the right class, variance within it of the real")
+    quality.set_title("one step: accuracy, and variance within a class, of the real")
 
     bars = published.bar(place, [entry["published"] for entry in entries], color=colors)
     published.bar_label(
