@@ -95,10 +95,12 @@ def check_tangents(
 ) -> tuple[int, int]:
     """Each tangent matches its primal (dtype, device, all sizes but the batch), and all cover the same samples.
 
-    ``names`` are the primals' names; every primal is batched along dim 0 and at least one tangent is not None.
-    None of them may be a forward-mode dual (see ``transforms``). Returns (start, n): the tangents belong to samples
-    start .. start + n of the primals.
+    ``names`` are the primals' names; every primal is batched along dim 0 and at least one tangent is not None, or there
+    is an empty tuple of them. None of them may be a forward-mode dual (see ``transforms``). Returns (start, n): the
+    tangents belong to samples start .. start + n of the primals.
     """
+    if not tangents:
+        return 0, 0
     if len(tangents) != len(primals):
         fail(
             "tangents",

@@ -10,20 +10,21 @@ Both routes tell the same: the primal is differentiable once, the tangent not at
 How an op uses this module:
 
     def silu(x):
-        kernel = _check(x)
+        kernel, _ = _check(x)
         (x,), tangents = unpack(x)
         if not absent(tangents):
             return pack(*silu_jvp((x,), tangents))
         if not kernel:
             return silu_ref(*once(x))
-        return torch.ops.meanflow_kernels.silu(x)  # its backward ends with last(dx)
+        return _silu(x)  # its backward ends with last(dx)
 
     def silu_jvp(primals, tangents, *, tangent_start=None):
         if absent(tangents):
             return silu(*primals), None
-        ...checks, with check_tangents...
+        (x,), (x_dot,) = primals, tangents
+        kernel, tangent_start = _check(x, tangents, tangent_start=tangent_start)
         if kernel:
-            return torch.ops.meanflow_kernels.silu_jvp(...)  # its backward starts with refuse_tangent_gradient(dy_dot)
+            return _silu_jvp(x, x_dot, tangent_start)  # its backward starts with refuse_tangent_gradient(dy_dot)
         with torch.no_grad():
             y_dot = silu_tangent_ref(...)
         return silu_ref(*once(x)), forbid_gradient(y_dot, *primals, *tangents)

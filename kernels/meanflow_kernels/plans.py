@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kinds import remember
 from .launch import Launch
 
-MOST_PLANS = 4096
-"""Kinds of calls that are remembered; one more, and all are forgotten."""
 _SIXTEEN_BYTES = 16
 _REPLAYED = ("run", "function", "packed_metadata")
 """What is used of a compiled kernel."""
@@ -108,9 +107,7 @@ def _build(build: Callable, operands: tuple, key: tuple, addresses: list[int]) -
     launches = (launches,) if isinstance(launches, Launch) else tuple(launches)
     compiled = [launch.run() for launch in launches]
     if (plan := _plan(launches, compiled, addresses)) is not None:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        remember(_plans, key, plan)
 
 
 def _plan(launches: tuple[Launch, ...], compiled: list, addresses: list[int]) -> _Plan | None:

@@ -29,6 +29,15 @@ class Operator:
         schema = torch.library.infer_schema(body, mutates_args=())
         _library.define(name.partition("::")[2] + schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "CompositeExplicitAutograd", body, lib=_library)
+        self._overload = getattr(torch.ops.meanflow_kernels, name.partition("::")[2]).default
+
+    def __call__(self, *operands: Any) -> Any:
+        """Call it through torch, past its layer for gradients where none is recorded: that dispatches once more."""
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)
+        if recorded or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self._overload(*operands)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*operands)
 
     def register_fake(self, fake: Callable) -> Callable:
         """Say what the results look like, as ``torch.library.register_fake``."""

@@ -30,13 +30,13 @@ class Route(enum.Enum):
     TRITON = "triton"
 
 
-class _Override:
+class _Forced:
     """A plain attribute: the form Dynamo can guard."""
 
     route: Route | None = None
 
 
-_override = _Override()
+forced = _Forced()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -65,7 +65,7 @@ def force_route(route: Route) -> Iterator[None]:
         raise ValueError(f"route: got {route!r}, wanted a Route; pass Route.REFERENCE or Route.TRITON")
     if route is Route.TRITON and not HAS_TRITON:
         raise ValueError("route: got Route.TRITON, but Triton is not installed; install triton or use Route.REFERENCE")
-    with overriding(_override, route=route):
+    with overriding(forced, route=route):
         yield
 
 
@@ -78,4 +78,4 @@ def runs_kernel(x: Tensor) -> bool:
         RuntimeError: either would lose a derivative of the torch.func transforms around the call (see ``transforms``).
     """
     check_transforms(x)
-    return HAS_TRITON and x.is_cuda if _override.route is None else _override.route is Route.TRITON
+    return HAS_TRITON and x.is_cuda if forced.route is None else forced.route is Route.TRITON

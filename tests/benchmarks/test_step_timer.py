@@ -68,10 +68,10 @@ def test_kernels_are_left_out(monkeypatch):
     work, routes = workload(), []
     for name in ("ours-eager", "ours-eager-no-kernels"):
         variant = VARIANTS[name](work)
-        variant.make_step = lambda inputs: routes.append(routing._override.route)
+        variant.make_step = lambda inputs: routes.append(routing.forced.route)
         variant.prepare(work.inputs(0))
         variant.step()
-    assert routes == [None, routing.Route.REFERENCE] and routing._override.route is None
+    assert routes == [None, routing.Route.REFERENCE] and routing.forced.route is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from meanflow_kernels import plans
+from meanflow_kernels import kinds, plans
 from meanflow_kernels.launch import Launch
 from meanflow_kernels.plans import run
 
@@ -149,7 +149,7 @@ def test_the_interpreter_and_other_tritons_launch_themselves(kernel):
 
 
 def test_not_more_is_kept_than_a_limit(kernel, monkeypatch):
-    monkeypatch.setattr(plans, "MOST_PLANS", 3)
+    monkeypatch.setattr(kinds, "MOST_KINDS", 3)
     for n in range(1, 8):
         run(kernel.build, *pair(4, n))
         assert len(plans._plans) <= 3
@@ -160,7 +160,7 @@ import sys
 sys.path[:0] = {paths!r}
 import torch
 from benchmarks.harness.launching import nothing_launched
-from meanflow_kernels import plans
+from meanflow_kernels import kinds, plans
 from test_opcheck import FOLDERS
 
 launches, built, build = [], [], plans._build

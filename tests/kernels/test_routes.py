@@ -141,7 +141,7 @@ def test_a_scope_inside_a_compiled_region_holds_there_alone(device):
     calls = [str(node.target) for node in graph.graph.nodes if "meanflow_kernels" in str(node.target)]
     assert calls == ["meanflow_kernels.silu"]
     # and the region leaves the choice as it was
-    assert routing._override.route is None
+    assert routing.forced.route is None
 
 
 @each_kernel

@@ -17,9 +17,19 @@ from .reference import adaln_ref, adaln_tangent_ref
 _NAMES = ("x", "shift", "scale")
 
 
-def _check(x: Tensor, shift: Tensor, scale: Tensor) -> None:
+@once_a_kind
+def _check(
+    primals: tuple, tangents: tuple = (), *, out_dtype: torch.dtype | None, tangent_start: int | None = None
+) -> tuple[bool, int, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, where the tangents begin, and how many they are."""
+    x, *vectors = primals
     check_shape("x", x, (None, None, None), "(B, L, C)")
-    check_vectors(x, ("shift", "scale"), (shift, scale))
+    check_vectors(x, _NAMES[1:], vectors)
+    start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    kernel = runs_kernel(x)
+    if kernel:
+        check_kernel_row(x, _NAMES, primals, out_dtype or x.dtype)
+    return kernel, start, n
 
 
 def forward_launch(
@@ -130,16 +140,14 @@ def adaln(
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    _check(x, shift, scale)
+    kernel, *_ = _check((x, shift, scale), out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
-    kernel = runs_kernel(x)
     primals, tangents = unpack(x, shift, scale)
     if not absent(tangents):
         return pack(*adaln_jvp(primals, tangents, eps=eps, out_dtype=out_dtype))
     if not kernel:
         return adaln_ref(*once(*primals), eps=eps).to(out_dtype)
-    check_kernel_row(x, _NAMES, primals, out_dtype)
-    return torch.ops.meanflow_kernels.adaln(*primals, eps, out_dtype)
+    return _adaln(*primals, eps, out_dtype)
 
 
 def adaln_jvp(
@@ -166,13 +174,10 @@ def adaln_jvp(
     """
     if absent(tangents):
         return adaln(*primals, eps=eps, out_dtype=out_dtype), None
-    _check(*primals)
-    tangent_start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
-    x = primals[0]
-    out_dtype = out_dtype or x.dtype
-    if runs_kernel(x):
-        check_kernel_row(x, _NAMES, primals, out_dtype)
-        return torch.ops.meanflow_kernels.adaln_jvp(*primals, *tangents, tangent_start, n, eps, out_dtype)
+    kernel, tangent_start, n = _check(primals, tangents, out_dtype=out_dtype, tangent_start=tangent_start)
+    out_dtype = out_dtype or primals[0].dtype
+    if kernel:
+        return _adaln_jvp(*primals, *tangents, tangent_start, n, eps, out_dtype)
     y = adaln_ref(*once(*primals), eps=eps).to(out_dtype)
     with torch.no_grad():
         y_dot = adaln_tangent_ref(tangent_rows(primals, tangents, tangent_start), tangents, eps=eps).to(out_dtype)

@@ -22,6 +22,7 @@ from ..checks import (
     fail,
 )
 from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import Launch, arch_of
 from ..plans import run
 from ..registration import custom_op
@@ -32,7 +33,6 @@ from .config import BESIDE, FORWARD, dual_config
 from .launches import aligned, forward_launch
 from .reference import attention_ref, attention_tangent_ref
 
-_ops = torch.ops.meanflow_kernels
 _NAMES = {3: ("q", "k", "v"), 1: ("qkv",)}
 """By the number of inputs."""
 
@@ -42,8 +42,11 @@ def _split(inputs: tuple) -> tuple:
     return inputs[0].unbind(2) if len(inputs) == 1 else inputs
 
 
-def _check(primals: tuple, bias: Tensor | None, scale: float | None) -> tuple[float, bool]:
-    """Shapes, dtypes and devices of the primals; returns the scale and whether the kernel runs."""
+@once_a_kind
+def _check(
+    primals: tuple, bias: Tensor | None, tangents: tuple = (), *, scale: float | None, tangent_start: int | None = None
+) -> tuple[float, bool, int]:
+    """Shapes, dtypes and devices; returns the scale, whether the kernel runs, and where the tangents begin."""
     names, first = _NAMES[len(primals)], primals[0]
     if len(primals) == 1:
         check_shape("qkv", first, (None, None, 3, None, None), "(B, L, 3, H, D)")
@@ -75,7 +78,9 @@ def _check(primals: tuple, bias: Tensor | None, scale: float | None) -> tuple[fl
         if head_dim % 8 or not 16 <= head_dim <= 128:
             remedy = "pad it with zeros, or use force_route(Route.REFERENCE)"
             fail(name, f"head dim {head_dim}", "a multiple of 8 from 16 to 128", remedy)
-    return scale, kernel
+    if bias is not None and tangents:
+        check_parameter("bias", bias)
+    return scale, kernel, check_tangents(names, primals, tangents, tangent_start)[0]
 
 
 @functools.cache  # once
@@ -83,7 +88,7 @@ def _warn(tokens: int, heads: int) -> None:
     warnings.warn(
         f"attention: got {tokens} tokens of {heads} heads, wanted (B, tokens, heads, D) as flash-attention has them; "
         "if these are (B, heads, tokens, D), transpose(1, 2) them and the result",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -142,10 +147,10 @@ def _differentiate(ctx, do, *cotangents):
     grads = ()
     if do is not None and len(primals) == 1:
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[1] else None
-        dqkv, dbias = _ops.attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale, bias_dtype)
+        dqkv, dbias = _attention_qkv_bwd_op(do, *ctx.saved_tensors, ctx.scale, bias_dtype)
         grads = last(dqkv, None if bias_dtype is None else dbias)
     elif do is not None:
-        grads = last(*_ops.attention_bwd(do, *ctx.saved_tensors, ctx.scale))
+        grads = last(*_attention_bwd_op(do, *ctx.saved_tensors, ctx.scale))
     return (*grads, *[None] * (ctx.inputs - len(grads)))
 
 
@@ -264,7 +269,7 @@ def _reference(primals: tuple, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _attend(primals: tuple, bias: Tensor | None, scale: float | None) -> Tensor:
-    scale, kernel = _check(primals, bias, scale)
+    scale, kernel, _ = _check(primals, bias, scale=scale)
     (*inputs, bias), (*tangents, bias_dot) = unpack(*primals, bias)
     primals = tuple(inputs)
     if bias_dot is not None:
@@ -275,7 +280,7 @@ def _attend(primals: tuple, bias: Tensor | None, scale: float | None) -> Tensor:
         return pack(*_attend_dual(primals, tuple(tangents), bias, scale, None))
     if not kernel:
         return _reference(primals, bias, scale)
-    return _ops.attention_qkv(*primals, bias, scale)[0] if len(primals) == 1 else _ops.attention(*primals, scale)[0]
+    return _attention_qkv_op(*primals, bias, scale)[0] if len(primals) == 1 else _attention_op(*primals, scale)[0]
 
 
 def _attend_dual(
@@ -283,15 +288,12 @@ def _attend_dual(
 ) -> tuple[Tensor, Tensor | None]:
     if absent(tangents):
         return _attend(primals, bias, scale), None
-    scale, kernel = _check(primals, bias, scale)
-    if bias is not None:
-        check_parameter("bias", bias)
-    tangent_start, _ = check_tangents(_NAMES[len(primals)], primals, tangents, tangent_start)
+    scale, kernel, tangent_start = _check(primals, bias, tangents, scale=scale, tangent_start=tangent_start)
     if kernel and len(primals) == 1:
-        o, o_dot, _ = _ops.attention_qkv_jvp(*primals, bias, *tangents, scale, tangent_start)
+        o, o_dot, _ = _attention_qkv_jvp_op(*primals, bias, *tangents, scale, tangent_start)
         return o, o_dot
     if kernel:
-        o, o_dot, _ = _ops.attention_jvp(*primals, *tangents, scale, tangent_start)
+        o, o_dot, _ = _attention_jvp_op(*primals, *tangents, scale, tangent_start)
         return o, o_dot
     o = _reference(primals, bias, scale)
     with torch.no_grad():

@@ -13,8 +13,9 @@ from .config import BACKWARD, FORWARD, SUMS
 from .reference import bias_gelu_ref, bias_gelu_tangent_ref
 
 
-def _check(x: Tensor, bias: Tensor) -> bool:
-    """Shapes, dtypes and devices; returns whether the kernel runs."""
+@once_a_kind
+def _check(x: Tensor, bias: Tensor, tangents: tuple = (), *, tangent_start: int | None = None) -> tuple[bool, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, and where the tangent begins."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         fail("x", got, "a tensor (B, ..., C)", "unsqueeze it")
@@ -26,7 +27,7 @@ def _check(x: Tensor, bias: Tensor) -> bool:
     if kernel:
         check_kernel_dtype("x", x)
         check_kernel_dtype("bias", bias)
-    return kernel
+    return kernel, check_tangents(("x",), (x,), tangents, tangent_start)[0]
 
 
 def _rows(x: Tensor) -> int:
@@ -162,7 +163,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    kernel = _check(x, bias)
+    kernel, _ = _check(x, bias)
     (x, bias), (x_dot, bias_dot) = unpack(x, bias)
     if bias_dot is not None:
         # the bias enters as x does
@@ -172,7 +173,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         return pack(*bias_gelu_jvp((x,), (x_dot,), bias))
     if not kernel:
         return bias_gelu_ref(*once(x, bias)).to(x.dtype)
-    return torch.ops.meanflow_kernels.bias_gelu(x, bias)
+    return _bias_gelu(x, bias)
 
 
 def bias_gelu_jvp(
@@ -195,10 +196,9 @@ def bias_gelu_jvp(
     if absent(tangents):
         return bias_gelu(*primals, bias), None
     (x,), (x_dot,) = primals, tangents
-    kernel = _check(x, bias)
-    tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    kernel, tangent_start = _check(x, bias, tangents, tangent_start=tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.bias_gelu_jvp(x, bias, x_dot, tangent_start)
+        return _bias_gelu_jvp(x, bias, x_dot, tangent_start)
     with torch.no_grad():
         y_dot = bias_gelu_tangent_ref(*tangent_rows(primals, tangents, tangent_start), bias, x_dot).to(x.dtype)
     return bias_gelu_ref(*once(x, bias)).to(x.dtype), forbid_gradient(y_dot, x, bias, x_dot)

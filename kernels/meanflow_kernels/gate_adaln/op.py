@@ -17,22 +17,35 @@ from .reference import gate_adaln_ref, gate_adaln_tangent_ref
 _NAMES = ("x", "y", "gate", "shift", "scale")
 
 
-def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+@once_a_kind
+def _check(
+    primals: tuple,
+    bias: Tensor | None,
+    tangents: tuple = (),
+    *,
+    out_dtype: torch.dtype | None,
+    tangent_start: int | None = None,
+) -> tuple[bool, int, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, where the tangents begin, and how many they are."""
+    x, y, *vectors = primals
     check_shape("x", x, (None, None, None), "(B, L, C)")
     check_shape("y", y, tuple(x.shape), "x's shape (B, L, C)")
     check_alike(("x", "y"), (x, y), dtype=False)
-    check_vectors(x, _NAMES[2:], (gate, shift, scale))
+    check_vectors(x, _NAMES[2:], vectors)
     check_real("y", y)
     if bias is not None:
         check_shape("bias", bias, (x.shape[2],), "(C,)")
         check_alike(("x", "bias"), (x, bias), dtype=False)
         check_real("bias", bias)
-
-
-def _check_kernel(primals: tuple, bias: Tensor | None, out_dtype: torch.dtype) -> None:
-    check_kernel_row(primals[0], _NAMES, primals, out_dtype)
-    if bias is not None:
-        check_kernel_dtype("bias", bias)
+        if tangents:
+            check_parameter("bias", bias)
+    start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    kernel = runs_kernel(x)
+    if kernel:
+        check_kernel_row(x, _NAMES, primals, out_dtype or x.dtype)
+        if bias is not None:
+            check_kernel_dtype("bias", bias)
+    return kernel, start, n
 
 
 def forward_launch(
@@ -217,9 +230,8 @@ def gate_adaln(
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    _check(x, y, gate, shift, scale, bias)
+    kernel, *_ = _check((x, y, gate, shift, scale), bias, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
-    kernel = runs_kernel(x)
     (*primals, bias), (*tangents, bias_dot) = unpack(x, y, gate, shift, scale, bias)
     if bias_dot is not None:
         # the bias enters as y does
@@ -231,8 +243,7 @@ def gate_adaln(
     if not kernel:
         x_out, h = gate_adaln_ref(*once(*primals, bias), eps=eps)
         return x_out.to(x.dtype), h.to(out_dtype)
-    _check_kernel(primals, bias, out_dtype)
-    return torch.ops.meanflow_kernels.gate_adaln(*primals, bias, eps, out_dtype)
+    return _gate_adaln(*primals, bias, eps, out_dtype)
 
 
 def gate_adaln_jvp(
@@ -262,16 +273,12 @@ def gate_adaln_jvp(
     """
     if absent(tangents):
         return gate_adaln(*primals, bias=bias, eps=eps, out_dtype=out_dtype), (None, None)
-    _check(*primals, bias)
-    if bias is not None:
-        check_parameter("bias", bias)
-    tangent_start, n = check_tangents(_NAMES, primals, tangents, tangent_start)
+    kernel, tangent_start, n = _check(primals, bias, tangents, out_dtype=out_dtype, tangent_start=tangent_start)
     x = primals[0]
     out_dtype = out_dtype or x.dtype
-    if runs_kernel(x):
-        _check_kernel(primals, bias, out_dtype)
+    if kernel:
         operands = (*primals, bias, *tangents, tangent_start, n, eps, out_dtype)
-        x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_adaln_jvp(*operands)
+        x_out, h, x_out_dot, h_dot = _gate_adaln_jvp(*operands)
         return (x_out, h), (x_out_dot, h_dot)
     x_out, h = gate_adaln_ref(*once(*primals, bias), eps=eps)
     with torch.no_grad():

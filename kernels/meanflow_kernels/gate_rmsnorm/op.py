@@ -17,7 +17,18 @@ from .reference import gate_rmsnorm_ref, gate_rmsnorm_tangent_ref
 _NAMES = ("x", "y", "gate", "weight")
 
 
-def _check(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor) -> None:
+@once_a_kind
+def _check(
+    primals: tuple,
+    gate: Tensor,
+    weight: Tensor,
+    tangents: tuple = (),
+    *,
+    out_dtype: torch.dtype | None,
+    tangent_start: int | None = None,
+) -> tuple[bool, int, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, where the tangents begin, and how many they are."""
+    x, y = primals
     check_shape("x", x, (None, None, None), "(B, L, C)")
     check_shape("y", y, tuple(x.shape), "x's shape (B, L, C)")
     for name, vector in (("gate", gate), ("weight", weight)):
@@ -27,6 +38,11 @@ def _check(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor) -> None:
     check_alike(_NAMES, tensors, dtype=False)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         check_real(name, tensor)
+    start, n = check_tangents(_NAMES[:2], primals, tangents, tangent_start)
+    kernel = runs_kernel(x)
+    if kernel:
+        check_kernel_row(x, _NAMES, tensors, out_dtype or x.dtype)
+    return kernel, start, n
 
 
 def forward_launch(
@@ -161,9 +177,8 @@ def gate_rmsnorm(
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    _check(x, y, gate, weight)
+    kernel, *_ = _check((x, y), gate, weight, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
-    kernel = runs_kernel(x)
     primals, tangents = unpack(x, y)
     if not absent(tangents):
         (x_out, h), (x_out_dot, h_dot) = gate_rmsnorm_jvp(primals, tangents, gate, weight, eps=eps, out_dtype=out_dtype)
@@ -171,8 +186,7 @@ def gate_rmsnorm(
     if not kernel:
         x_out, h = gate_rmsnorm_ref(*once(*primals, gate, weight), eps=eps)
         return x_out.to(x.dtype), h.to(out_dtype)
-    check_kernel_row(x, _NAMES, (x, y, gate, weight), out_dtype)
-    return torch.ops.meanflow_kernels.gate_rmsnorm(*primals, gate, weight, eps, out_dtype)
+    return _gate_rmsnorm(*primals, gate, weight, eps, out_dtype)
 
 
 def gate_rmsnorm_jvp(
@@ -203,13 +217,11 @@ def gate_rmsnorm_jvp(
     """
     if absent(tangents):
         return gate_rmsnorm(*primals, gate, weight, eps=eps, out_dtype=out_dtype), (None, None)
-    _check(*primals, gate, weight)
-    tangent_start, n = check_tangents(_NAMES[:2], primals, tangents, tangent_start)
+    kernel, tangent_start, n = _check(primals, gate, weight, tangents, out_dtype=out_dtype, tangent_start=tangent_start)
     x_dtype, out_dtype = primals[0].dtype, out_dtype or primals[0].dtype
-    if runs_kernel(primals[0]):
-        check_kernel_row(primals[0], _NAMES, (*primals, gate, weight), out_dtype)
+    if kernel:
         operands = (*primals, gate, weight, *tangents, tangent_start, n, eps, out_dtype)
-        x_out, h, x_out_dot, h_dot = torch.ops.meanflow_kernels.gate_rmsnorm_jvp(*operands)
+        x_out, h, x_out_dot, h_dot = _gate_rmsnorm_jvp(*operands)
         return (x_out, h), (x_out_dot, h_dot)
     x_out, h = gate_rmsnorm_ref(*once(*primals, gate, weight), eps=eps)
     with torch.no_grad():

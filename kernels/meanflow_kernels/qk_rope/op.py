@@ -22,7 +22,18 @@ from .reference import qk_rope_ref, qk_rope_tangent_ref
 _NAMES = ("qk", "q_weight", "k_weight", "cos", "sin")
 
 
-def _check(qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+@once_a_kind
+def _check(
+    qk: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    tangents: tuple = (),
+    *,
+    tangent_start: int | None = None,
+) -> tuple[bool, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, and where the tangent begins."""
     check_shape("qk", qk, (None, None, 2, None, None), "(B, L, 2, H, D)")
     length, head_dim = qk.shape[1], qk.shape[4]
     if head_dim % 2:
@@ -36,6 +47,11 @@ def _check(qk: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Ten
     check_alike(_NAMES, tensors, dtype=False)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         check_real(name, tensor)
+    start, _ = check_tangents(("qk",), (qk,), tangents, tangent_start)
+    kernel = runs_kernel(qk)
+    if kernel:
+        check_kernel_row(qk, _NAMES, tensors, qk.dtype)
+    return kernel, start
 
 
 def _tile(qk: Tensor, config: RowConfig) -> dict[str, int]:
@@ -207,8 +223,7 @@ def qk_rope(
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    _check(qk, q_weight, k_weight, cos, sin)
-    kernel = runs_kernel(qk)
+    kernel, _ = _check(qk, q_weight, k_weight, cos, sin)
     primals, tangents = unpack(qk)
     if not absent(tangents):
         (q, k), (q_dot, k_dot) = qk_rope_jvp(primals, tangents, q_weight, k_weight, cos, sin, eps=eps)
@@ -216,8 +231,7 @@ def qk_rope(
     if not kernel:
         q, k = qk_rope_ref(*once(*primals, q_weight, k_weight), cos, sin, eps=eps)
         return q.to(qk.dtype), k.to(qk.dtype)
-    check_kernel_row(qk, _NAMES, (qk, q_weight, k_weight, cos, sin), qk.dtype)
-    return torch.ops.meanflow_kernels.qk_rope(*primals, q_weight, k_weight, cos, sin, eps)
+    return _qk_rope(*primals, q_weight, k_weight, cos, sin, eps)
 
 
 def qk_rope_jvp(
@@ -248,12 +262,10 @@ def qk_rope_jvp(
     if absent(tangents):
         return qk_rope(*primals, q_weight, k_weight, cos, sin, eps=eps), (None, None)
     (qk,), (qk_dot,) = primals, tangents
-    _check(qk, q_weight, k_weight, cos, sin)
-    tangent_start, _ = check_tangents(("qk",), primals, tangents, tangent_start)
-    if runs_kernel(qk):
-        check_kernel_row(qk, _NAMES, (qk, q_weight, k_weight, cos, sin), qk.dtype)
+    kernel, tangent_start = _check(qk, q_weight, k_weight, cos, sin, tangents, tangent_start=tangent_start)
+    if kernel:
         operands = (qk, q_weight, k_weight, cos, sin, qk_dot, tangent_start, eps)
-        q, k, q_dot, k_dot = torch.ops.meanflow_kernels.qk_rope_jvp(*operands)
+        q, k, q_dot, k_dot = _qk_rope_jvp(*operands)
         return (q, k), (q_dot, k_dot)
     q, k = qk_rope_ref(*once(qk, q_weight, k_weight), cos, sin, eps=eps)
     with torch.no_grad():

@@ -17,13 +17,27 @@ from .reference import rmsnorm_ref, rmsnorm_tangent_ref
 _NAMES = ("x", "weight")
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+@once_a_kind
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    tangents: tuple = (),
+    *,
+    out_dtype: torch.dtype | None,
+    tangent_start: int | None = None,
+) -> tuple[bool, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, and where the tangent begins."""
     check_shape("x", x, (None, None, None), "(B, L, C)")
     check_shape("weight", weight, (x.shape[2],), "(C,)")
     check_alike(_NAMES, (x, weight), dtype=False)
     for name, tensor in zip(_NAMES, (x, weight), strict=True):
         check_real(name, tensor)
     check_parameter("weight", weight)
+    start, _ = check_tangents(("x",), (x,), tangents, tangent_start)
+    kernel = runs_kernel(x)
+    if kernel:
+        check_kernel_row(x, _NAMES, (x, weight), out_dtype or x.dtype)
+    return kernel, start
 
 
 def forward_launch(
@@ -128,16 +142,14 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, out_dtype: torch.dt
     Raises:
         ValueError: a shape, dtype or device that does not fit, by the argument's name.
     """
-    _check(x, weight)
+    kernel, _ = _check(x, weight, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
-    kernel = runs_kernel(x)
     primals, tangents = unpack(x)
     if not absent(tangents):
         return pack(*rmsnorm_jvp(primals, tangents, weight, eps=eps, out_dtype=out_dtype))
     if not kernel:
         return rmsnorm_ref(*once(*primals, weight), eps=eps).to(out_dtype)
-    check_kernel_row(x, _NAMES, (x, weight), out_dtype)
-    return torch.ops.meanflow_kernels.rmsnorm(*primals, weight, eps, out_dtype)
+    return _rmsnorm(*primals, weight, eps, out_dtype)
 
 
 def rmsnorm_jvp(
@@ -166,12 +178,10 @@ def rmsnorm_jvp(
     if absent(tangents):
         return rmsnorm(*primals, weight, eps=eps, out_dtype=out_dtype), None
     (x,), (x_dot,) = primals, tangents
-    _check(x, weight)
-    tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    kernel, tangent_start = _check(x, weight, tangents, out_dtype=out_dtype, tangent_start=tangent_start)
     out_dtype = out_dtype or x.dtype
-    if runs_kernel(x):
-        check_kernel_row(x, _NAMES, (x, weight), out_dtype)
-        return torch.ops.meanflow_kernels.rmsnorm_jvp(x, weight, x_dot, tangent_start, eps, out_dtype)
+    if kernel:
+        return _rmsnorm_jvp(x, weight, x_dot, tangent_start, eps, out_dtype)
     with torch.no_grad():
         y_dot = rmsnorm_tangent_ref(*tangent_rows(primals, tangents, tangent_start), weight, x_dot, eps=eps).to(
             out_dtype

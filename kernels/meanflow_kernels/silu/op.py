@@ -13,8 +13,9 @@ from .config import BLOCK, NUM_WARPS
 from .reference import silu_ref, silu_tangent_ref
 
 
-def _check(x: Tensor) -> bool:
-    """Shape and dtype of x; returns whether the kernel runs."""
+@once_a_kind
+def _check(x: Tensor, tangents: tuple = (), *, tangent_start: int | None = None) -> tuple[bool, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, and where the tangent begins."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         fail("x", got, "a tensor (B, ...)", "unsqueeze it")
@@ -22,7 +23,7 @@ def _check(x: Tensor) -> bool:
     kernel = runs_kernel(x)
     if kernel:
         check_kernel_dtype("x", x)
-    return kernel
+    return kernel, check_tangents(("x",), (x,), tangents, tangent_start)[0]
 
 
 def _launch(x: Tensor, y: Tensor | None, x_dot: Tensor | None, y_dot: Tensor | None, tangent_start: int = 0) -> Launch:
@@ -89,13 +90,13 @@ def silu(x: Tensor) -> Tensor:
     Raises:
         ValueError: x is no floating-point tensor of at least one dimension, or of a dtype the kernel does not take.
     """
-    kernel = _check(x)
+    kernel, _ = _check(x)
     primals, tangents = unpack(x)
     if not absent(tangents):
         return pack(*silu_jvp(primals, tangents))
     if not kernel:
         return silu_ref(*once(*primals)).to(x.dtype)
-    return torch.ops.meanflow_kernels.silu(*primals)
+    return _silu(*primals)
 
 
 def silu_jvp(
@@ -117,10 +118,9 @@ def silu_jvp(
     if absent(tangents):
         return silu(*primals), None
     (x,), (x_dot,) = primals, tangents
-    kernel = _check(x)
-    tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    kernel, tangent_start = _check(x, tangents, tangent_start=tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.silu_jvp(x, x_dot, tangent_start)
+        return _silu_jvp(x, x_dot, tangent_start)
     with torch.no_grad():
         y_dot = silu_tangent_ref(*tangent_rows(primals, tangents, tangent_start), x_dot).to(x.dtype)
     return silu_ref(*once(x)).to(x.dtype), forbid_gradient(y_dot, x, x_dot)

@@ -18,8 +18,9 @@ MOST = 16
 """Columns of a unit at most: two 16-byte accesses of 16 bits. A unit lies within a row."""
 
 
-def _check(x: Tensor) -> bool:
-    """Shape and dtype of x; returns whether the kernel runs."""
+@once_a_kind
+def _check(x: Tensor, tangents: tuple = (), *, tangent_start: int | None = None) -> tuple[bool, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, and where the tangent begins."""
     if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1] % 2:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         fail("x", got, "a tensor (B, ..., 2 h)", "lay the two products side by side")
@@ -27,7 +28,7 @@ def _check(x: Tensor) -> bool:
     kernel = runs_kernel(x)
     if kernel:
         check_kernel_dtype("x", x)
-    return kernel
+    return kernel, check_tangents(("x",), (x,), tangents, tangent_start)[0]
 
 
 def _unit(x: Tensor) -> int:
@@ -134,13 +135,13 @@ def swiglu(x: Tensor) -> Tensor:
         ValueError: x is no floating-point tensor of at least two dimensions, the last one even, or of a dtype the
             kernel does not take.
     """
-    kernel = _check(x)
+    kernel, _ = _check(x)
     primals, tangents = unpack(x)
     if not absent(tangents):
         return pack(*swiglu_jvp(primals, tangents))
     if not kernel:
         return swiglu_ref(*once(*primals)).to(x.dtype)
-    return torch.ops.meanflow_kernels.swiglu(*primals)
+    return _swiglu(*primals)
 
 
 def swiglu_jvp(
@@ -162,10 +163,9 @@ def swiglu_jvp(
     if absent(tangents):
         return swiglu(*primals), None
     (x,), (x_dot,) = primals, tangents
-    kernel = _check(x)
-    tangent_start, _ = check_tangents(("x",), primals, tangents, tangent_start)
+    kernel, tangent_start = _check(x, tangents, tangent_start=tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.swiglu_jvp(x, x_dot, tangent_start)
+        return _swiglu_jvp(x, x_dot, tangent_start)
     with torch.no_grad():
         y_dot = swiglu_tangent_ref(*tangent_rows(primals, tangents, tangent_start), x_dot).to(x.dtype)
     return swiglu_ref(*once(x)).to(x.dtype), forbid_gradient(y_dot, x, x_dot)

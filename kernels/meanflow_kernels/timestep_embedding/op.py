@@ -15,8 +15,11 @@ from .config import NUM_WARPS
 from .reference import timestep_embedding_ref, timestep_embedding_tangent_ref
 
 
-def _check(t: Tensor, dim: int, max_period: float) -> bool:
-    """Shapes and dtype; returns whether the kernel runs."""
+@once_a_kind
+def _check(
+    t: Tensor, tangents: tuple = (), *, dim: int, max_period: float, tangent_start: int | None = None
+) -> tuple[bool, int]:
+    """Shapes, dtypes and devices; returns whether the kernel runs, and where the tangent begins."""
     check_shape("t", t, (None,), "(B,)")
     check_real("t", t)
     if dim < 2:
@@ -26,7 +29,7 @@ def _check(t: Tensor, dim: int, max_period: float) -> bool:
     kernel = runs_kernel(t)
     if kernel:
         check_kernel_dtype("t", t)
-    return kernel
+    return kernel, check_tangents(("t",), (t,), tangents, tangent_start)[0]
 
 
 def _launch(kernel, t: Tensor, dim: int, max_period: float, **args) -> Launch:
@@ -122,13 +125,13 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0) -> T
     Raises:
         ValueError: t is no floating-point vector of a dtype the kernel takes, dim < 2, or max_period <= 0.
     """
-    kernel = _check(t, dim, max_period)
+    kernel, _ = _check(t, dim=dim, max_period=max_period)
     primals, tangents = unpack(t)
     if not absent(tangents):
         return pack(*timestep_embedding_jvp(primals, tangents, dim, max_period=max_period))
     if not kernel:
         return timestep_embedding_ref(*once(*primals), dim, max_period).to(t.dtype)
-    return torch.ops.meanflow_kernels.timestep_embedding(*primals, dim, max_period)
+    return _timestep_embedding(*primals, dim, max_period)
 
 
 def timestep_embedding_jvp(
@@ -156,10 +159,9 @@ def timestep_embedding_jvp(
     if absent(tangents):
         return timestep_embedding(*primals, dim, max_period=max_period), None
     (t,), (t_dot,) = primals, tangents
-    kernel = _check(t, dim, max_period)
-    tangent_start, _ = check_tangents(("t",), primals, tangents, tangent_start)
+    kernel, tangent_start = _check(t, tangents, dim=dim, max_period=max_period, tangent_start=tangent_start)
     if kernel:
-        return torch.ops.meanflow_kernels.timestep_embedding_jvp(t, t_dot, dim, tangent_start, max_period)
+        return _timestep_embedding_jvp(t, t_dot, dim, tangent_start, max_period)
     with torch.no_grad():
         y_dot = timestep_embedding_tangent_ref(*tangent_rows(primals, tangents, tangent_start), t_dot, dim, max_period)
     return timestep_embedding_ref(*once(t), dim, max_period).to(t.dtype), forbid_gradient(y_dot.to(t.dtype), t, t_dot)
