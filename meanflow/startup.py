@@ -1,5 +1,5 @@
-"""The first steps of a command, before torch is imported: find its environment, choose how threads wait and where
-compiled code is kept.
+"""The first steps of a command, before torch is imported: find its environment, choose how threads wait, where compiled
+code is kept and which GPU is seen.
 
 Uses the standard library alone and the syntax of older Pythons, for it tells their users which Python to take.
 """
@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STAT = "/proc/stat"
 CPUINFO = "/proc/cpuinfo"
+DEVICES = "/dev"
 
 
 def others():
@@ -69,6 +71,27 @@ def keep_compiled():
         return
     if os.access(folder, os.W_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def see_own_gpu():
+    """Show each of several processes on a machine its own GPU alone, as torchrun --virtual-local-rank does.
+
+    A GPU's number, which torch finds compiled code again by, is then 0 everywhere. LOCAL_RANK counts in
+    CUDA_VISIBLE_DEVICES (numbers, or names of GPUs and of their MIG slices) or else in the machine's GPUs. Where those
+    are too few all stays as it is, and so it does once torch is imported, when CUDA may have counted them.
+    """
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if size == 1 or "torch" in sys.modules:
+        return
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        gpus = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        # CUDA reads as far as the first that is none
+        gpus = gpus[: next((i for i, name in enumerate(gpus) if not name or name.startswith("-")), len(gpus))]
+    else:
+        files = [name for name in os.listdir(DEVICES) if re.match(r"nvidia\d", name)]
+        gpus = [str(i) for i in range(len(files))]
+    if size <= len(gpus):
+        os.environ.update(CUDA_VISIBLE_DEVICES=gpus[int(os.environ["LOCAL_RANK"])], LOCAL_RANK="0")
 
 
 def processor():

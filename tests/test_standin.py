@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def on_standin(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
+def on_standin(*arguments: str, devices: int = 1, **told: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tests/standin/run.py", *arguments]
-    env = environment() | {"STANDIN_DEVICES": str(devices)}
+    env = environment() | {"STANDIN_DEVICES": str(devices)} | told
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
@@ -28,22 +28,49 @@ def test_a_training_step_is_captured():
     assert "stand-in: captured" in done.stderr and "0 calls that a capture forbids" in done.stderr
 
 
-CAPTURED = {  # processes, options, collectives: a sum a bucket, and the guard's
-    "one": (1, ("batch=8",), 6),
-    "two, accumulated": (2, ("accumulate=2",), 6),
+OWN = {"CUDA_VISIBLE_DEVICES": "0,1"}
+"""Each process sees its own device alone, where it knows of both."""
+CAPTURED = {  # processes, what is told, options, collectives: a sum a bucket, and the guard's
+    "one": (1, {}, ("batch=8",), 6),
+    "two, accumulated": (2, OWN, ("accumulate=2",), 6),
     # a part of a sum each weight, and as many gathers
-    "two, zero1": pytest.param(2, ("accumulate=2", "parallel=zero1", "precision=bf16"), 51, marks=pytest.mark.slow),
+    "two, zero1": pytest.param(2, {}, ("accumulate=2", "parallel=zero1", "precision=bf16"), 51, marks=pytest.mark.slow),
 }
 
 
-@pytest.mark.parametrize("count, options, collectives", CAPTURED.values(), ids=CAPTURED)
-def test_a_step_is_captured_with_its_sums(count, options, collectives):
+@pytest.mark.parametrize("count, told, options, collectives", CAPTURED.values(), ids=CAPTURED)
+def test_a_step_is_captured_with_its_sums(count, told, options, collectives):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
-    done = on_standin(*torchrun, "tests/standin/train.py", *options, devices=count)
+    done = on_standin(*torchrun, "tests/standin/train.py", *options, devices=count, **told)
     assert done.returncode == 0 and done.stdout.count("40 steps, a size each") == count, done.stdout + done.stderr
     graphs = [int(n) for n in re.findall(r"captured .* and (\d+) collectives", done.stderr)]
     assert graphs.count(collectives) == 40 * count and set(graphs) <= {0, collectives}
     assert done.stderr.count(", 0 calls that a capture forbids") == count
+
+
+COMPILED_BY_ANOTHER = """
+from meanflow import startup
+startup.see_own_gpu()
+import torch
+from torch._dynamo.utils import counters
+from meanflow.world import choose_device
+
+x = torch.ones(8, 8, device=choose_device("cuda"), requires_grad=True)
+torch.compile(lambda x: torch.nn.functional.gelu(x @ x).sum())(x).backward()
+found = (counters["aot_autograd"][f"autograd_cache_{kind}"] for kind in ("miss", "hit"))
+print(x.device, torch.cuda.device_count(), *found)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("told", "found"), [(OWN, "cuda:0 1 0 1"), ({}, "cuda:1 2 1 0")])
+def test_a_process_that_sees_its_own_gpu_alone_loads_what_another_compiled(tmp_path, told, found):
+    """One that sees both, of a machine without device files, compiles for its own number."""
+    told = told | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "LOCAL_WORLD_SIZE": "2"}
+    for rank in range(2):
+        done = on_standin("-c", COMPILED_BY_ANOTHER, devices=2, LOCAL_RANK=str(rank), **told)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == found
 
 
 @pytest.mark.slow

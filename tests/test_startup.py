@@ -162,3 +162,40 @@ def test_compiled_code_outlives_a_reboot(monkeypatch, tmp_path):
     other.write_text("processor : 0\nflags : sse2\n")
     monkeypatch.setattr(startup, "CPUINFO", str(other))
     assert kept(HOME=tmp_path / "home") != home
+
+
+@pytest.mark.parametrize(
+    ("visible", "files", "size", "seen"),
+    [
+        (None, ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"], 2, ["0", "1"]),
+        ("3,1", ["nvidia0"], 2, ["3", "1"]),
+        ("GPU-8932f937, MIG-3eb87630-93d5,2", [], 3, ["GPU-8932f937", "MIG-3eb87630-93d5", "2"]),
+        # more than are needed, too few, hidden ones, none, a process alone, a machine without
+        ("4,5,6", [], 2, ["4", "5"]),
+        ("4,5", [], 3, None),
+        ("4,-1,5", [], 2, None),
+        ("", ["nvidia0", "nvidia1"], 2, None),
+        (None, ["nvidia0", "nvidia1"], 1, None),
+        (None, ["null"], 2, None),
+    ],
+)
+def test_each_process_of_a_machine_sees_its_own_gpu(monkeypatch, tmp_path, visible, files, size, seen):
+    from meanflow import startup
+
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(startup, "DEVICES", str(tmp_path))
+    with monkeypatch.context() as without_torch:
+        without_torch.delitem(sys.modules, "torch")
+        for rank in range(size):
+            environment = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size), "CUDA_VISIBLE_DEVICES": visible}
+            environment = {name: value for name, value in environment.items() if value is not None}
+            monkeypatch.setattr(startup.os, "environ", dict(environment))
+            startup.see_own_gpu()
+            own = {} if seen is None else {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": seen[rank]}
+            assert startup.os.environ == environment | own
+    import torch  # noqa: F401
+
+    monkeypatch.setattr(startup.os, "environ", dict(environment))
+    startup.see_own_gpu()
+    assert startup.os.environ == environment

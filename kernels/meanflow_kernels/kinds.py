@@ -11,7 +11,8 @@ from torch import Tensor
 from .routing import forced
 from .transforms import may_be_dual
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 MOST_KINDS = 4096
 """Kinds that are remembered; one more, and all are forgotten."""
 _CONSTANT = (NoneType, int, float, str, torch.dtype)

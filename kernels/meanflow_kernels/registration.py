@@ -33,8 +33,9 @@ class Operator:
 
     def __call__(self, *operands: Any) -> Any:
         """Call it through torch, past its layer for gradients where none is recorded: that dispatches once more."""
-        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)
-        if recorded or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self._overload(*operands)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
             return self._overload(*operands)
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*operands)

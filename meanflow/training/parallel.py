@@ -289,15 +289,22 @@ def total_norm(loss: nn.Module, grads: Sequence[Tensor]) -> Tensor:
     return loss.gradient_norm() if isinstance(loss, Zero1) else full_tensor(gradient_norm(grads))
 
 
+def _numbered_alike(device: torch.device) -> bool:
+    """Whether the devices of all processes have the number 0, or none. A collective call."""
+    number = torch.tensor(device.index or 0, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item() == 0
+
+
 @contextmanager
 def compiling_in_turn(loss: nn.Module) -> Iterator[None]:
     """Run a with block in the first process of each machine, then in the others, which load what it has compiled.
 
     So it is with a replicated objective, whose gradients stay local meanwhile: the block must not be a collective call.
-    A forward of shards is one, so there all processes compile at once. They do too on GPUs: a GPU's number is among
-    what torch finds a graph again by.
+    A forward of shards is one, so there all processes compile at once. They do too where not every process calls its
+    GPU 0 (:func:`meanflow.startup.see_own_gpu`): the number is among what torch finds a graph again by.
     """
-    if not is_replicated(loss) or next(loss.parameters()).device.type != "cpu":
+    if not is_replicated(loss) or not _numbered_alike(next(loss.parameters()).device):
         yield
         return
     first = dist.get_rank() % int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) == 0

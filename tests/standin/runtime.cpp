@@ -17,6 +17,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -139,7 +140,13 @@ void release(void* pointer) {
 }
 
 int devices() {
-  static const int count = getenv("STANDIN_DEVICES") ? atoi(getenv("STANDIN_DEVICES")) : 1;
+  static const int count = [] {
+    const int all = getenv("STANDIN_DEVICES") ? atoi(getenv("STANDIN_DEVICES")) : 1;
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    if (!visible) return all;
+    const std::string names = visible;
+    return std::min<int>(all, names.empty() ? 0 : 1 + std::count(names.begin(), names.end(), ','));
+  }();
   return count;
 }
 

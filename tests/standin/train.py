@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+# what a command does before it imports torch
+import meanflow.apps  # noqa: F401
+
+# isort: split
 import runs
 
 from meanflow.training import parallel
