@@ -290,11 +290,9 @@ def _attend_dual(
         return _attend(primals, bias, scale), None
     scale, kernel, tangent_start = _check(primals, bias, tangents, scale=scale, tangent_start=tangent_start)
     if kernel and len(primals) == 1:
-        o, o_dot, _ = _attention_qkv_jvp_op(*primals, bias, *tangents, scale, tangent_start)
-        return o, o_dot
+        return _attention_qkv_jvp_op(*primals, bias, *tangents, scale, tangent_start)[:2]
     if kernel:
-        o, o_dot, _ = _attention_jvp_op(*primals, *tangents, scale, tangent_start)
-        return o, o_dot
+        return _attention_jvp_op(*primals, *tangents, scale, tangent_start)[:2]
     o = _reference(primals, bias, scale)
     with torch.no_grad():
         rows = tangent_rows(primals, tangents, tangent_start)
