@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_shape, check_tangents
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -103,7 +104,7 @@ differentiate(
     _adaln,
     _adaln_jvp,
     keep=lambda operands, y: (operands[:3:2], operands[-2:-1]),  # x and scale, and eps
-    backward=torch.ops.meanflow_kernels.adaln_bwd,
+    backward=_adaln_bwd,
 )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_alike, check_kernel_dtype, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -132,7 +133,7 @@ differentiate(
     _bias_gelu,
     _bias_gelu_jvp,
     keep=lambda operands, y: (operands[:2], ()),
-    backward=torch.ops.meanflow_kernels.bias_gelu_bwd,
+    backward=_bias_gelu_bwd,
 )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_alike, check_kernel_dtype, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -178,7 +179,7 @@ def _keep(operands, output):
 def _backward(x_out, y, gate, scale, bias, dx_out, dh, eps, h_dtype):
     # the residual alone was used: rare enough to pay for zeros
     dh = x_out.new_zeros(x_out.shape, dtype=h_dtype) if dh is None else dh
-    *grads, dbias = torch.ops.meanflow_kernels.gate_adaln_bwd(x_out, y, gate, scale, bias, dx_out, dh, eps)
+    *grads, dbias = _gate_adaln_bwd(x_out, y, gate, scale, bias, dx_out, dh, eps)
     return *grads, None if bias is None else dbias
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -137,7 +138,7 @@ def _keep(operands, output):
 def _backward(x_out, y, gate, weight, dx_out, dh, eps, h_dtype):
     # the residual alone was used: rare enough to pay for zeros
     dh = x_out.new_zeros(x_out.shape, dtype=h_dtype) if dh is None else dh
-    return torch.ops.meanflow_kernels.gate_rmsnorm_bwd(x_out, y, gate, weight, dx_out, dh, eps)
+    return _gate_rmsnorm_bwd(x_out, y, gate, weight, dx_out, dh, eps)
 
 
 differentiate(_gate_rmsnorm, _gate_rmsnorm_jvp, keep=_keep, backward=_backward, results=2)

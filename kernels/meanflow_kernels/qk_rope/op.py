@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -171,7 +172,7 @@ def _qk_rope_bwd(
 def _backward(qk, q_weight, k_weight, cos, sin, dq, dk, eps):
     # one of them alone was used: rare enough to pay for zeros
     dq, dk = (qk.new_zeros(qk[:, :, 0].shape) if x is None else x for x in (dq, dk))
-    return torch.ops.meanflow_kernels.qk_rope_bwd(qk, q_weight, k_weight, cos, sin, dq, dk, eps)
+    return _qk_rope_bwd(qk, q_weight, k_weight, cos, sin, dq, dk, eps)
 
 
 differentiate(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_alike, check_parameter, check_real, check_shape, check_tangents
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -107,7 +108,7 @@ differentiate(
     _rmsnorm,
     _rmsnorm_jvp,
     keep=lambda operands, y: (operands[:2], operands[-2:-1]),  # x and weight, and eps
-    backward=torch.ops.meanflow_kernels.rmsnorm_bwd,
+    backward=_rmsnorm_bwd,
 )
 
 

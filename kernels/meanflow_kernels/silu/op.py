@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, empty_like, kernel_op
 from ..routing import runs_kernel
@@ -66,9 +67,7 @@ def _silu_bwd(x: Tensor, dy: Tensor) -> Launched[Tensor]:
     return dx, (_launch, x, None, dy, dx)
 
 
-differentiate(
-    _silu, _silu_jvp, keep=lambda operands, y: (operands[:1], ()), backward=torch.ops.meanflow_kernels.silu_bwd
-)
+differentiate(_silu, _silu_jvp, keep=lambda operands, y: (operands[:1], ()), backward=_silu_bwd)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:

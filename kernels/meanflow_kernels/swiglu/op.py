@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_tangents, fail
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, kernel_op
 from ..routing import runs_kernel
@@ -100,9 +101,7 @@ def _swiglu_bwd(x: Tensor, dy: Tensor) -> Launched[Tensor]:
     return dx, (backward_launch, x, dy, dx, BACKWARD)
 
 
-differentiate(
-    _swiglu, _swiglu_jvp, keep=lambda operands, y: (operands[:1], ()), backward=torch.ops.meanflow_kernels.swiglu_bwd
-)
+differentiate(_swiglu, _swiglu_jvp, keep=lambda operands, y: (operands[:1], ()), backward=_swiglu_bwd)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:

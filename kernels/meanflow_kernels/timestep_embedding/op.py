@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_kernel_dtype, check_real, check_shape, check_tangents, fail
 from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
+from ..kinds import once_a_kind
 from ..launch import CompileCase, Launch
 from ..registration import Launched, differentiate, kernel_op
 from ..routing import runs_kernel
@@ -97,7 +98,7 @@ differentiate(
     _timestep_embedding,
     _timestep_embedding_jvp,
     keep=lambda operands, y: (operands[:1], operands[-1:]),
-    backward=torch.ops.meanflow_kernels.timestep_embedding_bwd,
+    backward=_timestep_embedding_bwd,
 )
 
 
