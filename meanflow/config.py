@@ -30,8 +30,12 @@ class ModelConfig:
     """Classes, without the null class."""
     mlp_ratio: float = 4.0
     """Width of the MLP over the model width."""
-    time_embedding: Literal["t,h", "t,r", "t,r,h", "h"] = "t,h"
-    """Which times are embedded, h = t - r (paper, Table 1c)."""
+    time_embedding: Literal["t,h", "t,r", "t,r,h", "h", "t"] = "t,h"
+    """Which times are embedded, h = t - r (paper, Table 1c); t alone for a function of one time."""
+    time_scale: float = 1.0
+    """What the times are multiplied by before they are embedded: 1 (MeanFlow), or 1000 (DiT)."""
+    log_variance: bool = False
+    """Whether the network learns the log-variance of its error at each time too (sCM)."""
     network: Literal["dit", "imf"] = "dit"
     """DiT, or the transformer of improved MeanFlow, which can be told its guidance."""
     head_depth: int = 0
@@ -55,6 +59,9 @@ class ModelConfig:
         even = self.network == "dit" or width // heads % 2 == 0
         require(even, "model.num_heads", heads, f"heads of an even part of the width {width} for imf", hint)
         require(times == "h", "model.time_embedding", times, "h for an imf network", "it sees t by the noise in z")
+        own = (self.time_scale, self.log_variance)
+        fits = self.time_scale > 0 and (self.network == "dit" or own == (1, False))
+        require(fits, "model.time_scale, log_variance", own, "a positive number and a DiT, or 1 and False", hint)
 
     @property
     def name(self) -> str:

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     OMEGA = 9
     GUIDANCE_START = 10
     GUIDANCE_END = 11
+    NOISE_LEVEL = 12
 
 
 def philox(

@@ -101,11 +101,14 @@ def dit_options(model: ModelConfig) -> dict:
     """The options of a DiT by name.
 
     Raises:
-        UserError: for another network, which other code bases' formats do not know.
+        UserError: for another network, or one with options that other code bases' formats do not know.
     """
-    hint = "take official, imf or weights"
-    require(model.network == "dit", "model.network", model.network, "dit for this format", hint)
-    return {name: value for name, value in asdict(model).items() if name not in ("network", "head_depth")}
+    values = asdict(model)
+    for name, wanted in (("network", "dit"), ("time_scale", 1.0), ("log_variance", False)):
+        hint = "take official, imf or weights"
+        require(values[name] == wanted, f"model.{name}", values[name], f"{wanted} for this format", hint)
+    own = ("network", "head_depth", "time_scale", "log_variance")
+    return {name: value for name, value in values.items() if name not in own}
 
 
 def home(path: Path) -> Path:

@@ -189,7 +189,7 @@ def make_transformer(model: ModelConfig, guidance_input: GuidanceInput) -> Trans
     """
     if model.network == "dit":
         return MeanFlowTransformer2DModel(**dit_options(model))
-    names = set(asdict(model)) - {"network", "time_embedding"}
+    names = set(asdict(model)) - {"network", "time_embedding", "time_scale", "log_variance"}
     return ImfTransformer2DModel(**{name: getattr(model, name) for name in names}, guidance_input=guidance_input)
 
 

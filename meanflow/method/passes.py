@@ -50,8 +50,8 @@ class Pass(NamedTuple):
     """The weights in training, or their moving average, which is never trained."""
     precision: Literal["compute", "fp32"] = "compute"
     """The network's compute dtype, or that of its weights throughout."""
-    head: Literal["", "v", "uv"] = ""
-    """Which heads answer, of a network that has one for v."""
+    head: Literal["", "v", "uv", "log_variance"] = ""
+    """Which heads answer, of a network that has one for v; log_variance: u, and that of its error behind it."""
 
 
 class Passes:

@@ -29,7 +29,8 @@ def build_net(
     if config.network == "imf":
         heads = {"head_depth": config.head_depth, "v_head": config.head_depth > 0}
         return ImfDiT(mlp_hidden=config.mlp_hidden, **heads, **sizes)
-    return DiT(mlp_ratio=config.mlp_ratio, time_embedding=tuple(config.time_embedding.split(",")), **sizes)
+    times = {"time_embedding": tuple(config.time_embedding.split(",")), "time_scale": config.time_scale}
+    return DiT(mlp_ratio=config.mlp_ratio, log_variance=config.log_variance, **times, **sizes)
 
 
 def fill(net: nn.Module, weights: dict[str, Tensor], source: object) -> None:

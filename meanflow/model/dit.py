@@ -7,18 +7,26 @@ one of the official MeanFlow code (Gsunshine/meanflow).
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from meanflow_kernels import adaln_jvp, attention_qkv_jvp, gate_adaln_jvp, linear_jvp, silu_jvp, timestep_embedding_jvp
+from meanflow_kernels import (
+    adaln_jvp,
+    attention_qkv_jvp,
+    gate_adaln_jvp,
+    linear_jvp,
+    silu_jvp,
+    timestep_embedding,
+    timestep_embedding_jvp,
+)
 from meanflow_kernels.dual import forbid_gradient
 from meanflow_kernels.linear import chunks
 
 from .copies import Kept, keep_copies
-from .pairs import BranchEnd, Dual, Linear, LinearGelu, Projection, SiLU, Summand, apply_dual, dual
+from .pairs import BranchEnd, Dual, Linear, LinearGelu, PatchEmbed, Projection, SiLU, Summand, apply_dual
 
 TIME_FEATURES = 256
 LABEL_STD = TIME_STD = 0.02
@@ -26,20 +34,8 @@ STACKS = {"weight": "modulation_copy", "bias": "modulation_bias_copy"}
 """Buffers of `DiT.make_copies` that hold the copies of all layers that modulate, by the name of their parameter."""
 
 
-class PatchEmbed(nn.Module):
-    """Embed patches of p x p pixels as tokens, row by row."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = PatchConv(in_channels, hidden_size, patch_size, patch_size)
-
-    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
-        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
-        return self.proj(z, dtype)
-
-
 class TimestepEmbedder(nn.Module):
-    """Embed a scalar time in [0, 1], unscaled, as a vector."""
+    """Embed a scalar time as a vector, unscaled."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -165,6 +161,8 @@ class DiT(nn.Module):
         hidden_size, depth, num_heads, mlp_ratio: the transformer.
         num_classes: classes without the null class, whose label is ``num_classes``.
         time_embedding: which of "t", "r" and "h" (= t - r) are embedded, each by its own MLP (paper, Table 1c).
+        time_scale: what they are multiplied by before that.
+        log_variance: whether the network has a linear layer on the features of t for the log-variance of its error.
         compute_dtype: dtype of matrix products and attention; None is the parameters' dtype. The residual stream,
             LayerNorm statistics, time features and the output keep the parameters' dtype.
         checkpoint_blocks: compute each block a second time in backward, and keep only its inputs until then.
@@ -182,13 +180,15 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         time_embedding: tuple[str, ...] = ("t", "h"),
+        time_scale: float = 1.0,
+        log_variance: bool = False,
         compute_dtype: torch.dtype | None = None,
         checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes = num_classes
-        self.time_embedding = tuple(time_embedding)
+        self.time_embedding, self.time_scale = tuple(time_embedding), time_scale
         self.compute_dtype = compute_dtype
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         for time in self.time_embedding:
@@ -198,6 +198,8 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio, checkpoint_blocks) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        if log_variance:
+            self.log_variance = nn.Linear(TIME_FEATURES, 1)
         # on the default device, even if the parameters are on meta: a loader of weights does not fill this buffer
         table = position_table(hidden_size, input_size // patch_size, dtype=torch.get_default_dtype())
         self.register_buffer("pos_embed", table, persistent=False)
@@ -222,6 +224,8 @@ class DiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        if hasattr(self, "log_variance"):
+            nn.init.zeros_(self.log_variance.weight)
 
     def make_copies(self) -> list[Tensor | None]:
         """Keep what the linear layers read in compute_dtype too, for an optimizer to keep up to date.
@@ -278,26 +282,29 @@ class DiT(nn.Module):
         tangents: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
         tangent_start: int | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        head: Literal["", "log_variance"] = "",
+    ) -> Tensor | tuple[Tensor, ...]:
         """The average velocity, and its derivative along a direction if one is given.
 
         Args:
-            z: noised latents (B, channels, size, size). r, t: times (B,), 0 <= r <= t <= 1. y: labels (B,), int64.
+            z: noised latents (B, channels, size, size). r, t: times (B,). y: labels (B,), int64.
             tangents: direction (z_dot, r_dot, t_dot) for the samples that need it; an entry None is zero. No gradient
                 flows through it.
             tangent_start: the first sample that has a tangent, where not the whole batch has one.
             dtype: of products and attention in this call, instead of compute_dtype.
+            head: log_variance also asks for w(t) (B,), the log-variance of u's error.
 
         Returns:
-            u, shaped like z; with tangents, (u, u_dot), where u_dot is of the samples that have a tangent.
+            u, shaped like z; with tangents, (u, u_dot), where u_dot is of the samples that have a tangent. w is behind
+            u.
         """
         dtype = dtype or self.compute_dtype or self.dtype
         z_dot, r_dot, t_dot = tangents or (None, None, None)
-        times = Dual(r, r_dot, tangent_start), Dual(t, t_dot, tangent_start)
+        r_, t_ = self._scaled(Dual(r, r_dot, tangent_start)), self._scaled(Dual(t, t_dot, tangent_start))
 
         x = self.x_embedder(Dual(z, z_dot, tangent_start), dtype).to(self.dtype)  # (B, L, C)
         x = x._replace(primal=x.primal + self.pos_embed)  # (B, L, C)
-        c = apply_dual(silu_jvp, self._condition(*times, y, dtype)).to(dtype)  # (B, C)
+        c = apply_dual(silu_jvp, self._condition(r_, t_, y, dtype)).to(dtype)  # (B, C)
         residual = Residual(x)
         *modulations, last = self._modulations(c)
         for block, modulation in zip(self.blocks, modulations, strict=True):
@@ -305,7 +312,15 @@ class DiT(nn.Module):
         u = self.final_layer(residual, c, last).to(self.dtype)  # (B, L, p p channels)
         grid = self.input_size // self.patch_size
         u, u_dot, _ = u.map(lambda a: unpatchify(a, self.patch_size, grid))  # (B, channels, size, size)
-        return u if tangents is None else (u, forbid_gradient(u_dot, u))
+        outputs = (u,)
+        if head:
+            outputs += (self.log_variance(timestep_embedding(t_.primal, TIME_FEATURES)).squeeze(1),)  # (B,)
+        if tangents is not None:
+            outputs += (forbid_gradient(u_dot, u),)
+        return outputs if len(outputs) > 1 else u
+
+    def _scaled(self, time: Dual) -> Dual:
+        return time if self.time_scale == 1 else time.map(lambda a: a * self.time_scale)
 
     def _condition(self, r: Dual, t: Dual, y: Tensor, dtype: torch.dtype) -> Dual:
         times = {"t": t, "r": r, "h": t + r.map(torch.neg)}
@@ -347,23 +362,6 @@ def _hooked(module: nn.Module) -> bool:
     """Whether someone waits for the module to be called."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return any(getattr(module, kind) for kind in kinds)
-
-
-class PatchConv(nn.Conv2d):
-    """A convolution over patches that do not overlap, on pairs, computed as a linear layer."""
-
-    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
-        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
-        weight = self.weight.flatten(1).to(dtype)
-        patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
-        bias = self.bias.to(dtype)
-        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.tangent_start)
-
-
-def _patchify(x: Tensor, p: int) -> Tensor:
-    b, c, height, width = x.shape
-    x = x.reshape(b, c, height // p, p, width // p, p)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
 
 
 def unpatchify(x: Tensor, p: int, grid: int) -> Tensor:

@@ -17,8 +17,8 @@ from meanflow_kernels import attention_jvp, gate_rmsnorm_jvp, qk_rope_jvp, rmsno
 from meanflow_kernels.dual import forbid_gradient
 
 from .copies import keep_copies
-from .dit import LabelEmbedder, PatchEmbed, Residual, TimestepEmbedder, checkpointed, unpatchify
-from .pairs import Dual, Linear, apply_dual
+from .dit import LabelEmbedder, Residual, TimestepEmbedder, checkpointed, unpatchify
+from .pairs import Dual, Linear, PatchEmbed, apply_dual
 
 TOKENS = {"class": 8, "omega": 4, "t_min": 2, "t_max": 2, "time": 4}
 """Tokens of each condition, in the order of the sequence, before the patches."""

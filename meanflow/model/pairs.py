@@ -151,3 +151,32 @@ class SiLU(nn.Module):
     def forward(self, x: Dual) -> Dual:
         """x of any shape -> the same."""
         return apply_dual(silu_jvp, x)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution over patches that do not overlap, on pairs, computed as a linear layer."""
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        weight = self.weight.flatten(1).to(dtype)
+        patches = z.map(lambda x: _patchify(x, self.kernel_size[0])).to(dtype)
+        bias = self.bias.to(dtype)
+        return dual(*linear_jvp((patches.primal,), (patches.tangent,), weight, bias), z.tangent_start)
+
+
+def _patchify(x: Tensor, p: int) -> Tensor:
+    b, c, height, width = x.shape
+    x = x.reshape(b, c, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
+
+
+class PatchEmbed(nn.Module):
+    """Embed patches of p x p pixels as tokens, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = PatchConv(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        return self.proj(z, dtype)

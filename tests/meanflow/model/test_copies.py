@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from meanflow.model.copies import kept_copies, product_copies
+from meanflow.objectives.build import make_objective
 from meanflow.training import engine, optim
 from meanflow.training import step as step_module
 from meanflow.training.optim import gradient_norm, state_tensors
@@ -101,7 +102,8 @@ def test_gradients_that_are_summed_or_read_by_others_are_in_fp32(options, tmp_pa
 def test_gradients_of_several_processes_are_in_fp32(monkeypatch):
     monkeypatch.setattr(engine, "replicate", lambda loss, *_, **__: loss)
     for connected in (False, True):
-        net = engine.build_engine(config(), SimpleNamespace(connected=connected, device=torch.device("cpu"))).net
+        world = SimpleNamespace(connected=connected, device=torch.device("cpu"))
+        net = engine.build_engine(config(), world, make_objective(config())).net
         assert bool(product_copies(net)) == (not connected)
 
 

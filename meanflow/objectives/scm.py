@@ -1,0 +1,180 @@
+"""Continuous-time consistency training in TrigFlow: sCM (arXiv 2410.11081), as NVIDIA's FastGen has it by default.
+
+    x_t = cos(t) x + sin(t) sigma_d e,  t = atan(sigma / sigma_d),  dx/dt = cos(t) sigma_d e - sin(t) x
+    F = -net(x_t / sigma_d, ln(sigma) / 4),  f = cos(t) x_t - sigma_d sin(t) F                    section 3
+    J = cos(t) sin(t) dF/dt, along (dx/dt, 1)                                                     section 4.2
+    g = -cos(t)^2 (sigma_d F - dx/dt) - rho (cos(t) sin(t) x_t + sigma_d J),  g <- g / (|g| + c)
+    loss = mean(W exp(-w) / D |F - sg(F + g)|^2 + w)                                              Eq. 8
+
+w(t) is a learned log-variance, W = 1 / sigma, D the elements of a sample; rho rises from 0 to 1. FastGen takes the root
+mean square of g for its norm, and divides the squared error by D twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..draws import Draws, Purpose
+from ..errors import require, require_finite
+from ..method import edm
+from ..method.contract import Objective, Sizes
+from ..method.passes import Pass, Passes
+
+
+@dataclass(frozen=True)
+class ScmConfig:
+    """Options of sCM. Defaults are FastGen's, which are the paper's for CIFAR-10 but for the loss's scale."""
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data as it is trained on."""
+    sigma_min: float = 0.002
+    """The lowest level sigma = sigma_data tan(t)."""
+    sigma_max: float = 80.0
+    """The highest level."""
+    p_mean: float = -1.0
+    """Mean of ln(sigma)."""
+    p_std: float = 1.4
+    """Its standard deviation."""
+    warmup_steps: int = 10_000
+    """Training steps over which rho, the share of the derivative, rises from 0 to 1; 0: it is always 1."""
+    norm_c: float = 0.1
+    """Constant c of the tangent's normalisation."""
+    norm: Literal["rms", "l2"] = "rms"
+    """Norm of the tangent: root mean square (FastGen), or root of the sum of squares (paper)."""
+    prior_weight: bool = True
+    """Whether the loss is weighted by 1 / sigma."""
+    divide_twice: bool = True
+    """Whether the mean square of a sample is divided by its number of elements again (FastGen)."""
+    log_variance: bool = True
+    """Whether the network has a learned log-variance w (model.log_variance); else it is 0."""
+    time_input: Literal["log_sigma", "angle"] = "log_sigma"
+    """What the network is told of the time: ln(sigma) / 4 (FastGen, EDM's networks), or t itself (paper)."""
+
+    def __post_init__(self):
+        require_finite(self, "objective")
+        for name in ("sigma_data", "sigma_min", "p_std", "norm_c"):
+            value = getattr(self, name)
+            require(value > 0, f"objective.{name}", value, "a positive number", "change it")
+        low, high = self.sigma_min, self.sigma_max
+        require(high > low, "objective.sigma_max", high, f"more than sigma_min = {low}", "official is 80")
+        steps = self.warmup_steps
+        require(steps >= 0, "objective.warmup_steps", steps, "zero or more", "official is 10000")
+
+
+class Drawn(NamedTuple):
+    """What is drawn for a batch beside data and noise, float64."""
+
+    sigma: Tensor
+    """Levels (B,)."""
+    rho: Tensor
+    """Share of the derivative at this step (B,)."""
+
+
+class Plan(NamedTuple):
+    """The one pass is on every sample."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """No group of rows."""
+        return ()
+
+
+class ScmTerms(NamedTuple):
+    """Loss and figures of a batch."""
+
+    loss: Tensor
+    raw: Tensor
+    """Mean square of F - sg(F + g) over a sample (B,), at most about 1 by the normalisation."""
+    each: Tensor
+    """The loss of each sample (B,)."""
+    log_variance: Tensor
+    """w (B,)."""
+    f: Tensor
+    """The prediction F."""
+    j: Tensor
+    """cos(t) sin(t) dF/dt."""
+    tangent: Tensor
+    """g, normalised."""
+
+
+def denoiser(config: ScmConfig, net: nn.Module, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """f of a network for labels y (B,), as a function of (x + sigma e, sigma): draw by `edm.sample_by_renoising`.
+
+    In these coordinates TrigFlow's f is EDM's denoiser.
+    """
+
+    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+        factors = edm.scalings(sigma, config.sigma_data)
+        if config.time_input == "angle":
+            factors = factors._replace(noise=(sigma / config.sigma_data).atan())
+        return edm.denoise(lambda z, r, t: net(z, r, t, y), x, factors)
+
+    return denoised
+
+
+class Scm(Objective):
+    """sCM as the trainer's objective."""
+
+    config: ScmConfig
+    watched = {"raw": "raw loss"}
+    logged = ("raw", "log_variance")
+    declared = ((),)
+
+    def draw(self, draws: Draws) -> Drawn:
+        """Draw the level of each sample."""
+        return noise_levels(self.config, draws.uniform(Purpose.NOISE_LEVEL), draws.step)
+
+    def arrange(self, drawn: Drawn, sizes: Sizes) -> Plan:
+        """Nothing is left out."""
+        return Plan()
+
+    def example(self, sizes: Sizes) -> Plan:
+        """The one plan."""
+        return Plan()
+
+    def passes(self, sizes: Sizes) -> dict[str, Pass]:
+        """One pass with the derivative of every sample: 4 times a forward pass."""
+        head = "log_variance" if self.config.log_variance else ""
+        return {"primal": Pass(self.batch, self.batch, trained=True, head=head)}
+
+    def terms(self, passes: Passes, x: Tensor, e: Tensor, y: Tensor, drawn: Drawn, plan: Plan) -> ScmTerms:
+        """Loss and figures of a batch."""
+        config, scale = self.config, edm.scale
+        sigma, data = drawn.sigma, self.config.sigma_data
+        root = (sigma**2 + data**2).sqrt()
+        cos, sin = data / root, sigma / root  # of t
+        x_t = scale(cos, x) + scale(sin * data, e)
+        velocity = scale(cos * data, e) - scale(sin, x)
+
+        # along cos sin (dx/dt, 1): ln tan(t) changes by 1 / (cos sin)
+        if config.time_input == "log_sigma":
+            time, time_dot = sigma.log() / 4, torch.full_like(sigma, 0.25)
+        else:
+            time, time_dot = (sigma / data).atan(), cos * sin
+        time, time_dot = time.to(x.dtype), time_dot.to(x.dtype)
+        z, z_dot = x_t / data, scale(cos * sin / data, velocity)
+        net, *heads, net_dot = passes("primal", z, torch.zeros_like(time), time, y, tangents=(z_dot, None, time_dot))
+        f, j = -net, -net_dot.detach()
+        w = heads[0].to(x.dtype) if heads else torch.zeros_like(time)
+
+        g = -scale(cos**2, data * f.detach() - velocity)
+        g = g - scale(drawn.rho * cos * sin, x_t) - scale(drawn.rho * data, j)
+        square = g.square().flatten(1)
+        norm = square.mean(1) if config.norm == "rms" else square.sum(1)
+        g = scale(1 / (norm.sqrt() + config.norm_c), g)
+
+        raw = (f - f.detach() - g).square().flatten(1).mean(1)
+        weight = (1 / sigma if config.prior_weight else torch.ones_like(sigma)).to(x.dtype)
+        elements = square.shape[1] if config.divide_twice else 1
+        each = weight * (-w).exp() / elements * raw + w
+        return ScmTerms(each.mean(), raw.detach(), each.detach(), w.detach(), f.detach(), j, g)
+
+
+def noise_levels(config: ScmConfig, u: Tensor, step: int) -> Drawn:
+    """The levels of a step, from uniform numbers u (B,)."""
+    sigma = edm.truncated_log_normal(u, config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
+    rho = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    return Drawn(sigma, torch.full_like(sigma, rho))
