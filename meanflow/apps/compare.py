@@ -20,6 +20,7 @@ from torch import nn
 from .. import cli
 from ..config import OptimConfig, RunConfig
 from ..errors import require
+from ..evaluation import search
 from ..evaluation.classifier import ClassifierJudge, draw_grids, grid_of, real_grid, spread
 from ..interop.weights import load_ema
 from ..method.sampling import Euler, even_times
@@ -31,7 +32,6 @@ from ..training.flops import sample_flops, step_flops
 from ..training.runlog import cost_of
 from ..training.trainer import train_all
 from ..world import World
-from . import sweep
 
 SEEDS = (0, 1, 2)
 STEPS_OF_SAMPLES = (1, 2, 4)
@@ -166,20 +166,20 @@ def sampler_of(run: Path, world: World) -> nn.Module:
 def judge_runs(judge: ClassifierJudge, runs: list[Path], config: RunConfig, world: World) -> dict[str, dict]:
     """The scores of each run by the number of sampling steps, at the guidance that is best for the first run."""
     told = config.objective.guidance_input != "none"
-    points = sweep.grid(sweep.Options(runs[0], omegas=OMEGAS, intervals=INTERVALS), config) if told else [()]
+    points = search.grid(OMEGAS, INTERVALS, config) if told else [()]
     results = {}
     for steps in STEPS_OF_SAMPLES:
 
         def rows(run: Path, points: list[tuple[float, ...]], steps=steps) -> list[dict]:
             net, times = sampler_of(run, world), even_times(steps)
             file = run / f"scores_{steps}_steps.jsonl"
-            found = sweep.sweep(
+            found = search.sweep(
                 points, lambda told: judge.score_net(net, world.device, times, told).as_dict(), file, world
             )
             return [row for row in found if tuple(row["guidance"]) in points]
 
         tried = rows(runs[0], points)
-        best = sweep.best(tried)["guidance"]
+        best = search.best(tried)["guidance"]
         scores = [row for run in runs for row in rows(run, [tuple(best)])]
         results[str(steps)] = {"guidance": best, "tried": tried if told else [], "scores": scores}
     return results

@@ -10,36 +10,31 @@ Each point of the grid, a scale omega and the times where guidance acts, is scor
 interrupted command continues it. Several GPUs: torchrun --nproc-per-node 8 scripts/sweep.py RUN ...
 """
 
-import json
 import shlex
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .. import cli
 from ..config import RunConfig
 from ..data.decoder import make_decoder
-from ..errors import UserError, require
+from ..errors import require
 from ..evaluation.classifier import ClassifierJudge
 from ..evaluation.evaluator import Evaluator, claim, schedule_name
 from ..evaluation.features import Extractor
 from ..evaluation.fid_reference import load_reference
 from ..evaluation.protocols import named
+from ..evaluation.search import Score, best, grid, in_words, measure, sweep
 from ..interop.formats import home
-from ..method.guidance import TOLD, sampling_guidance
 from ..method.sampling import even_times
 from ..owner import owned
-from ..storage.record import write_atomically
 from ..world import World
 from .evaluate import Judging
 
 ROWS, PICTURE = "rows.jsonl", "heat_map.png"
-Score = Callable[[tuple[float, ...]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -56,68 +51,6 @@ class Options(Judging):
     """How the FID is measured: one name of evaluate.py's --protocols, or several joined by +."""
     out: Path | None = None
     """Where rows and heat map are written (default: RUN/sweep/, by step, schedule and seed)."""
-
-
-def grid(options: Options, config: RunConfig) -> list[tuple[float, ...]]:
-    """The points to score: what the network is told at each.
-
-    Raises:
-        UserError: for a network that is told nothing, and for numbers that it cannot be told.
-    """
-    told = config.objective.guidance_input
-    hint = "train one by scripts/train.py imf-b2, or digits-imf"
-    require(told != "none", "checkpoint", TOLD[told][1], "a network that is told its guidance", hint)
-    intervals = [_interval(word) for word in options.intervals] if told == "interval" else [()]
-    points = dict.fromkeys((omega, *interval) for interval in intervals for omega in options.omegas)
-    require(bool(points), "omegas and intervals", (), "one of each or more", "name some")
-    return [sampling_guidance(config.model, config.objective, point, "omegas and intervals") for point in points]
-
-
-def _interval(word: str) -> tuple[float, float]:
-    try:
-        start, end = map(float, word.split("-"))
-    except ValueError:
-        raise UserError(f"intervals: got {word!r}, wanted START-END, for instance 0.4-0.65; correct it") from None
-    return start, end
-
-
-def sweep(points: list[tuple[float, ...]], score: Score, path: Path, world: World) -> list[dict]:
-    """Score the points that a file has no row of yet, and write each row as it comes; all rows, the file's first.
-
-    A collective call.
-    """
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {tuple(row["guidance"]) for row in rows}
-    bar = tqdm(points, "sweep", unit="point", disable=not world.is_main, dynamic_ncols=True)
-    for point in bar:
-        if point in done:
-            continue
-        rows.append({"guidance": list(point), **score(point)})
-        if world.is_main:
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        bar.set_postfix_str(in_words(best(rows)), refresh=False)
-    return rows
-
-
-def measure(row: dict) -> tuple[str, float]:
-    """The score that decides, by name."""
-    name = "fid" if "fid" in row else "frechet"
-    return name, row[name]
-
-
-def best(rows: list[dict]) -> dict:
-    """The row of the lowest score."""
-    return min(rows, key=lambda row: measure(row)[1])
-
-
-def in_words(row: dict) -> str:
-    """A point and its score."""
-    name, value = measure(row)
-    if not row["guidance"]:
-        return f"{name} {value:.4g}"
-    omega, *interval = row["guidance"]
-    times = f" in [{interval[0]:g}, {interval[1]:g}]" if interval else ""
-    return f"omega {omega:g}{times}: {name} {value:.4g}"
 
 
 def summary(options: Options, rows: list[dict]) -> list[str]:
@@ -200,7 +133,7 @@ def main(args: list[str]) -> None:
     times, protocol = even_times(options.steps), named(options.protocol)
     with World(options.device) as world:
         net, config, path, step = options.load(world.device)
-        points = grid(options, config)
+        points = grid(options.omegas, options.intervals, config)
         settings = options.settings(net, step)
         name = f"step{step}_{schedule_name(times)}_seed{options.seed}_{options.precision}"
         if options.by_classifier(config):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from meanflow.apps import sweep
 from meanflow.config import DataConfig
+from meanflow.evaluation import search
 from meanflow.evaluation.classifier import ClassifierJudge, Scores
 from meanflow.evaluation.evaluator import Evaluator
 from meanflow.evaluation.fid_reference import load_reference
@@ -153,8 +154,8 @@ def test_a_grid_with_holes_is_drawn(tmp_path):
     rows.append({"guidance": [8.0, 0.0, 1.0], "fid": 40.0})
     sweep.draw(tmp_path / "map.png", rows)
     assert np.asarray(Image.open(tmp_path / "map.png")).std() > 10
-    assert sweep.in_words(sweep.best(rows)) == "omega 8 in [0.4, 0.6]: fid 3"
-    assert sweep.in_words({"guidance": [2.0], "frechet": 1.5}) == "omega 2: frechet 1.5"
+    assert search.in_words(search.best(rows)) == "omega 8 in [0.4, 0.6]: fid 3"
+    assert search.in_words({"guidance": [2.0], "frechet": 1.5}) == "omega 2: frechet 1.5"
 
 
 BAD = {
