@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import require, require_finite
+from .objective_options import ObjectiveOptions
 from .sizes import DIT_PATCHES, DIT_SIZES, IMF_HEAD_DEPTH, IMF_SIZES
 
 GuidanceInput = Literal["none", "omega", "interval"]
@@ -94,8 +95,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """The training target. Defaults are the official code's; each of its peculiarities is an option."""
+class ObjectiveConfig(ObjectiveOptions):
+    """MeanFlow's training target. Defaults are the official code's; each of its peculiarities is an option."""
 
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of the two times that are drawn and sorted (paper, Table 1d)."""
@@ -163,6 +164,21 @@ class ObjectiveConfig:
             "none where omega, kappa or the interval are fixed", "leave them at 1, 0 and [0, 1]: they are inputs",
         )  # fmt: skip
         require(self.omega_max > 1, "objective.omega_max", self.omega_max, "a number above 1", "official is 8")
+
+    def check(self, run: "RunConfig") -> None:
+        direction, told, heads = self.direction, self.guidance_input, run.model.head_depth
+        wanted, hint = "none for a DiT, which cannot be told", "take model.network imf"
+        require(told == "none" or run.model.network == "imf", "objective.guidance_input", told, wanted, hint)
+        wanted = f"1 or more with objective.direction v_head, else 0, not with {direction}"
+        require((direction == "v_head") == (heads > 0), "model.head_depth", heads, wanted, "change one of them")
+        groups = run.train.groups or 1
+        if self.equal_placement == "first" and run.train.batch % groups == 0:
+            batch, share = run.train.batch // groups, self.share_equal
+            within = f" in {groups} groups" if groups > 1 else ""
+            wanted = f"one that a share of r = t of {share:g} divides to within 5 %{within}"
+            nearest = groups * next(b for b in itertools.count(batch) if _divides(b, share))
+            hint = f"take {nearest} samples, or objective.equal_placement bernoulli"
+            require(_divides(batch, share), "train.batch", run.train.batch, wanted, hint)
 
     @property
     def guided(self) -> bool:
@@ -364,7 +380,7 @@ class RunConfig:
     """The configuration of a run."""
 
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: ObjectiveOptions
     optim: OptimConfig
     data: DataConfig
     train: TrainConfig
@@ -375,19 +391,7 @@ class RunConfig:
         known, wanted = len(self.data.latent_mean), f"a number for each of {self.model.in_channels} channels, or none"
         fits = known in (0, self.model.in_channels)
         require(fits, "data.latent_mean", self.data.latent_mean, wanted, "give both or none")
-        direction, told, heads = self.objective.direction, self.objective.guidance_input, self.model.head_depth
-        wanted, hint = "none for a DiT, which cannot be told", "take model.network imf"
-        require(told == "none" or self.model.network == "imf", "objective.guidance_input", told, wanted, hint)
-        wanted = f"1 or more with objective.direction v_head, else 0, not with {direction}"
-        require((direction == "v_head") == (heads > 0), "model.head_depth", heads, wanted, "change one of them")
-        groups = self.train.groups or 1
-        if self.objective.equal_placement == "first" and self.train.batch % groups == 0:
-            batch, share = self.train.batch // groups, self.objective.share_equal
-            within = f" in {groups} groups" if groups > 1 else ""
-            wanted = f"one that a share of r = t of {share:g} divides to within 5 %{within}"
-            nearest = groups * next(b for b in itertools.count(batch) if _divides(b, share))
-            hint = f"take {nearest} samples, or objective.equal_placement bernoulli"
-            require(_divides(batch, share), "train.batch", self.train.batch, wanted, hint)
+        self.objective.check(self)
 
 
 def _divides(batch: int, share: float) -> bool:

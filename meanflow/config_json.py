@@ -4,14 +4,18 @@ from dataclasses import asdict, fields
 
 from .config import RunConfig
 from .errors import UserError, require
+from .objective_options import KINDS
 
 
 def to_dict(config: RunConfig) -> dict:
     """Convert a configuration to plain values for JSON."""
-    return {
+    sections = {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in asdict(config).items()
     }
+    if config.objective.kind:
+        sections["objective"]["kind"] = config.objective.kind
+    return sections
 
 
 def from_dict(values: dict) -> RunConfig:
@@ -22,13 +26,18 @@ def from_dict(values: dict) -> RunConfig:
     """
     sections = {}
     for section in fields(RunConfig):
-        options = dict(values.get(section.name, {}))
-        unknown = options.keys() - {option.name for option in fields(section.type)}
+        options, made = dict(values.get(section.name, {})), section.type
+        if section.name == "objective":
+            kind = options.pop("kind", "")
+            wanted = f"one of {sorted(KINDS)}"
+            require(kind in KINDS, "config.objective.kind", kind, wanted, "was it written by this version?")
+            made = KINDS[kind]
+        unknown = options.keys() - {option.name for option in fields(made)}
         require(
             not unknown, f"config.{section.name}", sorted(unknown), "known options", "was it written by this version?"
         )
         try:
-            sections[section.name] = section.type(
+            sections[section.name] = made(
                 **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
             )
         except TypeError as error:

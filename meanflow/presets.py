@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from .errors import nearest, require
@@ -71,8 +72,12 @@ def _fashion() -> RunConfig:
     )
 
 
+FLOW_MATCHING: dict[str, Any] = {"share_equal": 1.0}
+"""MeanFlow's options for r = t always."""
+
+
 def _flow_matching(config: RunConfig) -> RunConfig:
-    return replace(config, objective=replace(config.objective, share_equal=1.0))
+    return replace(config, objective=replace(config.objective, **FLOW_MATCHING))
 
 
 IMPROVED = ObjectiveConfig(share_equal=0.5, guidance_input="interval", direction="v_head")

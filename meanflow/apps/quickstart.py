@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from .. import cli
 from ..config import RunConfig
-from ..presets import preset
+from ..presets import FLOW_MATCHING, preset
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
     with folder_of(options.out, options.config) as out:
         report = out / "report.json"
         if not report.exists():
-            flow_matching = replace(options.config, objective=replace(options.config.objective, share_equal=1.0))
+            flow_matching = replace(options.config, objective=replace(options.config.objective, **FLOW_MATCHING))
             code = compare({"meanflow": options.config, "flow_matching": flow_matching}, out)
             if code:
                 return code

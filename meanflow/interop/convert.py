@@ -22,7 +22,7 @@ from ..config import GuidanceInput, ModelConfig
 from ..config_json import from_dict, to_dict
 from ..errors import UserError, require
 from ..model.build import check_whole
-from ..presets import preset
+from ..presets import IMPROVED, preset
 from ..storage.checkpoint import save_weights
 from ..storage.flax_files import read_flax, write_flax
 from ..storage.foreign import full, read_network
@@ -144,7 +144,7 @@ def _config(model: ModelConfig, guidance_input: GuidanceInput = "interval") -> d
     known = model.in_channels == len(recipe.data.latent_mean)
     data = recipe.data if known else replace(recipe.data, latent_mean=(), latent_std=())
     direction = "v_head" if model.head_depth else "boundary"
-    objective = replace(recipe.objective, guidance_input=guidance_input, direction=direction)
+    objective = replace(IMPROVED, guidance_input=guidance_input, direction=direction)
     return {"model": asdict(model), "objective": asdict(objective), "data": asdict(data)}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import require
-from ..graph import Graph
+from .graph import Graph
 
 
 def even_times(num_steps: int) -> tuple[float, ...]:

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_kernels.inductor import prepare_compiler
 
-from ..graph import on_capture_stream
+from ..method.graph import on_capture_stream
 from .optim import gradient_norm
 
 BUCKET_MB = 100

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from ..command import heartbeat
 from ..config import RunConfig
-from ..graph import Graph, on_capture_stream
 from ..method.contract import Objective, Plan, Sizes, Terms
+from ..method.graph import Graph, on_capture_stream
 from ..model.copies import product_copies, products_kept
 from .draw import draw_batch
 from .guard import SpikeGuard

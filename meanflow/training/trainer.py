@@ -372,7 +372,7 @@ def _check_same(config: RunConfig, world: World) -> None:
     for rank, other in enumerate(others, 1):
         for section, options in other.items():
             for name, value in options.items():
-                option, wanted = f"{section}.{name}", first[section][name]
+                option, wanted = f"{section}.{name}", first[section].get(name)
                 if value != wanted and option not in OF_A_MACHINE:
                     raise UserError(
                         f"{option}: got {value!r} in process {rank}, wanted {wanted!r}, as in process 0; start all "
