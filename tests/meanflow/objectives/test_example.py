@@ -17,6 +17,7 @@ from meanflow.method.contract import Objective, Sizes
 from meanflow.method.passes import Pass, Passes
 from meanflow.objective_options import ObjectiveOptions
 from meanflow.objectives import build
+from meanflow.presets import PRESETS
 from meanflow.training.flops import sample_flops
 from meanflow.training.trainer import Trainer, train
 
@@ -224,6 +225,12 @@ def test_work_is_counted_from_the_declaration():
         counted = count(lambda plan=plan: step.loss(plan).backward()).total
         found = sample_flops(run.model).of_passes(step.objective.passes(sizes))
         assert found == pytest.approx(counted, rel=1e-12)
+
+
+def test_presets_declare_few_sizes():
+    for name, each in PRESETS.items():
+        declared = build.make_objective(each.config()).declared
+        assert len(declared) <= 32 and list(declared) == sorted(set(declared), reverse=True), name
 
 
 BROKEN = {  # what is called differently from its declaration
