@@ -60,9 +60,8 @@ class ModelConfig:
         even = self.network == "dit" or width // heads % 2 == 0
         require(even, "model.num_heads", heads, f"heads of an even part of the width {width} for imf", hint)
         require(times == "h", "model.time_embedding", times, "h for an imf network", "it sees t by the noise in z")
-        own = (self.time_scale, self.log_variance)
-        fits = self.time_scale > 0 and (self.network == "dit" or own == (1, False))
-        require(fits, "model.time_scale, log_variance", own, "a positive number and a DiT, or 1 and False", hint)
+        fits = self.time_scale > 0 and (self.network == "dit" or (self.time_scale, self.log_variance) == (1, False))
+        require(fits, "model.time_scale", self.time_scale, "a positive number, for imf 1 and no log_variance", hint)
 
     @property
     def name(self) -> str:
@@ -389,8 +388,9 @@ class RunConfig:
 
     def __post_init__(self):
         known, wanted = len(self.data.latent_mean), f"a number for each of {self.model.in_channels} channels, or none"
-        fits = known in (0, self.model.in_channels)
-        require(fits, "data.latent_mean", self.data.latent_mean, wanted, "give both or none")
+        require(known in (0, self.model.in_channels), "data.latent_mean", self.data.latent_mean, wanted, "give both")
+        learned, fits = self.model.log_variance, self.model.log_variance == self.objective.log_variance
+        require(fits, "model.log_variance", learned, f"{not learned} with this objective", "change one of them")
         self.objective.check(self)
 
 

@@ -15,6 +15,8 @@ class ObjectiveOptions:
     """Its name in config.json; MeanFlow's is "", which is not written."""
     guidance_input: ClassVar[str] = "none"
     """What the network is told of its guidance."""
+    log_variance: ClassVar[bool] = False
+    """Whether the network learns the log-variance of its error."""
 
     def __init_subclass__(cls, kind: str = "", **options: Any):
         super().__init_subclass__(**options)
@@ -22,6 +24,10 @@ class ObjectiveOptions:
 
     def check(self, run: Any) -> None:
         """Raise UserError where the options do not fit the rest of a run's configuration."""
+
+    def velocity(self, net: Any) -> Any:
+        """A network of this objective as sampling takes it: an average velocity u(z, r, t, y)."""
+        return net
 
 
 KINDS: dict[str, type[ObjectiveOptions]] = {}

@@ -44,7 +44,7 @@ def load_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor]
 
 
 def load_ema(path: Path, device: torch.device) -> tuple[Network, RunConfig, Path, int]:
-    """Load the network with averaged weights; returns it, its configuration, where it was found, and its step.
+    """Load averaged weights, as sampling takes them; returns the network, its configuration, where found, and its step.
 
     Raises:
         UserError: as :func:`load_checkpoint`.
@@ -55,7 +55,8 @@ def load_ema(path: Path, device: torch.device) -> tuple[Network, RunConfig, Path
         config = replace(config, data=_with_vae(config.data, path))
     net = build_net(config.model)
     fill(net, weights, found)
-    return net.to(device).eval().requires_grad_(False), config, found, step
+    net = config.objective.velocity(net.to(device).eval().requires_grad_(False))
+    return net, config, found, step
 
 
 def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:

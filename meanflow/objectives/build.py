@@ -2,9 +2,11 @@
 
 from ..config import ObjectiveConfig, RunConfig
 from ..method.contract import Objective
+from .ict import Ict, IctConfig
 from .meanflow import MeanFlow
+from .scm import Scm, ScmConfig
 
-OBJECTIVES: dict[type, type[Objective]] = {ObjectiveConfig: MeanFlow}
+OBJECTIVES: dict[type, type[Objective]] = {ObjectiveConfig: MeanFlow, IctConfig: Ict, ScmConfig: Scm}
 """By the class of their options."""
 
 

@@ -9,9 +9,8 @@
 k is the step, D the elements of a sample. The grid grows finer in the course of a run; shapes do not change.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import floor, log2, sqrt
 from typing import Literal, NamedTuple
 
@@ -23,6 +22,7 @@ from ..errors import require, require_finite
 from ..method import edm
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
+from ..objective_options import ObjectiveOptions
 
 ECT_K, ECT_B = 8.0, 1.0
 """Of ECT's map t -> r, official."""
@@ -33,7 +33,7 @@ ECT_MOST = 0.999
 
 
 @dataclass(frozen=True)
-class IctConfig:
+class IctConfig(ObjectiveOptions, kind="ict"):
     """Options of consistency training. Defaults are iCT's."""
 
     sigma_data: float = 0.5
@@ -85,6 +85,10 @@ class IctConfig:
         steps = self.ect_stage_steps
         require(steps >= 1, "objective.ect_stage_steps", steps, "a positive whole number", "change it")
         require(self.huber_c >= 0, "objective.huber_c", self.huber_c, "zero or more", "official is 0.00054")
+
+    def velocity(self, net: nn.Module) -> nn.Module:
+        """See the base."""
+        return edm.AsVelocity(net, partial(denoiser, self), self.sigma_max)
 
 
 class Drawn(NamedTuple):
@@ -175,7 +179,7 @@ def weight(config: IctConfig, drawn: Drawn, c_out: Tensor) -> Tensor:
     return drawn.sigma**-2 + config.sigma_data**-2 if config.weighting == "snr" else torch.ones_like(c_out)
 
 
-def denoiser(config: IctConfig, net: nn.Module, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def denoiser(config: IctConfig, net: nn.Module, y: Tensor) -> edm.Denoiser:
     """D(x, sigma) of a network for labels y (B,): the sample itself, to draw by `edm.sample_by_renoising`."""
 
     def denoised(x: Tensor, sigma: Tensor) -> Tensor:

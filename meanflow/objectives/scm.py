@@ -10,8 +10,8 @@ w(t) is a learned log-variance, W = 1 / sigma, D the elements of a sample; rho r
 mean square of g for its norm, and divides the squared error by D twice.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,10 +22,11 @@ from ..errors import require, require_finite
 from ..method import edm
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
+from ..objective_options import ObjectiveOptions
 
 
 @dataclass(frozen=True)
-class ScmConfig:
+class ScmConfig(ObjectiveOptions, kind="scm"):
     """Options of sCM. Defaults are FastGen's, which are the paper's for CIFAR-10 but for the loss's scale."""
 
     sigma_data: float = 0.5
@@ -62,6 +63,10 @@ class ScmConfig:
         require(high > low, "objective.sigma_max", high, f"more than sigma_min = {low}", "official is 80")
         steps = self.warmup_steps
         require(steps >= 0, "objective.warmup_steps", steps, "zero or more", "official is 10000")
+
+    def velocity(self, net: nn.Module) -> nn.Module:
+        """See the base."""
+        return edm.AsVelocity(net, partial(denoiser, self), self.sigma_max)
 
 
 class Drawn(NamedTuple):
@@ -100,7 +105,7 @@ class ScmTerms(NamedTuple):
     """g, normalised."""
 
 
-def denoiser(config: ScmConfig, net: nn.Module, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def denoiser(config: ScmConfig, net: nn.Module, y: Tensor) -> edm.Denoiser:
     """f of a network for labels y (B,), as a function of (x + sigma e, sigma): draw by `edm.sample_by_renoising`.
 
     In these coordinates TrigFlow's f is EDM's denoiser.

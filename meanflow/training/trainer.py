@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..command import stop_on_signal
@@ -173,7 +173,7 @@ class Trainer:
                 if self._due(train.sample_every):
                     self.draw_picture()
                 if self.judge is not None and self._due(self.config.evaluation.every):
-                    self.log.scores(self.step, self.judge(runnable(self.ema)))
+                    self.log.scores(self.step, self.judge(self._sampled()))
                 if self._due(train.save_every):
                     self.save()
 
@@ -263,11 +263,15 @@ class Trainer:
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
         noise = draws.normal(Purpose.NOISE, self.dataset.shape)
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
-        latents = sample(runnable(self.ema), noise, labels, guidance=self.guidance)
+        latents = sample(self._sampled(), noise, labels, guidance=self.guidance)
         if self.world.is_main:
             names = self.dataset.classes
             captions = [names[i] if names else str(i) for i in labels.tolist()]
             self.log.picture(self.step, to_uint8(decode(latents)).cpu(), captions, GRID_CLASSES)
+
+    def _sampled(self) -> nn.Module:
+        """The averaged weights as sampling takes them (a collective call where they are sharded)."""
+        return self.config.objective.velocity(runnable(self.ema))
 
     @cache  # noqa: B019, a trainer lives as long as its process
     def _decoder(self) -> Callable[[Tensor], Tensor]:

@@ -4,21 +4,28 @@ from dataclasses import replace
 from math import log, pi, sqrt, tan
 
 import pytest
+import runs
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.config import ModelConfig
+from meanflow.config_json import from_dict, to_dict
 from meanflow.errors import UserError
+from meanflow.interop.weights import load_ema
 from meanflow.method.contract import ObjectiveLoss
+from meanflow.method.edm import sample_by_renoising
 from meanflow.method.passes import Passes, func_jvp
+from meanflow.method.sampling import sample
 from meanflow.model.build import build_net
+from meanflow.objectives import ict, scm
 from meanflow.objectives.ict import Drawn as Pair
 from meanflow.objectives.ict import Ict, IctConfig
 from meanflow.objectives.scm import Drawn as Level
 from meanflow.objectives.scm import Scm, ScmConfig
 from meanflow.training.flops import sample_flops
+from meanflow.training.trainer import Trainer, train
 from meanflow_kernels.routing import Route, force_route
 
 MODEL = ModelConfig(
@@ -269,3 +276,31 @@ def test_what_a_network_embeds():
     _, found = scaled(x, 0 * t, t, y, tangents=(x, None, torch.ones_like(t)))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     assert build_net(replace(MODEL, log_variance=True)).log_variance.weight.abs().max() == 0
+
+
+# --- what the trainer makes of them ---
+
+RUNS = {
+    "ict": (IctConfig(sigma_data=0.75), {"time_scale": 1000.0}),
+    "scm": (ScmConfig(sigma_data=0.75), {"log_variance": True}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_train_resume_and_sample(name, tmp_path):
+    objective, model = RUNS[name]
+    run = runs.tiny()
+    run = replace(run, objective=objective, model=replace(run.model, time_embedding="t", **model))
+    assert from_dict(to_dict(run)) == run
+    train(run, tmp_path / "whole")
+    Trainer(run, tmp_path / "cut").run(stop=iter([False] * 4 + [True]).__next__)
+    train(run, tmp_path / "cut")
+    assert runs.final_state(tmp_path / "cut") == runs.final_state(tmp_path / "whole")
+    assert all(row["raw"] > 0 for row in runs.curve(tmp_path / "whole"))
+    net, config, *_ = load_ema(tmp_path / "whole", torch.device("cpu"))
+    noise, y = torch.randn(4, net.in_channels, net.input_size, net.input_size), torch.arange(4)
+    f = (ict if name == "ict" else scm).denoiser(config.objective, net.net, y)
+    wanted = sample_by_renoising(f, noise, [80.0])
+    torch.testing.assert_close(sample(net, noise, y), wanted, rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserError, match="log_variance"):
+        replace(run, model=replace(run.model, log_variance=not run.model.log_variance))
