@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from meanflow.config import RunConfig
+from meanflow.objectives.build import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "csrc", "kernels", "meanflow", "scripts", "tests")
@@ -77,6 +78,7 @@ def test_options_exist(path):
     sections = {
         section.name: {f.name for f in dataclasses.fields(section.type)} for section in dataclasses.fields(RunConfig)
     }
+    sections["objective"] = {f.name for made in OBJECTIVES for f in dataclasses.fields(made)}
     for section, option in re.findall(rf"(?:--|`)({'|'.join(sections)})\.(?!py)([a-z_-]+)", TEXTS[path]):
         option = option.replace("-", "_")
         known = sections[section]
