@@ -32,6 +32,9 @@ def from_dict(values: dict) -> RunConfig:
             wanted = f"one of {sorted(KINDS)}"
             require(kind in KINDS, "config.objective.kind", kind, wanted, "was it written by this version?")
             made = KINDS[kind]
+        if options.get("network") == "imf":
+            # the first such networks had no other
+            options = {"conditioning": "in_context", "guidance_input": "interval"} | options
         unknown = options.keys() - {option.name for option in fields(made)}
         require(
             not unknown, f"config.{section.name}", sorted(unknown), "known options", "was it written by this version?"

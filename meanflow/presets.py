@@ -1,11 +1,13 @@
 """MeanFlow's recipes and ablations (arXiv 2505.13447, Tables 1, 4 and 5), improved MeanFlow's, digits and fashion."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from .errors import nearest, require
+from .recipe import IMF_HEAD_DEPTH, IMF_OPTIONS
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 BATCH = 256
@@ -19,6 +21,8 @@ class Preset:
     summary: str
     fid: float | None = None
     """FID of 50,000 one-step samples, ImageNet 256x256."""
+    fid_unguided: float | None = None
+    """The same of a network that is told not to guide, where it is published too."""
 
 
 def _imagenet(model: str, epochs: int, *, time_embedding: str = "t,h", **objective) -> RunConfig:
@@ -111,33 +115,52 @@ def _improved_recipes() -> dict[str, Preset]:
     }
 
 
+GUIDED = {"omega": 1.0, "kappa": 0.5}
+# improved MeanFlow's ladder (B/2, 240 epochs): {rung: (changes of the model and of the objective, which all
+# later rungs keep; in words; FIDs without and with guidance)}
+RUNGS: dict[str, tuple[dict, dict, str, float | None, float]] = {
+    "meanflow": ({}, {}, "MeanFlow", 32.69, 6.17),
+    "boundary": ({}, {"direction": "boundary"}, "along u(z, t, t)", 29.42, 5.97),
+    "v-head": (
+        {"head_depth": IMF_HEAD_DEPTH},
+        {"direction": "v_head"},
+        "along the output of a head for v",
+        30.76,
+        5.68,
+    ),
+    "omega": ({"guidance_input": "omega"}, {"guidance_input": "omega"}, "told its scale of guidance", 25.15, 5.52),
+    "interval": ({"guidance_input": "interval"}, {"guidance_input": "interval"}, "and its interval", 20.95, 4.57),
+    "in-context": ({"conditioning": "in_context"}, {}, "conditions as tokens", None, 4.09),
+}
+
+
+def _rung(model: dict, objective: dict) -> RunConfig:
+    return _on_imagenet(ModelConfig.official("B/2", **model), ObjectiveConfig(**objective), 240, BATCH)
+
+
 def _ladder() -> dict[str, Preset]:
-    """From MeanFlow to improved MeanFlow (B/2, 240 epochs), the rungs that a network here has; the DiT's are trained by
-    MeanFlow's recipe.
+    """The rungs below the top one, which is improved MeanFlow's recipe for 640 epochs.
+
+    Of the rungs between, FIDs are published and no recipe: they are trained by MeanFlow's, v's head is as deep as the
+    official one, and the times stay those of MeanFlow's network until the last rung has the official one.
     """
-    guided = {"omega": 1.0, "kappa": 0.5}
-    rungs = {  # name: (objective, in words, FID)
-        "meanflow": ({}, "MeanFlow without guidance", 32.69),
-        "meanflow-guided": (guided, "MeanFlow", 6.17),
-        "boundary": ({"direction": "boundary"}, "u(z, t, t) as direction, without guidance", 29.42),
-        "boundary-guided": (guided | {"direction": "boundary"}, "u(z, t, t) as direction", 5.97),
-    }
-    return {
-        **{
-            f"ladder-{name}": Preset(
-                lambda options=options: _imagenet("B/2", 240, **options), f"B/2, 240 epochs, {words}", fid
-            )
-            for name, (options, words, fid) in rungs.items()
-        },
-        "ladder-modern": Preset(lambda: _improved("B", 240), "B/2, 240 epochs, improved MeanFlow", 3.82),
-    }
+    found, model, objective = {}, {}, {}
+    for rung, (of_model, of_objective, words, unguided, fid) in RUNGS.items():
+        model, objective = model | of_model, objective | of_objective
+        name, summary = f"ladder-{rung}", f"B/2, 240 epochs, {words}"
+        if "guidance_input" in objective:
+            found[name] = Preset(functools.partial(_rung, model, objective), summary, fid, unguided)
+        else:
+            found[name] = Preset(functools.partial(_rung, model, objective), f"{summary}, without guidance", unguided)
+            found[f"{name}-guided"] = Preset(functools.partial(_rung, model, objective | GUIDED), summary, fid)
+    found["ladder-modern"] = Preset(lambda: _improved("B", 240), "B/2, 240 epochs, improved MeanFlow", 3.82)
+    return found
 
 
 def _digits_improved() -> RunConfig:
     config = _digits()
     # with its 20 tokens of conditions before 16 of patches, this width makes a forward cost what the DiT's does
-    shape = {"hidden_size": 64, "head_depth": 1, "mlp_ratio": 8 / 3}
-    model = replace(config.model, network="imf", time_embedding="h", **shape)
+    model = replace(config.model, **IMF_OPTIONS | {"hidden_size": 64, "head_depth": 1})
     # digits want little guidance
     objective = replace(IMPROVED, label_drop=0.1, omega_max=2.0)
     return replace(config, model=model, objective=objective)

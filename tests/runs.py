@@ -32,6 +32,15 @@ def tiny(name="digits", **train):
     )
 
 
+def rung(name: str, **train):
+    """A rung of improved MeanFlow's ladder, tiny, on digits."""
+    config, wanted = tiny(**train), preset(f"ladder-{name}")
+    model = {key: getattr(wanted.model, key) for key in ("conditioning", "guidance_input")}
+    heads = int(wanted.model.head_depth > 0)
+    model = replace(config.model, depth=1 + heads, head_depth=heads, **model)
+    return replace(config, model=model, objective=replace(wanted.objective, share_equal=0.5))
+
+
 GUIDED = {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75, "label_drop": 0.3, "share_equal": 0.5}
 
 

@@ -262,7 +262,7 @@ def test_a_network_is_told_its_guidance(command, tmp_path, monkeypatch):
     names = {path.stem for path in (run / "generated").glob("*.png")}
     assert "step2_nfe1_seed0_guidance3-0.2-0.5_count2" in names and len(names) == 2
     code, _, err = command("convert", run, "--to", "zhuyu", "--out", tmp_path / "zhuyu.pt")
-    assert code == 2 and "model.network: got 'imf', wanted dit for this format" in err and err.count("\n") == 1
+    assert code == 2 and "model: got {'network': 'imf', " in err and err.count("\n") == 1
 
 
 class FewFeatures:

@@ -36,7 +36,8 @@ def main(args: list[str]) -> int:
         print(__doc__)
         print("presets:")
         for name, recipe in PRESETS.items():
-            fid = "" if recipe.fid is None else f" (paper: FID {recipe.fid})"
+            also = "" if recipe.fid_unguided is None else f", {recipe.fid_unguided} told not to guide"
+            fid = "" if recipe.fid is None else f" (paper: FID {recipe.fid}{also})"
             print(f"  {name:22s} {recipe.summary}{fid}")
         return 0
     name, *overrides = args

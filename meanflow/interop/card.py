@@ -45,10 +45,9 @@ images = pipeline(class_labels=[{labels}], num_inference_steps=1).images
 """
 
 
-KINDS = {
-    "dit": ("DiT", "[MeanFlow](https://arxiv.org/abs/2505.13447)"),
-    "imf": ("Transformer", "[Improved MeanFlow](https://arxiv.org/abs/2512.02012)"),
-}
+KINDS = {"dit": "DiT", "imf": "Transformer"}
+MEANFLOW = "[MeanFlow](https://arxiv.org/abs/2505.13447)"
+IMPROVED = "[Improved MeanFlow](https://arxiv.org/abs/2512.02012)"
 GUIDANCE = {
     "none": "Guidance is trained in: there is no guidance scale.",
     "omega": "`guidance_scale` sets the scale of the guidance, in the same single evaluation.",
@@ -67,7 +66,7 @@ def write_card(folder: str | Path, config: Mapping, transformer: Transformer) ->
     path = Path(folder, CARD)
     if path.exists():
         return
-    net, (kind, method) = transformer.config, KINDS[transformer.model_config.network]
+    net, model = transformer.config, transformer.model_config
     millions = sum(p.numel() for p in transformer.parameters()) / 1e6
     recipe = config.get("recipe") or {}
     shape = f"depth {net.depth}, width {net.hidden_size}, {net.num_heads} heads, patch {net.patch_size}"
@@ -76,9 +75,9 @@ def write_card(folder: str | Path, config: Mapping, transformer: Transformer) ->
         folder=path.parent.name,
         licence="other",
         labels=", ".join(str(i) for i in range(min(net.num_classes, 3))),
-        method=method,
+        method=IMPROVED if model.beyond_dit else MEANFLOW,
         guidance=GUIDANCE[transformer.guidance_input],
-        network=f"{kind}, {shape}: {millions:.1f} M parameters. "
+        network=f"{KINDS[model.network]}, {shape}: {millions:.1f} M parameters. "
         f"Samples of {net.in_channels} x {net.input_size} x {net.input_size}.",
         recipe=_recipe(recipe),
         scores=_scores(config.get("scores")),

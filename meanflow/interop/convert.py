@@ -18,16 +18,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import GuidanceInput, ModelConfig
 from ..config_json import from_dict, to_dict
 from ..errors import UserError, require
 from ..model.build import check_whole
 from ..presets import IMPROVED, preset
+from ..recipe import GuidanceInput, ModelConfig
 from ..storage.checkpoint import save_weights
 from ..storage.flax_files import read_flax, write_flax
 from ..storage.foreign import full, read_network
 from . import imf_weights
-from .formats import dit_options, find_format, load_run
+from .formats import find_format, load_run, require_plain_dit
 from .formats import read_names as read_class_names
 from .official_weights import from_official, to_official
 from .sit import FAMILIES, from_dit, from_sit, from_zhuyu, infer_model, to_zhuyu
@@ -47,7 +47,7 @@ class Weights:
     """A network's weights and what is known of them."""
 
     tensors: dict[str, Tensor]
-    """State dict of :class:`meanflow.model.dit.DiT`, or of an :class:`meanflow.model.imf.ImfDiT` with its heads."""
+    """State dict of :class:`meanflow.model.dit.DiT` or :class:`meanflow.model.imf.ImfDiT`, with its heads."""
     model: ModelConfig
     config: dict
     """The run's configuration by sections, or model and data alone if nothing else is known."""
@@ -123,7 +123,7 @@ def _improved(
     model = imf_weights.infer_improved(arrays, input_size=input_size)
     tensors, note = {name: full(x) for name, x in imf_weights.from_official(arrays).items()}, ""
     if not any(name.startswith("v_heads.") for name in tensors):
-        tensors, note = imf_weights.with_v_head(tensors), NO_V_HEAD
+        tensors, note = imf_weights.with_v_head(tensors, model), NO_V_HEAD
     return _foreign(tensors, model, format, step, origin, weights, note)
 
 
@@ -136,13 +136,13 @@ def _foreign(tensors, model: ModelConfig, format: str, step: int, origin: str, w
 
 
 def _config(model: ModelConfig, guidance_input: GuidanceInput = "interval") -> dict:
-    """What a network alone tells of its run, by sections; guidance_input: what an imf network is told."""
-    if model.network == "dit":
+    """What a network alone tells of its run, by sections; guidance_input: what it is told."""
+    if not model.beyond_dit:
         return {"model": asdict(model)}
-    recipe = preset(RECIPES["imf"])
+    data = preset(RECIPES[model.network]).data
     # the latents' statistics are of so many channels
-    known = model.in_channels == len(recipe.data.latent_mean)
-    data = recipe.data if known else replace(recipe.data, latent_mean=(), latent_std=())
+    known = model.in_channels == len(data.latent_mean)
+    data = data if known else replace(data, latent_mean=(), latent_std=())
     direction = "v_head" if model.head_depth else "boundary"
     objective = replace(IMPROVED, guidance_input=guidance_input, direction=direction)
     return {"model": asdict(model), "objective": asdict(objective), "data": asdict(data)}
@@ -174,7 +174,7 @@ def _from_pipeline(path: Path) -> Weights:
     weights, origin = recipe.get("weights", "ema"), recipe.get("origin", "a pipeline")
     tensors, note = {name: full(x) for name, x in net.state_dict().items()}, ""
     if model.head_depth:
-        tensors, note = imf_weights.with_v_head(tensors), NO_V_HEAD
+        tensors, note = imf_weights.with_v_head(tensors, model), NO_V_HEAD
     return Weights(tensors, model, config, recipe.get("step", 0), origin, weights, note)
 
 
@@ -199,6 +199,7 @@ def save_official(weights: Weights, out: Path) -> None:
     if weights.model.network == "imf":
         arrays = imf_weights.to_official(_with_both_heads(weights), weights.model.mlp_hidden)
     else:
+        require_plain_dit(weights.model)
         arrays = to_official(weights.tensors)
     arrays = {NET + key: x for key, x in arrays.items()}
     write_flax(out, arrays, arrays, weights.step)
@@ -210,7 +211,7 @@ def save_zhuyu(weights: Weights, out: Path) -> None:
     Raises:
         UserError: for networks that it does not have, or where it cannot be written.
     """
-    dit_options(weights.model)
+    require_plain_dit(weights.model)
     state = to_zhuyu(weights.tensors, weights.model)
     _save_torch({"model": state, "ema": state, "steps": weights.step}, out)
 
@@ -228,7 +229,7 @@ def save_imf(weights: Weights, out: Path) -> None:
 def _with_both_heads(weights: Weights) -> dict[str, Tensor]:
     """The tensors of a network that improved MeanFlow's official code knows."""
     model, wanted = weights.model, "an imf network with heads for u and v, which this format is of"
-    require(model.head_depth > 0, "model", model.name, wanted, "name another by --to")
+    require(not model.beyond_imf and model.head_depth > 0, "model", model.name, wanted, "name another by --to")
     return weights.tensors
 
 
@@ -260,7 +261,8 @@ def make_pipeline(
     from .transformer import make_transformer
 
     net = make_transformer(weights.model, weights.config.get("objective", {}).get("guidance_input", "none"))
-    net.load_state_dict(imf_weights.without_v_head(weights.tensors))
+    # without a head for v, which sampling does not need
+    net.load_state_dict({name: weights.tensors[name] for name in net.state_dict()})
     data = weights.config.get("data", {})
     autoencoder = None
     if vae:

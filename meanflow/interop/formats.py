@@ -1,7 +1,6 @@
 """Formats of weights: detected by content; runs read, with the names of their classes."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -97,18 +96,14 @@ def read_names(source: str) -> dict[str, str]:
         ) from None
 
 
-def dit_options(model: ModelConfig) -> dict:
-    """The options of a DiT by name.
+def require_plain_dit(model: ModelConfig) -> None:
+    """Refuse networks that the formats of other code bases, and MeanFlow's official one, do not know.
 
     Raises:
-        UserError: for another network, or one with options that other code bases' formats do not know.
+        UserError: for any but MeanFlow's DiT.
     """
-    values = asdict(model)
-    for name, wanted in (("network", "dit"), ("time_scale", 1.0), ("log_variance", False)):
-        hint = "take official, imf or weights"
-        require(values[name] == wanted, f"model.{name}", values[name], f"{wanted} for this format", hint)
-    own = ("network", "head_depth", "time_scale", "log_variance")
-    return {name: value for name, value in values.items() if name not in own}
+    hint = "take weights, or official or imf for improved MeanFlow's own network"
+    require(not model.beyond_dit, "model", model.beyond_dit, "MeanFlow's own DiT for this format", hint)
 
 
 def home(path: Path) -> Path:

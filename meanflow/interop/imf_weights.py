@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import UserError, require
-from ..model.imf import TOKENS, padded
+from ..model.imf import padded
+from ..model.transformer import TOKENS
+from ..recipe import IMF_OPTIONS
 
 
 def _linear(*names: str) -> tuple[str, ...]:
@@ -135,36 +137,27 @@ def infer_improved(params: Mapping[str, np.ndarray], *, input_size: int | None =
     shared, heads = (sum(group == name for group, _ in blocks) for name in ("shared_blocks", "u_heads"))
     # half a unit more, so that it is rounded down to the width
     mlp_ratio = 8 / 3 if int(width * (8 / 3)) == mlp_hidden else (mlp_hidden + 0.5) / width
-    return ModelConfig(
-        shared + heads,
-        width,
-        width // head_dim,
-        patch,
-        input_size or 32,
-        channels,
-        classes,
-        mlp_ratio,
-        "h",
-        "imf",
-        heads,
-    )
+    sizes = (shared + heads, width, width // head_dim, patch, input_size or 32, channels, classes)
+    return ModelConfig(*sizes, **IMF_OPTIONS | {"mlp_ratio": mlp_ratio, "head_depth": heads})
 
 
-def with_v_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_v_head(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """A network for sampling, completed for training: v's head begins as a copy of u's.
 
     That is v's own meaning: u(z, r, t) is v(z, t) at r = t, where training asks for v. A last layer of v without its
     blocks, which the official files for sampling hold, gives way to u's.
     """
-    return dict(tensors) | {f"v{name[1:]}": x.clone() for name, x in tensors.items() if name.startswith(_U)}
-
-
-def without_v_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What sampling needs of a network."""
-    return {name: x for name, x in tensors.items() if not name.startswith(_V)}
-
-
-_U, _V = (tuple(f"{head}_{part}." for part in ("heads", "final_layer")) for head in "uv")
+    heads = {"u_heads.": "v_heads.", "u_final_layer.": "v_final_layer."}
+    if model.network == "dit":
+        own = range(model.depth - model.head_depth, model.depth)
+        heads = {f"blocks.{i}.": f"blocks.{i + model.head_depth}." for i in own} | {"final_layer.": "v_final_layer."}
+    copies = {
+        v + name.removeprefix(u): x.clone()
+        for u, v in heads.items()
+        for name, x in tensors.items()
+        if name.startswith(u)
+    }
+    return dict(tensors) | copies
 
 
 def _name(path: str, whole: str) -> tuple[str, int]:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from meanflow_kernels import timestep_embedding
 
-from ..config import DIT_SIZES, ModelConfig
+from ..config import ModelConfig
 from ..errors import UserError, require
-from ..model.dit import TIME_FEATURES, TIME_STD, position_table
+from ..model.dit import TIME_STD, position_table
+from ..model.pairs import TIME_FEATURES
+from ..recipe import DIT_SIZES
 from ..storage.foreign import nearest
 
 FAMILIES = ("sit", "dit", "zhuyu")

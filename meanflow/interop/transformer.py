@@ -1,7 +1,7 @@
 """The networks as diffusers models: saved to a folder, loaded from one, in any dtype."""
 
-from collections.abc import Callable
 from dataclasses import asdict
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -9,12 +9,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..config import GuidanceInput, ModelConfig
 from ..errors import require
 from ..model.dit import DiT
 from ..model.imf import ImfDiT
-from ..sizes import IMF_HEAD_DEPTH
-from .formats import dit_options
+from ..recipe import IMF_HEAD_DEPTH, IMF_OPTIONS, GuidanceInput, ModelConfig
 
 ALIGNED = 64
 """Alignment of torch's CPU tensors in bytes."""
@@ -66,15 +64,45 @@ class _Model(ModelMixin, ConfigMixin):
         for block in self.blocks:
             block.checkpointed = False
 
-    def _call(self, forward: Callable, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None, return_dict: bool, *guidance):
-        """The network's forward in diffusers' form, of the null class where there are no labels."""
-        y = torch.full((len(z),), self.model_config.num_classes, device=z.device) if y is None else y
-        u = forward(z, r, t, y, *guidance)
+    def _labels(self, class_labels: Tensor | None, z: Tensor) -> Tensor:
+        """The labels, or the null class for all of z (B, ...)."""
+        if class_labels is not None:
+            return class_labels
+        return torch.full((len(z),), self.model_config.num_classes, device=z.device)
+
+
+class _Call:
+    """The networks' forward, under diffusers' names for inputs and outputs."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        guidance_scale: Tensor | None = None,
+        guidance_start: Tensor | None = None,
+        guidance_end: Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The average velocity from timestep t back to r.
+
+        Args:
+            hidden_states: z (B, channels, size, size). timestep, r_timestep: t and r (B,) in [0, 1], r <= t, best in
+                fp32 whatever the model's dtype. class_labels: (B,), int64; None is the null class for all.
+            guidance_scale, guidance_start, guidance_end: omega and the times where guidance begins and ends (B,), best
+                in fp32, where the network embeds them; by default there is none.
+
+        Returns:
+            An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
+        """
+        labels, guidance = self._labels(class_labels, hidden_states), (guidance_scale, guidance_start, guidance_end)
+        u = super().forward(hidden_states, r_timestep, timestep, labels, *guidance)
         return Transformer2DModelOutput(sample=u) if return_dict else (u,)
 
 
-class MeanFlowTransformer2DModel(DiT, _Model):
-    """:class:`meanflow.model.dit.DiT` itself, under diffusers' names for inputs and outputs.
+class MeanFlowTransformer2DModel(_Call, DiT, _Model):
+    """:class:`meanflow.model.dit.DiT` without a head for v, which sampling does not need.
 
     The parameters are those of :class:`meanflow.config.ModelConfig`, and the state dict is DiT's.
 
@@ -97,35 +125,20 @@ class MeanFlowTransformer2DModel(DiT, _Model):
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
         time_embedding: str = "t,h",
+        head_depth: int = 0,
+        conditioning: Literal["adaln", "in_context"] = "adaln",
+        guidance_input: GuidanceInput = "none",
     ):
         model = ModelConfig(
-            depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding
-        )
-        super().__init__(**dit_options(model) | {"time_embedding": tuple(time_embedding.split(","))})
-        self.model_config = model
+            depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes, mlp_ratio, time_embedding,
+            head_depth=head_depth, conditioning=conditioning, guidance_input=guidance_input,
+        )  # fmt: skip
+        super().__init__(**model.options | {"head_depth": 0})
+        self.model_config, self.guidance_input = model, guidance_input
         self.register_state_dict_post_hook(_with_what_is_offloaded)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        r_timestep: Tensor,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The average velocity from timestep t back to r.
 
-        Args:
-            hidden_states: z (B, channels, size, size). timestep, r_timestep: t and r (B,) in [0, 1], r <= t, best in
-                fp32 whatever the model's dtype. class_labels: (B,), int64; None is the null class for all.
-
-        Returns:
-            An output whose sample is u, shaped like z, in the model's dtype; or a tuple of it.
-        """
-        return self._call(super().forward, hidden_states, timestep, r_timestep, class_labels, return_dict)
-
-
-class ImfTransformer2DModel(ImfDiT, _Model):
+class ImfTransformer2DModel(_Call, ImfDiT, _Model):
     """:class:`meanflow.model.imf.ImfDiT` without its head for v, which sampling does not need.
 
     The parameters are those of :class:`meanflow.config.ModelConfig`, and what the network is told of its guidance.
@@ -151,32 +164,11 @@ class ImfTransformer2DModel(ImfDiT, _Model):
         head_depth: int = IMF_HEAD_DEPTH,
         guidance_input: GuidanceInput = "interval",
     ):
-        sizes = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes}
-        sizes |= {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": patch_size}
-        model = ModelConfig(**sizes, mlp_ratio=mlp_ratio, time_embedding="h", network="imf", head_depth=head_depth)
-        super().__init__(**sizes, mlp_hidden=model.mlp_hidden, head_depth=head_depth, v_head=False)
+        sizes = (depth, hidden_size, num_heads, patch_size, input_size, in_channels, num_classes)
+        model = ModelConfig(*sizes, **IMF_OPTIONS | {"mlp_ratio": mlp_ratio, "head_depth": head_depth})
+        super().__init__(**model.options | {"v_head": False})
         self.model_config, self.guidance_input = model, guidance_input
         self.register_state_dict_post_hook(_with_what_is_offloaded)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        r_timestep: Tensor,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
-        guidance_scale: Tensor | None = None,
-        guidance_start: Tensor | None = None,
-        guidance_end: Tensor | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """As :meth:`MeanFlowTransformer2DModel.forward`, told its guidance.
-
-        Args:
-            guidance_scale, guidance_start, guidance_end: omega and the times where guidance begins and ends (B,), best
-                in fp32; by default there is none.
-        """
-        call = (hidden_states, timestep, r_timestep, class_labels, return_dict)
-        return self._call(super().forward, *call, guidance_scale, guidance_start, guidance_end)
 
 
 Transformer = MeanFlowTransformer2DModel | ImfTransformer2DModel
@@ -186,11 +178,20 @@ def make_transformer(model: ModelConfig, guidance_input: GuidanceInput) -> Trans
     """Make the model of a network, on the CPU.
 
     guidance_input: what the network is told of its guidance.
+
+    Raises:
+        UserError: for blocks of improved MeanFlow with other conditions than its own.
     """
+    values = asdict(model)
+    hint = "sample from the run itself"
+    own = {name: values.pop(name) for name in ("time_scale", "log_variance")}
+    require(own == {"time_scale": 1, "log_variance": False}, "model", own, "1 and False for a pipeline", hint)
     if model.network == "dit":
-        return MeanFlowTransformer2DModel(**dit_options(model))
-    names = set(asdict(model)) - {"network", "time_embedding", "time_scale", "log_variance"}
-    return ImfTransformer2DModel(**{name: getattr(model, name) for name in names}, guidance_input=guidance_input)
+        return MeanFlowTransformer2DModel(**{name: x for name, x in values.items() if name != "network"})
+    wanted = "improved MeanFlow's own network, or a DiT, for a pipeline"
+    require(not model.beyond_imf, "model", model.beyond_imf, wanted, hint)
+    names = values.keys() - IMF_OPTIONS.keys() | {"mlp_ratio"}
+    return ImfTransformer2DModel(**{name: values[name] for name in names}, guidance_input=guidance_input)
 
 
 def _with_what_is_offloaded(model: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, ObjectiveConfig
 from ..draws import Draws, Purpose
 from ..errors import require
+from ..recipe import ModelConfig, ObjectiveConfig
 
 
 class GuidanceInputs(NamedTuple):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..config import ObjectiveConfig
 from ..draws import Draws, Purpose
+from ..recipe import ObjectiveConfig
 
 
 def equal_prefix(config: ObjectiveConfig, batch: int) -> int:

@@ -15,22 +15,8 @@ def build_net(
     config: ModelConfig, compute_dtype: torch.dtype | None = None, *, checkpoint_blocks: bool = False
 ) -> Network:
     """Build the network of a configuration."""
-    sizes = {
-        "input_size": config.input_size,
-        "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
-        "hidden_size": config.hidden_size,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "num_classes": config.num_classes,
-        "compute_dtype": compute_dtype,
-        "checkpoint_blocks": checkpoint_blocks,
-    }
-    if config.network == "imf":
-        heads = {"head_depth": config.head_depth, "v_head": config.head_depth > 0}
-        return ImfDiT(mlp_hidden=config.mlp_hidden, **heads, **sizes)
-    times = {"time_embedding": tuple(config.time_embedding.split(",")), "time_scale": config.time_scale}
-    return DiT(mlp_ratio=config.mlp_ratio, log_variance=config.log_variance, **times, **sizes)
+    kind = {"dit": DiT, "imf": ImfDiT}[config.network]
+    return kind(**config.options, compute_dtype=compute_dtype, checkpoint_blocks=checkpoint_blocks)
 
 
 def fill(net: nn.Module, weights: dict[str, Tensor], source: object) -> None:

@@ -1,14 +1,18 @@
-"""Tensors with their tangents, and the layers that compute on such pairs."""
+"""Tensors with their tangents, and the layers that compute on such pairs: linear ones, and embedders by DiT's names."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from meanflow_kernels import bias_gelu_jvp, linear_jvp, silu_jvp
+from meanflow_kernels import bias_gelu_jvp, linear_jvp, silu_jvp, timestep_embedding_jvp
 
 from .copies import Kept, by_copy
+
+TIME_FEATURES = 256
 
 
 class Dual(NamedTuple):
@@ -41,6 +45,12 @@ class Dual(NamedTuple):
         tangent_start = self.tangent_start if other.tangent_start is None else other.tangent_start
         return Dual(self.primal + other.primal, tangent, tangent_start)
 
+    def __mul__(self, other: "Dual") -> "Dual":
+        pairs = [(x, y) for x, y in ((self, other), (other, self)) if x.tangent is not None]
+        start = pairs[0][0].tangent_start if pairs else None
+        tangents = [x.tangent * y.primal.detach()[start or 0 :] for x, y in pairs]
+        return Dual(self.primal * other.primal, functools.reduce(operator.add, tangents) if pairs else None, start)
+
 
 def apply_dual(op_jvp, *duals: Dual, **options) -> Any:
     """Apply an operator `op_jvp(primals, tangents, ...)` to `Dual`s: a `Dual`, or a tuple if it has several results."""
@@ -62,7 +72,7 @@ class Linear(nn.Linear):
     """A linear layer on pairs, computed in its input's dtype.
 
     The buffers ``copy`` and ``bias_copy`` hold weight and bias in that dtype if an optimizer keeps them
-    (`DiT.make_copies`); without them each call casts both.
+    (`Transformer.make_copies`); without them each call casts both.
     """
 
     buffers_of = {"weight": "copy", "bias": "bias_copy"}
@@ -153,6 +163,42 @@ class SiLU(nn.Module):
         return apply_dual(silu_jvp, x)
 
 
+class PatchEmbed(nn.Module):
+    """Embed patches of p x p pixels as tokens, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = PatchConv(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
+        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
+        return self.proj(z, dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed a scalar, such as a time, as a vector, unscaled."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Summand(hidden_size, hidden_size))
+
+    def forward(self, t: Dual, dtype: torch.dtype) -> Dual:
+        """t (B,) -> (B, C)."""
+        return self.mlp(apply_dual(timestep_embedding_jvp, t, dim=TIME_FEATURES).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embed a class as a vector; the last row is the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B,) -> (B, C)."""
+        return self.embedding_table(y)
+
+
 class PatchConv(nn.Conv2d):
     """A convolution over patches that do not overlap, on pairs, computed as a linear layer."""
 
@@ -170,13 +216,7 @@ def _patchify(x: Tensor, p: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)  # (B, L, c p p), channel slowest
 
 
-class PatchEmbed(nn.Module):
-    """Embed patches of p x p pixels as tokens, row by row."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = PatchConv(in_channels, hidden_size, patch_size, patch_size)
-
-    def forward(self, z: Dual, dtype: torch.dtype) -> Dual:
-        """z (B, channels, height, width) -> tokens (B, L, C), in dtype."""
-        return self.proj(z, dtype)
+def unpatchify(x: Tensor, p: int, grid: int) -> Tensor:
+    """Turn patches (B, L, p p channels), row by row, into latents (B, channels, height, width)."""
+    x = x.reshape(x.shape[0], grid, grid, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, grid * p, grid * p)  # channel was fastest

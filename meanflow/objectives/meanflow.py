@@ -16,10 +16,10 @@ v_c and v_null are the network's predictions u(z, t, t | y) and u(z, t, t). What
     V = u + (t - r) sg(du_dt),  S_u = |V - sg(v_g)|^2,  S_v = |v - sg(v_g)|^2
     loss = mean(S_u / sg(S_u + c)^p + S_v / sg(S_v + c)^p)
 
-V - v_g is computed as u - u_tgt: the same number and gradient. x is data, e noise, v_t its velocity, u the average
-velocity that the network predicts, v its prediction of the velocity: of a head for it, or u(z, t, t). sg is
-stop-gradient. Tensors are (B, channels, height, width), times and losses (B,). The benchmarks' naive_terms is
-MeanFlow's without a plan.
+V - v_g is computed as u - u_tgt: the same number and gradient, with clip_gap or without. x is data, e noise, v_t its
+velocity, u the average velocity that the network predicts, v its prediction of the velocity: of a head for it, or
+u(z, t, t). sg is stop-gradient. Tensors are (B, channels, height, width), times and losses (B,). The benchmarks'
+naive_terms is MeanFlow's without a plan.
 """
 
 from typing import NamedTuple
@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import ObjectiveConfig
 from ..method.contract import Sizes
 from ..method.guidance import GuidanceInputs, told_to
 from ..method.passes import Jvp, Pass, Passes, pair_jvp
+from ..recipe import ObjectiveConfig
 from .meanflow_plan import Drawn, Plan, PlannedMeanFlow, whole_batch
 
 SUMS = (
@@ -210,7 +210,7 @@ def meanflow_terms(
 
     Args:
         net: u(z, r, t, y, *inputs) with an attribute num_classes, the null class; where config.direction is v_head, a
-            network with an argument head, as :class:`meanflow.model.imf.ImfDiT`.
+            network with an argument head, as :class:`meanflow.model.transformer.Transformer`.
         x, e: data and noise. r, t: times. y: labels, int64. drop: (B,) bool, who trains on the null class.
         plan: which samples need which pass (`MeanFlow.plan`); None is the official step, each on every sample. The
             numbers are the same.

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ObjectiveConfig
 from ..draws import Draws, Purpose
 from ..errors import require
 from ..method.contract import Objective, Sizes
 from ..method.guidance import GuidanceInputs, draw_guidance
 from ..method.times import draw_times, drop_mask, equal_prefix
+from ..recipe import ObjectiveConfig
 
 SIZES_PER_BATCH = 8
 """Groups grow in steps of an eighth of the batch: padding then costs a sixteenth of a forward pass on average."""

@@ -34,7 +34,7 @@ def make_optimizer(
         config: says which implementation; all compute the same.
         net: fp32 parameters, or shards of them (FSDP2).
         ema: a network of the same parameters that follows net's, ema <- decay ema + (1 - decay) net.
-        copies: keep the network's low-precision weights too (`DiT.make_copies`), if the implementation can.
+        copies: keep the network's low-precision weights too (`Transformer.make_copies`), if the implementation can.
         products: gradients are never summed over processes or micro-batches: those of weights with a copy stay in its
             dtype (`keep_products`).
         captured: the step will be captured in a CUDA graph: the learning rate is a tensor on the device.

@@ -203,7 +203,7 @@ class OwnRows:
         net: in training, with the same whole weights in every process. It goes on to read whole tensors; fp32 weights
             that it has copies of are given up.
         ema: its average, whole.
-        copies: whether net reads low-precision copies (`DiT.make_copies`).
+        copies: whether net reads low-precision copies (`Transformer.make_copies`).
         guides: whether ema is read in training too, and must stay whole.
     """
 

@@ -17,7 +17,7 @@ from benchmarks.workloads.step_workload import add_workload_arguments, initial_w
 from meanflow import config
 from meanflow.config import ObjectiveConfig
 from meanflow.presets import IMPROVED, preset
-from meanflow.sizes import IMF_SIZES
+from meanflow.recipe import IMF_SIZES
 
 BARS = {"B": (6.80, 6.82), "M": (5.80, 5.82), "L": (5.55, 5.57), "XL": (5.30, 5.32)}
 SMALL = "--device cpu --preset imf-xl2 --batch 4 --precision fp32 --repeats 1".split()

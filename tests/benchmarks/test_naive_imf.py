@@ -14,10 +14,11 @@ from meanflow.method.guidance import GuidanceInputs
 from meanflow.model.build import build_net
 from meanflow.objectives.meanflow import meanflow_terms
 from meanflow.presets import IMPROVED
+from meanflow.recipe import IMF_OPTIONS
 
 TINY = ModelConfig(
     depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=4, in_channels=2, num_classes=3,
-    network="imf", head_depth=1, mlp_ratio=1.3, time_embedding="h",
+    head_depth=1, **IMF_OPTIONS | {"mlp_ratio": 1.3},
 )  # fmt: skip
 BATCH = 6
 

@@ -102,13 +102,26 @@ IMPROVED = {
     "imf-l2": ("imf-L/2", 509.75, 409.05, 116.1, 1.86),
     "imf-xl2": ("imf-XL/2", 711.11, 610.42, 174.2, 1.72),
 }
-# its ladder (B/2, 240 epochs): what differs from MeanFlow's recipe, and its FID
+# its ladder (B/2, 240 epochs): what differs from MeanFlow's recipe, in the model and in the objective; FIDs with
+# guidance (or of a recipe without), and of the same network told not to guide
+UNGUIDED = {"kappa": 0.0}
+V_HEAD, TOLD = {"head_depth": 8}, {"guidance_input": "interval"}
 LADDER = {
-    "ladder-meanflow": ({"kappa": 0.0}, 32.69),
-    "ladder-meanflow-guided": ({}, 6.17),
-    "ladder-boundary": ({"kappa": 0.0, "direction": "boundary"}, 29.42),
-    "ladder-boundary-guided": ({"direction": "boundary"}, 5.97),
-}
+    "ladder-meanflow": ({}, UNGUIDED, 32.69, None),
+    "ladder-meanflow-guided": ({}, {}, 6.17, None),
+    "ladder-boundary": ({}, UNGUIDED | {"direction": "boundary"}, 29.42, None),
+    "ladder-boundary-guided": ({}, {"direction": "boundary"}, 5.97, None),
+    "ladder-v-head": (V_HEAD, UNGUIDED | {"direction": "v_head"}, 30.76, None),
+    "ladder-v-head-guided": (V_HEAD, {"direction": "v_head"}, 5.68, None),
+    "ladder-omega": (
+        V_HEAD | {"guidance_input": "omega"}, UNGUIDED | {"direction": "v_head", "guidance_input": "omega"},
+        5.52, 25.15,
+    ),
+    "ladder-interval": (V_HEAD | TOLD, UNGUIDED | TOLD | {"direction": "v_head"}, 4.57, 20.95),
+    "ladder-in-context": (
+        V_HEAD | TOLD | {"conditioning": "in_context"}, UNGUIDED | TOLD | {"direction": "v_head"}, 4.09, None,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, row", IMPROVED.items(), ids=IMPROVED)
@@ -133,12 +146,41 @@ def test_improved_recipes_are_the_papers(name, row):
 
 def test_the_ladder_is_the_papers():
     base = preset("imagenet-b2")
-    for name, (changes, fid) in LADDER.items():
-        assert preset(name) == replace(base, objective=replace(base.objective, **changes)), name
-        assert PRESETS[name].fid == fid
+    for name, (of_model, of_objective, fid, unguided) in LADDER.items():
+        model, objective = replace(base.model, **of_model), replace(base.objective, **of_objective)
+        assert preset(name) == replace(base, model=model, objective=objective), name
+        assert (PRESETS[name].fid, PRESETS[name].fid_unguided) == (fid, unguided)
     improved, last = preset("imf-b2"), preset("ladder-modern")
     assert replace(last, train=replace(last.train, steps=640 * 1251)) == improved
     assert last.train.steps == 240 * 1251 and PRESETS["ladder-modern"].fid == 3.82
+
+
+# millions of parameters, trained and for a sample, which v's head has no part in
+RUNG_SIZES = {
+    "v-head": (217.3, 131.1),
+    "omega": (218.1, 131.9),
+    "interval": (219.7, 133.5),
+    "in-context": (146.6, 89.8),
+}
+
+
+@pytest.mark.parametrize("rung, sizes", RUNG_SIZES.items(), ids=RUNG_SIZES)
+def test_sizes_of_the_rungs(rung, sizes):
+    model = preset(f"ladder-{rung}").model
+    with torch.device("meta"):
+        nets = build_net(model), build_net(replace(model, head_depth=0))
+    assert [round(sum(p.numel() for p in net.parameters()) / 1e6, 1) for net in nets] == list(sizes)
+
+
+def test_a_run_of_the_first_improved_networks_loads():
+    """Before conditions were a choice, theirs were tokens, and all guidance was embedded."""
+    config = preset("imf-b2")
+    values = to_dict(config)
+    for name in ("conditioning", "guidance_input"):
+        del values["model"][name]
+    assert from_dict(values) == config
+    values["objective"]["guidance_input"] = "omega"
+    assert from_dict(values).model == config.model
 
 
 def test_every_preset_is_compared():

@@ -127,7 +127,7 @@ def test_what_the_formats_lack(converted, tmp_path):
     code, _, err = run_convert(FORMER / "run", "--to", "imf", "--out", tmp_path / "a.pth")
     assert code == 2 and "model: got '1x8/2', wanted an imf network with heads for u and v" in err
     code, _, err = run_convert(weights, "--to", "zhuyu", "--out", tmp_path / "a.pt")
-    assert code == 2 and "model.network: got 'imf', wanted dit for this format" in err
+    assert code == 2 and "wanted MeanFlow's own DiT for this format" in err
     # a network that is not whole
     part = {path: x for path, x in params.items() if "u_heads_0/attn/q_norm" not in path}
     write_flax(tmp_path / "checkpoint_1", part, part, 1)

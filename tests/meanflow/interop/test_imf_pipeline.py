@@ -19,6 +19,7 @@ from meanflow.interop.scheduler import MeanFlowScheduler
 from meanflow.interop.transformer import ImfTransformer2DModel, MeanFlowTransformer2DModel
 from meanflow.interop.weights import load_ema
 from meanflow.method.sampling import even_times, sample
+from meanflow.model.imf import ImfDiT
 from meanflow.presets import preset
 from meanflow.storage.flax_files import write_flax
 
@@ -55,7 +56,7 @@ def test_it_draws_what_the_sampler_does(steps):
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def velocity(z, r, t, y, omega, start, end):
-        return super(ImfTransformer2DModel, net).forward(z, r, t, y, omega, start, end)
+        return ImfDiT.forward(net, z, r, t, y, omega, start, end)
 
     for options, told in ((GUIDANCE, (4, 0.3, 0.7)), ({}, (1, 0, 1)), ({"guidance_scale": 2}, (2, 0, 1))):
         wanted = sample(velocity, noise, labels, even_times(steps), told)
@@ -162,7 +163,7 @@ def test_a_pipeline_without_a_recipe_is_known_by_its_network(tmp_path):
     net, config, _, _ = load_ema(tmp_path / "p", CPU)
     assert config.objective.guidance_input == "omega" and config.model == pipeline.transformer.model_config
     inputs = (torch.randn(2, 1, 8, 8), torch.zeros(2), torch.ones(2), torch.tensor([1, 2]), torch.full((2,), 3.0))
-    assert torch.equal(net(*inputs), super(ImfTransformer2DModel, pipeline.transformer).forward(*inputs))
+    assert torch.equal(net(*inputs), ImfDiT.forward(pipeline.transformer, *inputs))
 
 
 def test_what_is_offloaded_is_saved():

@@ -48,7 +48,7 @@ def test_sit_converter_starts_as_the_velocity_field(outputs, dtype, bar):
         error = (net(z, other, t, y) - wanted).abs().max() / wanted.abs().max()
         assert error <= bar
     # the derivative along (v, 0, 1) is then SiT's own
-    du_dt = net(z, r, t, y, (wanted, None, torch.ones_like(t)))[1]
+    du_dt = net(z, r, t, y, tangents=(wanted, None, torch.ones_like(t)))[1]
     _, sits = torch.func.jvp(lambda z, t: -sit(z, 1 - t, y), (z, t), (wanted, torch.ones_like(t)))
     assert (du_dt - sits).abs().max() / sits.abs().max() <= 100 * bar
 

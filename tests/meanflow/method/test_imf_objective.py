@@ -16,12 +16,13 @@ from meanflow.config import ModelConfig, ObjectiveConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.guidance import arrange_guidance, draw_guidance
+from meanflow.method.passes import func_jvp, pair_jvp
 from meanflow.model.build import build_net
 from meanflow.model.dit import DiT
 from meanflow.model.imf import ImfDiT
 from meanflow.objectives.meanflow import MeanFlow, meanflow_terms
 from meanflow.objectives.meanflow_plan import Drawn, Plan, whole_batch
-from meanflow.sizes import IMF_SIZES
+from meanflow.recipe import IMF_SIZES
 from meanflow_kernels.routing import Route, force_route
 
 F64 = torch.float64
@@ -31,7 +32,7 @@ TINY = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "
 
 def network(kind=ImfDiT, **options):
     torch.manual_seed(0)
-    options = {"depth": 2, "head_depth": 1, "mlp_hidden": 40} | options if kind is ImfDiT else {"depth": 2}
+    options = ({"depth": 2, "head_depth": 1, "mlp_hidden": 40} if kind is ImfDiT else {"depth": 2}) | options
     net = kind(**TINY, **options).double()
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
@@ -124,6 +125,60 @@ def test_a_dit_takes_the_boundary_form():
     z = ((1 - t_) * x + t_ * e)[6:]
     assert_near(planned.direction, net(z, t[6:], t[6:], y[6:]))
     assert_near(gradients(planned, net), gradients(whole, net))
+
+
+RUNGS = {  # of the ladder: (kind, options, objective)
+    "v head, fixed guidance": (DiT, {"head_depth": 1}, OBJECTIVES["v head, fixed guidance"]),
+    "omega": (DiT, {"head_depth": 1, "guidance_input": "omega"}, OBJECTIVES["omega alone"]),
+    "interval": (DiT, {"head_depth": 1, "guidance_input": "interval"}, OFFICIAL),
+    "in context": (DiT, {"head_depth": 1, "guidance_input": "interval", "in_context": True}, OFFICIAL),
+    "boundary, told": (DiT, {"guidance_input": "interval"}, OBJECTIVES["boundary, told"]),
+    "modern, modulated": (ImfDiT, {"in_context": False, "time_embedding": ("t", "h")}, OFFICIAL),
+}
+
+
+@pytest.mark.parametrize("kind, options, objective", RUNGS.values(), ids=RUNGS)
+def test_every_rung_is_planned(kind, options, objective):
+    """And by torch.func.jvp of the whole batch it is the same."""
+    net, (*inputs, guidance) = network(kind, **options), batch(objective, FIRST, torch.arange(BATCH) < 2)
+    plan = MeanFlow(objective, BATCH).plan(Drawn(*inputs[2:4], inputs[-1], guidance))
+    planned, whole, func = (
+        meanflow_terms(objective, net, *inputs, p, guidance, jvp=jvp)
+        for p, jvp in ((plan, pair_jvp), (None, pair_jvp), (None, func_jvp))
+    )
+    grads = gradients(planned, net)
+    for other in (whole, func):
+        assert_near(planned.u, other.u)
+        assert_near(planned.du_dt, other.du_dt[plan.tangent_start :])
+        assert_near(planned.loss, other.loss)
+        assert_near(grads, gradients(other, net))
+
+
+@pytest.mark.parametrize("clip_gap", [True, False])
+@pytest.mark.parametrize(
+    "objective", [OFFICIAL, replace(OBJECTIVES["v head, fixed scale"], norm_p=0.5)], ids=("told", "fixed")
+)
+def test_u_form_and_v_form_are_one(objective, clip_gap):
+    """Regression of V = u + (t - r) sg(du/dt) to v_g: the value and gradient of that of u to v_g - (t - r) du/dt.
+
+    Also where r > t, which clip_gap is for: it clips the gap of both.
+    """
+    objective = replace(objective, clip_gap=clip_gap)
+    net, (x, e, r, t, *others, guidance) = network(), batch(objective, FIRST, torch.arange(BATCH) < 2)
+    r = torch.where(torch.arange(BATCH) > 9, t + 0.1, r)
+    terms = meanflow_terms(objective, net, x, e, r, t, *others, inputs=guidance)
+    y, drop = torch.where(others[1], net.num_classes, others[0]), others[1]
+    told = () if objective.guidance_input == "none" else guidance
+    t_, gap = t[:, None, None, None], (t - r)[:, None, None, None]
+    u, v, du_dt = pair_jvp(
+        net, ((1 - t_) * x + t_ * e, r, t), (terms.direction, None, torch.ones_like(t)), (y, *told), head="uv"
+    )
+    big_v = u + (gap.clamp(0, 1) if clip_gap else gap) * du_dt.detach()
+    squares = [(a - terms.v_g).square().flatten(1).sum(1) for a in (big_v, v)]
+    loss = sum((s / (s.detach() + objective.norm_c) ** objective.norm_p).mean() for s in squares)
+    assert drop.any() and ((r > t).any())
+    assert_near(loss, terms.loss)
+    assert_near(gradients(terms._replace(loss=loss), net), gradients(terms, net))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from meanflow.errors import UserError
 from meanflow.method.guidance import GuidanceInputs, arrange_guidance, omega_from_uniform, sampling_guidance
 from meanflow.method.sampling import even_times, sample
 from meanflow.method.times import arrange_times, drop_mask, equal_prefix
-from meanflow.sizes import IMF_SIZES
+from meanflow.recipe import IMF_SIZES
 
 CASES = oracle.settings(oracle.load("imf_sampling"), "cases")
 

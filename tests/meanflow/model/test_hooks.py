@@ -71,10 +71,10 @@ def test_no_parameter_is_read_outside_its_module(embedding, dtype):
     net = filled(build_net(ModelConfig(2, 32, 2, 2, 8, 4, 5, time_embedding=embedding), dtype))
     z, t, r, y = inputs()
     with torch.no_grad():
-        plain, pair = net(z, r, t, y), net(z, r, t, y, (z, None, t))
+        plain, pair = net(z, r, t, y), net(z, r, t, y, tangents=(z, None, t))
         with locked(net):
             assert torch.equal(net(z, r, t, y), plain)
-            assert all(torch.equal(a, b) for a, b in zip(net(z, r, t, y, (z, None, t)), pair, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(net(z, r, t, y, tangents=(z, None, t)), pair, strict=True))
 
 
 def test_containers_are_called_as_a_whole():

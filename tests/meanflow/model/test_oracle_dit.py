@@ -5,10 +5,10 @@ import oracle
 import pytest
 import torch
 
-from meanflow.config import DIT_PATCHES, DIT_SIZES, ModelConfig
 from meanflow.method.passes import func_jvp, pair_jvp
 from meanflow.model.build import build_net
 from meanflow.model.dit import Dual, position_table
+from meanflow.recipe import DIT_PATCHES, DIT_SIZES, ModelConfig
 from meanflow_kernels import timestep_embedding, timestep_embedding_jvp
 
 NETWORKS = ["dit_small", "dit_hd72", "dit_hd64", "dit_p4"]

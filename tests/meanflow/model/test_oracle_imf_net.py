@@ -10,9 +10,9 @@ import torch
 
 from meanflow.config import ModelConfig
 from meanflow.interop.imf_weights import from_official, from_official_torch, to_official, to_official_torch
-from meanflow.model import dit, imf
+from meanflow.model import imf, pairs, transformer
 from meanflow.model.build import build_net
-from meanflow.sizes import IMF_SIZES
+from meanflow.recipe import IMF_SIZES
 from meanflow_kernels import attention_jvp, timestep_embedding_jvp
 from meanflow_kernels.qk_rope import reference as rope_reference
 from meanflow_kernels.routing import Route, force_route
@@ -122,7 +122,7 @@ def test_with_the_official_casts(name, jvp, monkeypatch):
         return out.double(), None if out_dot is None else out_dot.double()
 
     rotate = rope_reference._rotate
-    monkeypatch.setattr(dit, "timestep_embedding_jvp", features)
+    monkeypatch.setattr(pairs, "timestep_embedding_jvp", features)
     monkeypatch.setattr(imf, "attention_jvp", attention)
     monkeypatch.setattr(rope_reference, "_rotate", lambda x, cos, sin: rotate(*single((x, cos, sin))).to(x.dtype))
     data, args, v = inputs(name, F64)
@@ -152,7 +152,7 @@ def parts_of(net, args, v, monkeypatch):
         return residual.x + residual.branch.map(lambda branch: residual.gate.primal * branch)
 
     monkeypatch.setattr(imf, "attention_jvp", record)
-    count = sum(imf.TOKENS.values())
+    count = sum(transformer.TOKENS.values())
     embedders = {"h": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}
     for ours, official in embedders.items():
         net.get_submodule(f"{ours}_embedder").register_forward_hook(keep(f"{official}_embedder_emb"))
