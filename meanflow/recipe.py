@@ -56,8 +56,9 @@ class ModelConfig:
     """Classes, without the null class."""
     mlp_ratio: float = 4.0
     """Width of the MLP over the model width."""
-    time_embedding: Literal["t,h", "t,r", "t,r,h", "h", "t"] = "t,h"
-    """Which times are embedded, h = t - r (paper, Table 1c); t alone for a function of one time."""
+    time_embedding: Literal["t,h", "t,r", "t,r,h", "h", "t", "tau,level"] = "t,h"
+    """Which times are embedded, h = t - r (paper, Table 1c), t alone for a function of one time; or tau = 1 - t and
+    level = -log2(h), as shortcut models do."""
     time_scale: float = 1.0
     """What the times are multiplied by before they are embedded: 1 (MeanFlow), or 1000 (DiT)."""
     log_variance: bool = False

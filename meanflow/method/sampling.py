@@ -118,3 +118,41 @@ class Euler(nn.Module):
     def forward(self, z: Tensor, r: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """The velocity at t, whatever r; conditions: the label and what follows it."""
         return self.net(z, t, t, *conditions)
+
+
+def sample_anew(
+    sampler: Sampler, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), renoise: Sequence[Tensor] = ()
+) -> Tensor:
+    """Draw latents as consistency models do: each evaluation goes to the data, which then get new noise.
+
+        x = z - t u(z, 0, t),  z = (1 - t') x + t' e'
+
+    Args:
+        sampler: of a network; its steps go from a time to 0.
+        times: the schedule, falling from 1 to 0.
+        renoise: e' of each evaluation after the first, like noise.
+    """
+    first, *others, last = check_times(times)
+    require(last == 0, "times", tuple(times), "falling to 0", "data are there")
+    wanted = f"{len(others)}, of the evaluations after the first"
+    require(len(renoise) == len(others), "renoise", len(renoise), wanted, "draw one for each")
+    x = sampler(noise, y, (first, 0.0))
+    for t, e in zip(others, renoise, strict=True):
+        x = sampler((1 - t) * x + t * e, y, (t, 0.0))
+    return x
+
+
+class Guided(nn.Module):
+    """A network under guidance of a scale, u_null + scale (u - u_null), by one call of twice the samples."""
+
+    def __init__(self, net: nn.Module, scale: float):
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As the network is called."""
+        null = torch.full_like(y, self.net.num_classes)
+        if self.scale == 0:
+            return self.net(z, r, t, null)
+        u, u_null = self.net(*(torch.cat([a, a]) for a in (z, r, t)), torch.cat([y, null])).chunk(2)
+        return u_null + self.scale * (u - u_null)

@@ -10,6 +10,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable
+from math import log
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ class Transformer(nn.Module):
     Args:
         input_size: height and width of the latents. patch_size: p. in_channels: channels of the latents.
         hidden_size: C. num_classes: classes without the null class, whose label is ``num_classes``.
-        time_embedding: which of "t", "r" and "h" (= t - r) are embedded, each by its own MLP (paper, Table 1c).
+        time_embedding: which of "t", "r" and "h" (= t - r) are embedded, each by its own MLP (paper, Table 1c), or
+            "tau" (= 1 - t) and "level" (= -log2(h), h > 0).
         time_scale: what they are multiplied by before that.
         guidance_input: what is embedded of the guidance, "none", "omega" or "interval".
         in_context: whether conditions are tokens, or their sum modulates the layers.
@@ -250,6 +252,9 @@ class Transformer(nn.Module):
     ) -> dict[str, Dual]:
         """The vector (B, C) of each condition."""
         scalars = {"t": t, "r": r, "h": t + r.map(torch.neg)}
+        if "level" in self.time_embedding:
+            scalars["tau"] = t.map(torch.neg)._replace(primal=self.time_scale - t.primal)
+            scalars["level"] = _level(scalars["h"], self.time_scale)
         defaults = (torch.ones_like, torch.zeros_like, torch.ones_like)
         for name, given, default in zip(GUIDANCE["interval"], guidance, defaults, strict=True):
             known, hint = name in self.guidance, "leave it out"
@@ -294,6 +299,11 @@ class Transformer(nn.Module):
             residual = residual.map(lambda x: x.map(lambda a: a[:, -grid * grid :]))
         out = final_layer(residual, c, dtype, modulations.get(final_layer)).to(self.dtype)  # (B, grid^2, p p channels)
         return out.map(lambda a: unpatchify(a, self.patch_size, grid))
+
+
+def _level(h: Dual, scale: float) -> Dual:
+    rate, level = -scale / (log(2) * h.primal[h.tangent_start :]), -scale * torch.log2(h.primal / scale)
+    return h._replace(primal=level, tangent=None if h.tangent is None else rate * h.tangent)
 
 
 def modulation(hidden_size: int, parts: int) -> nn.Sequential:

@@ -1,0 +1,256 @@
+"""The objective of shortcut models (arXiv 2410.12557): one step of size h as two of size h / 2.
+
+Levels k stand for steps h = 2^-k, the finest for the velocity. In our times (t = 1 is noise, r = t - h):
+
+    z = (t + eps (1 - t)) e + (1 - t) x
+    velocity samples:    h = 1 / timesteps,  u_tgt = (1 - eps) e - x
+    bootstrap samples:   u1 = u'(z, t - h/2, t | y),  z' = clip(z - h/2 u1),  u2 = u'(z', t - h, t - h/2 | y)
+                         u_tgt = clip((u1 + u2) / 2)
+    loss = mean (u(z, r, t | y) - u_tgt)^2                                   of all samples and elements
+
+u' has the average of the weights. The official code's time is 1 - t and its velocity -u; a network is told the same by
+the time embedding "tau,level". x is data, e noise. Tensors are (B, channels, height, width), times and losses (B,).
+"""
+
+from dataclasses import dataclass
+from math import log2
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..draws import Draws, Purpose
+from ..errors import require, require_finite
+from ..method.contract import Objective, Sizes
+from ..method.passes import Pass, Passes
+
+
+@dataclass(frozen=True)
+class ShortcutConfig:
+    """Shortcut models' training target. Defaults are the official code's; each of its peculiarities is an option."""
+
+    timesteps: int = 128
+    """Steps of the finest level, a power of two; their times are on its grid."""
+    bootstrap_every: int = 8
+    """One of so many samples is a bootstrap sample, the first ones of a device's batch."""
+    level_bias: bool = False
+    """Whether half of the bootstrap samples learn the two coarsest levels."""
+    reuse_images: bool = True
+    """Whether velocity samples take the batch's images from its first one on, as bootstrap samples do (official), and
+    its last images are left out; or those behind the bootstrap samples'."""
+    bootstrap_weights: Literal["average", "online"] = "average"
+    """Weights that make the half steps."""
+    guide: bool = True
+    """Whether bootstrap samples of the finest level, whose half steps are velocities, are guided; so coarser levels
+    learn it. (ImageNet's recipe; the official flag is off by default.)"""
+    omega: float = 1.5
+    """Scale of guidance u_null + omega (u_cond - u_null) in the half steps; 0 trains on the null class alone."""
+    label_drop: float = 0.1
+    """Probability of training a velocity sample on the null class; a bootstrap sample keeps its label."""
+    clip: float = 4.0
+    """Bound of a bootstrap sample's half way point and of its target."""
+    path_eps: float = 1e-5
+    """Share of noise that is left at t = 0."""
+
+    def __post_init__(self):
+        require_finite(self, "objective")
+        steps = self.timesteps
+        fits = steps >= 2 and steps & (steps - 1) == 0
+        require(fits, "objective.timesteps", steps, "a power of two from 2 on", "officially 128")
+        every = self.bootstrap_every
+        require(every >= 2, "objective.bootstrap_every", every, "a whole number from 2 on", "officially 8")
+        require(self.omega >= 0, "objective.omega", self.omega, "zero or more", "1 is no guidance")
+        drop, eps = self.label_drop, self.path_eps
+        require(0 <= drop <= 1, "objective.label_drop", drop, "a number in [0, 1]", "change it")
+        require(0 <= eps < 1, "objective.path_eps", eps, "a number in [0, 1)", "officially 1e-5")
+        require(self.clip > 0, "objective.clip", self.clip, "a positive number", "officially 4")
+
+    @property
+    def finest(self) -> int:
+        """Level of the velocity."""
+        return int(log2(self.timesteps))
+
+    @property
+    def dropped(self) -> float:
+        """Probability of dropping a velocity sample's label."""
+        return self.label_drop if self.omega > 0 else 1.0
+
+
+def bootstrap_levels(config: ShortcutConfig, count: int) -> tuple[Tensor, int]:
+    """The levels of so many bootstrap samples (count,) int64, from fine to coarse, and how many of them are guided.
+
+    Each level gets as many samples; what is left over, which may be all, gets level 0.
+    """
+    levels, finest = torch.zeros(count, dtype=torch.long), config.finest
+    each = (count // 2 if config.level_bias else count) // finest
+    dealt = torch.arange(finest - 1, 1 if config.level_bias else -1, -1).repeat_interleave(each)
+    if config.level_bias:
+        dealt = torch.cat([dealt, torch.ones(count // 4, dtype=torch.long)])
+    levels[: len(dealt)] = dealt
+    return levels, each if config.guide and config.omega > 0 else 0
+
+
+class Drawn(NamedTuple):
+    """What is drawn for a batch beside data and noise, (B,) each."""
+
+    r: Tensor
+    t: Tensor
+    bootstrap: Tensor
+    """Who learns from two half steps, bool; they come first."""
+    guided: Tensor
+    """Whose half steps are guided, bool."""
+    drop: Tensor
+    """Who trains on the null class, bool."""
+
+
+class Plan(NamedTuple):
+    """The rows of the half steps, for B samples: those of bootstrap samples, and once more without a label of guided
+    ones.
+    """
+
+    image: Tensor
+    """The image and label of each sample (B,) int64."""
+    half: Tensor
+    """The sample of each row with a label (n,) int64. Padding repeats one."""
+    null: Tensor
+    """The row of half that is repeated without a label (m,) int64."""
+    half_row: Tensor
+    """A bootstrap sample's row (B,) int64."""
+    null_row: Tensor
+    """A guided row's row without a label (n,) int64, or -1."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Rows of a half step with a label and without."""
+        return len(self.half), len(self.null)
+
+
+class Terms(NamedTuple):
+    """Loss and figures of a batch."""
+
+    loss: Tensor
+    raw: Tensor
+    """Mean squared error of a sample (B,)."""
+    bootstrap: Tensor
+    """Who learns from two half steps (B,) bool."""
+    z: Tensor
+    u: Tensor
+    u_tgt: Tensor
+    u_first: Tensor
+    """The first half steps' velocities as the network gives them, those without a label last."""
+    u_second: Tensor
+    """The second ones'."""
+    z_half: Tensor
+    """Where the first half step leads, clipped."""
+
+
+def arrange_times(config: ShortcutConfig, levels: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """r and t (B,) of steps of some levels that begin at a grid's points, index (B,) of which are behind noise."""
+    h = torch.exp2(-levels.to(dtype))
+    # velocity samples are on the finest grid, like all numbers here exact
+    t = 1 - index.to(dtype) * h
+    return t - h, t
+
+
+class Shortcut(Objective):
+    """Shortcut models as the trainer's objective."""
+
+    config: ShortcutConfig
+    watched = {"raw": "raw loss"}
+    logged = ("raw", "raw_velocity", "raw_bootstrap")
+
+    def __init__(self, config: ShortcutConfig, batch: int, groups: int = 1, micro_batches: int = 1, steps: int = 1):
+        super().__init__(config, batch, groups, micro_batches, steps)
+        size, parts = self.split.group_size, range(micro_batches)
+        self._levels, guided = bootstrap_levels(config, size // config.bootstrap_every)
+        # of all micro-batches, which have the same shapes
+        half, null = (max(self.split.prefix(first, each) for each in parts) for first in (len(self._levels), guided))
+        self._declared, self._guided = ((half, null),), guided
+
+    def draw(self, draws: Draws) -> Drawn:
+        """Draw times on the levels' grids, and dropped labels."""
+        sample, count = torch.arange(len(draws.samples)), len(self._levels)
+        levels = torch.full_like(sample, self.config.finest)
+        levels[:count] = self._levels
+        index = (draws.uniform(Purpose.TIME_A).double() * 2.0**levels).long()
+        drop = (draws.uniform(Purpose.LABEL_DROP) < self.config.dropped) & (sample >= count)
+        if self.config.omega == 0:
+            drop = torch.ones_like(drop)
+        times = arrange_times(self.config, levels, index, torch.float32)
+        return Drawn(*times, sample < count, sample < self._guided, drop)
+
+    @property
+    def declared(self) -> tuple[Sizes, ...]:
+        """Rows of a half step: of all bootstrap samples, and of the guided ones without a label."""
+        return self._declared
+
+    def need(self, drawn: Drawn, sizes: Sizes) -> int:
+        """Rows of a half step with a label, then without."""
+        return int((drawn.guided if sizes else drawn.bootstrap).sum())
+
+    def arrange(self, drawn: Drawn, sizes: Sizes) -> Plan:
+        """The plan with so many rows."""
+        sample = torch.arange(self.batch)
+        bootstraps, guided = int(drawn.bootstrap.sum()), int(drawn.guided.sum())
+        # bootstrap samples come first, guided ones before all
+        image = sample
+        if self.config.reuse_images:
+            image = torch.where(drawn.bootstrap, sample, sample - bootstraps)
+        row, null = torch.arange(sizes[0]), torch.arange(sizes[1])
+        null_row = torch.where(row < guided, row, -1)
+        return Plan(image, row % max(bootstraps, 1), null % max(guided, 1), sample % max(sizes[0], 1), null_row)
+
+    def example(self, sizes: Sizes) -> Plan:
+        """A plan of given sizes."""
+        sample, row, null = (torch.arange(count) for count in (self.batch, *sizes))
+        return Plan(sample, row, null, sample % max(sizes[0], 1), torch.where(row < sizes[1], row, -1))
+
+    def passes(self, sizes: Sizes) -> dict[str, Pass]:
+        """Two half steps and the trained pass."""
+        half = Pass(sum(sizes), weights=self.config.bootstrap_weights)
+        return {"first": half, "second": half, "primal": Pass(self.batch, trained=True)}
+
+    def terms(self, passes: Passes, x: Tensor, e: Tensor, y: Tensor, drawn: Drawn, plan: Plan) -> Terms:
+        """See the module."""
+        config, bound = self.config, self.config.clip
+        x, y, t = x[plan.image], y[plan.image], _column(drawn.t, x)
+        y = torch.where(drawn.drop, passes.null_label, y)
+        z = (t + config.path_eps * (1 - t)) * e + (1 - t) * x
+        u_tgt, u_first, u_second, z_half = (1 - config.path_eps) * e - x, z[:0], z[:0], z[:0]
+
+        if len(plan.half):
+            start, end = drawn.t[plan.half], drawn.r[plan.half]
+            middle, labels = (start + end) / 2, y[plan.half]
+
+            def half_step(name: str, z: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                """The network's velocities, and the guided ones."""
+                labels_of_all = torch.cat([labels, torch.full_like(plan.null, passes.null_label)])
+                u = passes(name, *(torch.cat([a, a[plan.null]]) for a in (z, r, t)), labels_of_all)
+                cond, nulls = u[: len(plan.half)], u[len(plan.half) :]
+                if not len(plan.null):
+                    return u, cond
+                null = nulls[plan.null_row.clamp(min=0)]
+                guided = null + config.omega * (cond - null)
+                return u, torch.where(_column(plan.null_row >= 0, cond), guided, cond)
+
+            u_first, u1 = half_step("first", z[plan.half], middle, start)
+            z_half = (z[plan.half] - _column(start - middle, z) * u1).clamp(-bound, bound)
+            u_second, u2 = half_step("second", z_half, end, middle)
+            target = ((u1 + u2) / 2).clamp(-bound, bound)
+            u_tgt = torch.where(_column(drawn.bootstrap, z), target[plan.half_row], u_tgt)
+
+        u = passes("primal", z, drawn.r, drawn.t, y)
+        raw = (u - u_tgt).square().flatten(1).mean(1)
+        return Terms(raw.mean(), raw.detach(), drawn.bootstrap, z, u.detach(), u_tgt, u_first, u_second, z_half)
+
+    def sums(self, terms: Terms) -> dict[str, Tensor]:
+        """The addends of a micro-batch: of all samples, of those who learn the velocity, and of the others."""
+        raw, of = terms.raw, terms.bootstrap
+        parts = {"raw": torch.ones_like(of), "raw_velocity": ~of, "raw_bootstrap": of}
+        counts = {f"{name}_samples": who.sum().double() for name, who in parts.items()}
+        return {name: torch.where(who, raw, 0).sum().double() for name, who in parts.items()} | counts
+
+
+def _column(a: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1)."""
+    return a.reshape(-1, *[1] * (like.ndim - 1))
