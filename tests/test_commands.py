@@ -117,7 +117,7 @@ def test_help_and_dry_run(command):
     code, out, _ = command("train", "--help")
     assert code == 0 and all(name in out for name in PRESETS)
     code, out, _ = command("train", "imagenet-xl2", "--help")
-    assert code == 0 and "Learning rate" in out and "{t,h | t,r | t,r,h | h}" in out
+    assert code == 0 and "Learning rate" in out and "{t,h | t,r | t,r,h | h | t | tau,level}" in out
     common = out.partition("Common: ")[2].partition("\n\n")[0].split()
     listed = out.partition("options")[2].replace(",", " ")
     assert len(common) > 5 and all(f"{option} " in listed for option in common)

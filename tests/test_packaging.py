@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = """
 import meanflow, meanflow_kernels
-import meanflow.model.dit
-assert meanflow.model.dit.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time under another name
+import meanflow.model.transformer
+assert meanflow.model.transformer.linear_jvp is meanflow_kernels.linear_jvp  # not imported a second time
 print(meanflow_kernels.__file__)
 """
 # where our folder kernels/ lies beside

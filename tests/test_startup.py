@@ -71,7 +71,7 @@ startup.run("tell")
 
 def test_every_command_starts_so():
     commands = {path.stem: path.read_text() for path in (ROOT / "scripts").glob("*.py") if path.stem != "startup"}
-    assert len(commands) == 10
+    assert len(commands) == 11
     for name, text in commands.items():
         lines = [line.strip() for line in text.splitlines()[2:] if line]
         assert lines == ["import startup", 'if __name__ == "__main__":', f'startup.run("{name}")'], name

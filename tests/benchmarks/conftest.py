@@ -2,10 +2,10 @@
 
 import pytest
 
-from meanflow import config
+from meanflow import recipe
 
 
 @pytest.fixture
 def narrow(monkeypatch):
     """Two narrow blocks in the place of S's twelve: enough where the rows of a step are tested, and not the step."""
-    monkeypatch.setitem(config.DIT_SIZES, "S", (2, 64, 2))
+    monkeypatch.setitem(recipe.DIT_SIZES, "S", (2, 64, 2))

@@ -14,7 +14,7 @@ from benchmarks.counting.step_kernels import count_calls
 from benchmarks.harness.rows import objective_columns, objective_words
 from benchmarks.workloads import step_variants
 from benchmarks.workloads.step_workload import add_workload_arguments, initial_weights, make_workload
-from meanflow import config
+from meanflow import recipe
 from meanflow.config import ObjectiveConfig
 from meanflow.presets import IMPROVED, preset
 from meanflow.recipe import IMF_SIZES
@@ -26,9 +26,9 @@ SMALL = "--device cpu --preset imf-xl2 --batch 4 --precision fp32 --repeats 1".s
 @pytest.fixture
 def narrow(monkeypatch):
     """Two narrow blocks, one of them u's own, in the place of XL's 48."""
-    monkeypatch.setattr(config, "IMF_HEAD_DEPTH", 1)
+    monkeypatch.setattr(recipe, "IMF_HEAD_DEPTH", 1)
     for size in IMF_SIZES:
-        monkeypatch.setitem(config.IMF_SIZES, size, (2, 32, 2))
+        monkeypatch.setitem(recipe.IMF_SIZES, size, (2, 32, 2))
 
 
 def workload(*more):

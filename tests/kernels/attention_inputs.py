@@ -41,6 +41,12 @@ def _in_order(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def scores_in_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention whose scores are running sums: beside a product of -576 each addition leaves 3e-5."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return ((_in_order(q, k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+
+
 def plain_jvps(primals, tangents):
     """(o, o_dot) by plain torch: as a user writes it, and in fp32 also by the kernel's formula, its sums in order.
 

@@ -60,10 +60,10 @@ assert all(p.isfinite().all() for p in net.parameters())
 
 BENCH = """
 from benchmarks import optimizer, step
-from meanflow import config
+from meanflow import recipe
 
 # two narrow blocks in the place of S's twelve
-config.DIT_SIZES["S"] = (2, 64, 2)
+recipe.DIT_SIZES["S"] = (2, 64, 2)
 step.main("--device cpu --model S/8 --batch 4 --precision fp32 --repeats 1 --compare naive,ours-eager".split())
 optimizer.main("--device cpu --model S/8 --repeats 2".split())
 """

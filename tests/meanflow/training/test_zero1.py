@@ -132,7 +132,7 @@ def test_twenty_steps_of_four_processes_are_those_of_one(four_ranks, name, optio
 
 def test_zero1_on_processes_that_cannot_share_a_weight():
     with mock.patch("torch.distributed.get_world_size", lambda: 3), pytest.raises(UserError) as error:
-        shard_optimizer(runs.tiny(parallel="zero1"), *[None] * 4)
+        shard_optimizer(runs.tiny(parallel="zero1"), *[None] * 5)
     assert str(error.value).startswith("processes: got 3, wanted a number that divides model.hidden_size 16")
 
 
