@@ -85,7 +85,7 @@ def test_normal_install(tmp_path):
     commands = sorted(
         path.stem for path in (ROOT / "meanflow" / "apps").glob("*.py") if "run = partial" in path.read_text()
     )
-    assert len(commands) == 10
+    assert len(commands) == 11
     programs = {path.name for path in (site / "bin").iterdir()}
     assert programs == {f"meanflow-{name.replace('_', '-')}" for name in commands}
     help = subprocess.run(
