@@ -43,3 +43,8 @@ def drop_mask(config: ObjectiveConfig, uniforms: Tensor) -> Tensor:
     if config.drop_placement == "bernoulli":
         return drop
     return torch.arange(len(drop), device=drop.device) < drop.sum()
+
+
+def column(a: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1), by the dimensions of like."""
+    return a.reshape(-1, *[1] * (like.ndim - 1))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..method.contract import Sizes
 from ..method.guidance import GuidanceInputs, told_to
 from ..method.passes import Jvp, Pass, Passes, pair_jvp
+from ..method.times import column
 from ..recipe import ObjectiveConfig
 from .meanflow_plan import Drawn, Plan, PlannedMeanFlow, whole_batch
 
@@ -99,18 +100,18 @@ class Predictions(NamedTuple):
         """v_c of some samples. primal: of the same pass, where the plan takes that for a prediction."""
         cond_row = self.plan.cond_row[samples]
         v_c = self.rows[cond_row.clamp(min=0)]
-        return v_c if primal is None else torch.where(_column(cond_row < 0, v_c), primal, v_c)
+        return v_c if primal is None else torch.where(column(cond_row < 0, v_c), primal, v_c)
 
     def guided(self, v: Tensor, samples: slice, primal: Tensor | None = None) -> Tensor:
         """v_g of some samples, from the velocity v of all."""
         plan, v, omega = self.plan, v[samples], self.config.omega
         if not (self.config.guided and len(self.rows)):
             return v
-        kappa = _column(self.kappa[samples], v) if isinstance(self.kappa, Tensor) else self.kappa
+        kappa = column(self.kappa[samples], v) if isinstance(self.kappa, Tensor) else self.kappa
         v_g = omega * v + (1 - omega - kappa) * self.rows[plan.null_row[samples]]
         if self.config.mixes_conditional:
             v_g = v_g + kappa * self.conditional(samples, primal)
-        return torch.where(_column(plan.guided[samples], v), v_g, v)
+        return torch.where(column(plan.guided[samples], v), v_g, v)
 
 
 def guided_scale(config: ObjectiveConfig, t: Tensor, inputs: GuidanceInputs) -> Tensor:
@@ -141,7 +142,7 @@ def planned_terms(
         inputs = None if inputs is None else inputs.take(plan.order)
     # in this order the first samples have r = t and get no derivative
     equal, derived = slice(0, plan.tangent_start), slice(plan.tangent_start, None)
-    t_ = _column(t, x)
+    t_ = column(t, x)
     z = (1 - t_) * x + t_ * e
     v_t = e - x
 
@@ -160,7 +161,7 @@ def planned_terms(
     v_g = torch.cat([predictions.guided(v_t, equal, predicted[equal]), v_g_derived])
 
     gap = (t - r).clamp(0, 1) if config.clip_gap else t - r
-    u_tgt = torch.cat([v_g[equal], v_g_derived - _column(gap[derived], x) * du_dt])
+    u_tgt = torch.cat([v_g[equal], v_g_derived - column(gap[derived], x) * du_dt])
 
     # loss: squared error (Eq. 17) with adaptive weight (Eq. 22)
     raw, weight = weighted(config, u - u_tgt)
@@ -281,8 +282,3 @@ class MeanFlow(PlannedMeanFlow):
             **{name: mean(name, samples) for name in ("v_loss", "weight", *V_SUMS) if name in sums},
             "du_dt_rms": None if du_dt is None else du_dt**0.5,
         }
-
-
-def _column(a: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return a.reshape(-1, *[1] * (like.ndim - 1))

@@ -23,6 +23,7 @@ from ..draws import Draws, Purpose
 from ..errors import require, require_finite
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
+from ..method.times import column
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Shortcut(Objective):
     def terms(self, passes: Passes, x: Tensor, e: Tensor, y: Tensor, drawn: Drawn, plan: Plan) -> Terms:
         """See the module."""
         config, bound = self.config, self.config.clip
-        x, y, t = x[plan.image], y[plan.image], _column(drawn.t, x)
+        x, y, t = x[plan.image], y[plan.image], column(drawn.t, x)
         y = torch.where(drawn.drop, passes.null_label, y)
         z = (t + config.path_eps * (1 - t)) * e + (1 - t) * x
         u_tgt, u_first, u_second, z_half = (1 - config.path_eps) * e - x, z[:0], z[:0], z[:0]
@@ -231,13 +232,13 @@ class Shortcut(Objective):
                     return u, cond
                 null = nulls[plan.null_row.clamp(min=0)]
                 guided = null + config.omega * (cond - null)
-                return u, torch.where(_column(plan.null_row >= 0, cond), guided, cond)
+                return u, torch.where(column(plan.null_row >= 0, cond), guided, cond)
 
             u_first, u1 = half_step("first", z[plan.half], middle, start)
-            z_half = (z[plan.half] - _column(start - middle, z) * u1).clamp(-bound, bound)
+            z_half = (z[plan.half] - column(start - middle, z) * u1).clamp(-bound, bound)
             u_second, u2 = half_step("second", z_half, end, middle)
             target = ((u1 + u2) / 2).clamp(-bound, bound)
-            u_tgt = torch.where(_column(drawn.bootstrap, z), target[plan.half_row], u_tgt)
+            u_tgt = torch.where(column(drawn.bootstrap, z), target[plan.half_row], u_tgt)
 
         u = passes("primal", z, drawn.r, drawn.t, y)
         raw = (u - u_tgt).square().flatten(1).mean(1)
@@ -249,8 +250,3 @@ class Shortcut(Objective):
         parts = {"raw": torch.ones_like(of), "raw_velocity": ~of, "raw_bootstrap": of}
         counts = {f"{name}_samples": who.sum().double() for name, who in parts.items()}
         return {name: torch.where(who, raw, 0).sum().double() for name, who in parts.items()} | counts
-
-
-def _column(a: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return a.reshape(-1, *[1] * (like.ndim - 1))

@@ -25,6 +25,7 @@ from ..draws import Draws, Purpose
 from ..errors import require, require_finite
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
+from ..method.times import column
 
 MOST_REMAINING = 1 - 1e-6
 """Where guidance begins to decay it has not yet: officially, what remains of the time is at most this."""
@@ -276,8 +277,8 @@ class SoFlow(Objective):
     def terms(self, passes: Passes, x: Tensor, e: Tensor, y: Tensor, drawn: Drawn, plan: Plan) -> Terms:
         """See the module."""
         config, tail = self.config, slice(self.batch - self._tail, None)
-        s, l, t = (_column(time, x) for time in (drawn.s, drawn.l, drawn.t))
-        guided, velocity = (_column(mask, x) for mask in (plan.guided, drawn.velocity))
+        s, l, t = (column(time, x) for time in (drawn.s, drawn.l, drawn.t))
+        guided, velocity = (column(mask, x) for mask in (plan.guided, drawn.velocity))
         labels = torch.where(drawn.drop, passes.null_label, y)
         z = (1 - t) * x + t * e
         v = v_g = v_m = e - x
@@ -288,7 +289,7 @@ class SoFlow(Objective):
         if len(plan.rows) > 0:
             time, of_null = drawn.t[plan.rows], torch.where(plan.null, passes.null_label, y[plan.rows])
             predictions = passes("prediction", z[plan.rows], time, time, of_null)
-            scale = _column(kappa(config, drawn.t), x) * (config.omega - 1)
+            scale = column(kappa(config, drawn.t), x) * (config.omega - 1)
             v_g = torch.where(guided, v + scale * (v - predictions[plan.null_row]), v)
             v_m = v_g
 
@@ -330,11 +331,6 @@ class SoFlow(Objective):
         of |= {"weight": (terms.weight, everyone)}
         counts = {f"{name}_samples": who.sum().double() for name, (_, who) in of.items()}
         return {name: torch.where(who, x, 0).sum().double() for name, (x, who) in of.items()} | counts
-
-
-def _column(a: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return a.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _mean(a: Tensor) -> Tensor:
