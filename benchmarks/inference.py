@@ -158,7 +158,7 @@ class Workload:
         option = DECODES[name]
         if self.no_vae:
             return self.no_vae
-        if why := option.does_nothing(self.vae, self.noise):
+        if why := option.passed_over(self.vae, self.noise):
             return Reason(why, failed=False)
         vae, scale = option.apply(self.vae), self.vae.config.scaling_factor
 

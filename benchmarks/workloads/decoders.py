@@ -29,8 +29,10 @@ class Decode:
     channels_last: bool = False
     compiled: bool = False
 
-    def does_nothing(self, vae: nn.Module, latents: Tensor) -> str | None:
-        """The reason why this way is the plain one for these latents; None if it is another."""
+    def passed_over(self, vae: nn.Module, latents: Tensor) -> str | None:
+        """The reason why this way is not run: it is the plain one for these latents, or it would take minutes."""
+        if self.precision == "bf16" and latents.device.type == "cpu" and not cpu_convolves_bf16():
+            return "a CPU without AVX-512 takes minutes to convolve in bf16"
         if self.slicing and len(latents) == 1:
             return "slices are images, and there is one"
         tile = vae.tile_latent_min_size
@@ -64,6 +66,12 @@ DECODES = {
     "bf16-channels-last": Decode("bf16", channels_last=True),
     "bf16-compiled": Decode("bf16", channels_last=True, compiled=True),
 }
+
+
+def cpu_convolves_bf16() -> bool:
+    """Whether oneDNN has convolutions in bf16 for this CPU: on x86 it asks for AVX-512."""
+    has = torch.cpu.get_capabilities()
+    return has["architecture"] != "x86_64" or has.get("avx512_bw", False)
 
 
 def random_vae(device: str) -> nn.Module:

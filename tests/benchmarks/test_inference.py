@@ -23,6 +23,8 @@ def small(monkeypatch):
     """A decoder of four small blocks in the place of Stable Diffusion's, and the process's settings afterwards."""
     small = decoders.SD_VAE | {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
     monkeypatch.setattr(decoders, "SD_VAE", small)
+    # so small a one is quick on any CPU
+    monkeypatch.setattr(decoders, "cpu_convolves_bf16", lambda: True)
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -154,6 +156,19 @@ def test_without_diffusers_the_network_is_timed(tmp_path, monkeypatch):
     assert code == 0 and pick(rows, "network", "eager", steps=1)["ms"] > 0
     for row in rows[1:]:
         assert row["missing"]["ms"].startswith("the decoder needs diffusers (")
+
+
+def test_bf16_is_passed_over_where_a_cpu_would_take_minutes(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx512_bw": False})
+    option = decoders.DECODES["bf16"]
+    assert "AVX-512" in option.passed_over(None, torch.zeros(1))
+    # other devices, and fp32, are asked as before
+    vae = SimpleNamespace(tile_latent_min_size=32)
+    assert option.passed_over(vae, torch.zeros(1, device="meta")) is None
+    assert decoders.DECODES["plain"].passed_over(vae, torch.zeros(1)) is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert option.passed_over(vae, torch.zeros(1)) is None
 
 
 def test_slices_and_tiles_of_larger_latents(tmp_path, monkeypatch):
