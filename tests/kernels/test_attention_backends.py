@@ -135,7 +135,7 @@ def test_a_library_serves_the_op(kernel_route, flash_attn, strict, device):
     with force_backend(forward=Backend.FLASH_ATTN, backward=Backend.FLASH_ATTN):
         o = attention(*leaves)
         gradients = torch.autograd.grad(o.sum(), leaves)
-        o_jvp, _, lse = torch.ops.meanflow_kernels.attention_jvp(*primals, *some, 24**-0.5, 1)
+        o_jvp, lse, _ = torch.ops.meanflow_kernels.attention_jvp(*primals, *some, 24**-0.5, 1)
     o_exact, lse_exact = attention_ref(*primals, scale=24**-0.5)
     assert relative_error(o, o_exact) == 0 and relative_error(o_jvp, o_exact) < 1e-6
     assert relative_error(lse, lse_exact) < 1e-6
@@ -162,7 +162,7 @@ def test_every_forward(backend, head_dim, m, n, dtype):
     exact, lse_exact = attention_ref(*(x.double() for x in primals), scale=head_dim**-0.5)
     with _forced(backend, primals[0]):
         o, lse = torch.ops.meanflow_kernels.attention(*primals, head_dim**-0.5)
-        o_beside, _, lse_beside = torch.ops.meanflow_kernels.attention_jvp(*primals, *some, head_dim**-0.5, 1)
+        o_beside, lse_beside, _ = torch.ops.meanflow_kernels.attention_jvp(*primals, *some, head_dim**-0.5, 1)
     assert o.is_contiguous() and lse.is_contiguous()
     plain = plain_attention(*primals)
     for name, x, y in (("o", o, lse), ("o beside a tangent", o_beside, lse_beside)):

@@ -60,7 +60,7 @@ REGIMES = {
 
 def _check(primals, tangents):
     q, k = (x.double() for x in primals[:2])
-    o, o_dot, lse = ops.attention_jvp(*primals, *tangents, q.shape[-1] ** -0.5, 0)
+    o, lse, o_dot = ops.attention_jvp(*primals, *tangents, q.shape[-1] ** -0.5, 0)
     exact, plain = exact_jvp(primals, tangents), torch.func.jvp(plain_attention, primals, tangents)
     assert o.is_contiguous() and o_dot.is_contiguous()
     assert_error(o, exact[0], plain[0], "o")

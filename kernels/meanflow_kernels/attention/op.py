@@ -21,11 +21,11 @@ from ..checks import (
     check_tangents,
     fail,
 )
-from ..dual import absent, forbid_gradient, last, once, pack, refuse_tangent_gradient, tangent_rows, unpack
+from ..dual import absent, forbid_gradient, once, pack, tangent_rows, unpack
 from ..kinds import once_a_kind
 from ..launch import Launch, arch_of
 from ..plans import run
-from ..registration import custom_op
+from ..registration import custom_op, differentiate
 from ..routing import runs_kernel
 from ..transforms import tracked
 from .backends import attention_backward, attention_forward, attention_qkv_backward, empty_outputs
@@ -105,53 +105,24 @@ def _run_dual(primals: tuple, tangents: tuple, scale: float, tangent_start: int)
     primals, tangents = _split(primals), _split(tangents)
     q = primals[0]
     check_interpreted("q", q)
-    o, o_dot, lse = _empty_dual(q, tangents)
+    o, lse, o_dot = _empty_dual(q, tangents)
     n = o_dot.shape[0]
     if n == q.shape[0]:
         run(_dual_launch, primals, tangents, (o, o_dot, lse), scale)
-        return o, o_dot, lse
+        return o, lse, o_dot
     rows = slice(tangent_start, tangent_start + n)
     run(_dual_launch, tuple(x[rows] for x in primals), tangents, (o[rows], o_dot, lse[rows]), scale)
     for rows in (slice(0, tangent_start), slice(tangent_start + n, q.shape[0])):
         if rows.start < rows.stop:
             q_, k_, v_ = (x[rows] for x in primals)
             attention_forward(q_, k_, v_, scale, BESIDE, (o[rows], lse[rows]))
-    return o, o_dot, lse
+    return o, lse, o_dot
 
 
 def _empty_dual(q: Tensor, tangents: tuple) -> tuple[Tensor, Tensor, Tensor]:
     o, lse = empty_outputs(q)
     n = next(x.shape[0] for x in tangents if x is not None)
-    return o, q.new_empty((n, *q.shape[1:])), lse
-
-
-def _save(ctx, inputs, output):
-    # tangents are neither saved nor differentiated
-    primals = inputs[: 1 if inputs[0].dim() == 5 else 3]
-    o, *_, lse = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*primals, o, lse)
-    (ctx.scale,) = [x for x in inputs if isinstance(x, float)]
-    ctx.inputs = len(inputs)
-    ctx.bias_dtype = inputs[1].dtype if len(primals) == 1 and inputs[1] is not None else None
-
-
-def _differentiate(ctx, do, *cotangents):
-    *of_tangents, dlse = cotangents
-    refuse_tangent_gradient(*of_tangents)
-    if dlse is not None:
-        raise RuntimeError(
-            "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
-        )
-    *primals, _, _ = ctx.saved_tensors
-    grads = ()
-    if do is not None and len(primals) == 1:
-        bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[1] else None
-        dqkv, dbias = _attention_qkv_bwd_op(do, *ctx.saved_tensors, ctx.scale, bias_dtype)
-        grads = last(dqkv, None if bias_dtype is None else dbias)
-    elif do is not None:
-        grads = last(*_attention_bwd_op(do, *ctx.saved_tensors, ctx.scale))
-    return (*grads, *[None] * (ctx.inputs - len(grads)))
+    return o, lse, q.new_empty((n, *q.shape[1:]))
 
 
 @custom_op("meanflow_kernels::attention")
@@ -240,8 +211,35 @@ def _(do, qkv, o, lse, scale, bias_dtype):
     return _packed_gradients(qkv, bias_dtype)
 
 
-for op in (_attention_op, _attention_jvp_op, _attention_qkv_op, _attention_qkv_jvp_op):
-    op.register_autograd(_differentiate, setup_context=_save)
+def _keep(operands, outputs):
+    return (*operands[:3], *outputs[:2]), [x for x in operands if isinstance(x, float)]
+
+
+def _backward(q, k, v, o, lse, do, dlse, scale):
+    _refuse(dlse)
+    return _attention_bwd_op(do, q, k, v, o, lse, scale)
+
+
+def _keep_packed(operands, outputs):
+    (scale,), bias = [x for x in operands if isinstance(x, float)], operands[1]
+    return (operands[0], *outputs[:2]), (scale, bias.dtype if bias is not None and bias.requires_grad else None)
+
+
+def _backward_packed(qkv, o, lse, do, dlse, scale, bias_dtype):
+    _refuse(dlse)
+    dqkv, dbias = _attention_qkv_bwd_op(do, qkv, o, lse, scale, bias_dtype)
+    return dqkv, None if bias_dtype is None else dbias
+
+
+def _refuse(dlse: Tensor | None) -> None:
+    if dlse is not None:
+        raise RuntimeError(
+            "a gradient was asked for through attention's lse, which is returned for inspection: detach it"
+        )
+
+
+differentiate(_attention_op, _attention_jvp_op, keep=_keep, backward=_backward, results=2)
+differentiate(_attention_qkv_op, _attention_qkv_jvp_op, keep=_keep_packed, backward=_backward_packed, results=2)
 
 
 class _Contained(torch.autograd.Function):
@@ -290,9 +288,9 @@ def _attend_dual(
         return _attend(primals, bias, scale), None
     scale, kernel, tangent_start = _check(primals, bias, tangents, scale=scale, tangent_start=tangent_start)
     if kernel and len(primals) == 1:
-        return _attention_qkv_jvp_op(*primals, bias, *tangents, scale, tangent_start)[:2]
+        return _attention_qkv_jvp_op(*primals, bias, *tangents, scale, tangent_start)[::2]
     if kernel:
-        return _attention_jvp_op(*primals, *tangents, scale, tangent_start)[:2]
+        return _attention_jvp_op(*primals, *tangents, scale, tangent_start)[::2]
     o = _reference(primals, bias, scale)
     with torch.no_grad():
         rows = tangent_rows(primals, tangents, tangent_start)
