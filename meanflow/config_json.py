@@ -6,6 +6,9 @@ from .config import RunConfig
 from .errors import UserError, require
 from .objective_options import KINDS
 
+# for their kinds
+from .recipes import consistency, flow  # noqa: F401
+
 
 def to_dict(config: RunConfig) -> dict:
     """Convert a configuration to plain values for JSON."""

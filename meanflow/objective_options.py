@@ -1,7 +1,27 @@
 """What a run asks of its objective's options, whichever objective that is."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+Form = Literal["boundary", "plain", "diffusers"]
+"""EDM's factors of a denoiser, and others: see `meanflow.method.edm.scalings`."""
+TimeInput = Literal["log_sigma", "angle"]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a network denoises x + sigma e: D = c_skip (x + sigma e) + c_out net (`meanflow.method.edm`)."""
+
+    sigma_data: float
+    """Standard deviation of the data as it is trained on."""
+    sigma_max: float
+    """The highest level, at which sampling begins."""
+    sigma_min: float = 0.0
+    """The level at which D is the identity, for the form boundary."""
+    form: Form = "plain"
+    """Of the factors."""
+    time_input: TimeInput = "log_sigma"
+    """What the network is told of the level: ln(sigma) / 4, or atan(sigma / sigma_data)."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +37,8 @@ class ObjectiveOptions:
     """What the network is told of its guidance."""
     log_variance: ClassVar[bool] = False
     """Whether the network learns the log-variance of its error."""
+    renoises: ClassVar[bool] = False
+    """Whether sampling in several steps goes to the data each time, and adds new noise, as consistency models do."""
 
     def __init_subclass__(cls, kind: str = "", **options: Any):
         super().__init_subclass__(**options)
@@ -25,9 +47,10 @@ class ObjectiveOptions:
     def check(self, run: Any) -> None:
         """Raise UserError where the options do not fit the rest of a run's configuration."""
 
-    def velocity(self, net: Any) -> Any:
-        """A network of this objective as sampling takes it: an average velocity u(z, r, t, y)."""
-        return net
+    @property
+    def denoising(self) -> Denoising | None:
+        """How a network of this objective denoises; None for an average velocity u(z, r, t, y)."""
+        return None
 
 
 KINDS: dict[str, type[ObjectiveOptions]] = {}

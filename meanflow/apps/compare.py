@@ -23,7 +23,8 @@ from ..errors import require
 from ..evaluation import search
 from ..evaluation.classifier import ClassifierJudge, draw_grids, grid_of, real_grid, spread
 from ..interop.weights import load_ema
-from ..method.sampling import Euler, even_times
+from ..method.sampling import even_times
+from ..method.views import Euler
 from ..objectives.build import make_objective
 from ..owner import owned
 from ..presets import preset

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import DataConfig, RunConfig
 from ..config_json import from_dict
 from ..errors import require
+from ..method.views import view_of
 from ..model.build import Network, build_net, check_whole, fill
 from .formats import find_format, load_run
 
@@ -55,8 +56,7 @@ def load_ema(path: Path, device: torch.device) -> tuple[Network, RunConfig, Path
         config = replace(config, data=_with_vae(config.data, path))
     net = build_net(config.model)
     fill(net, weights, found)
-    net = config.objective.velocity(net.to(device).eval().requires_grad_(False))
-    return net, config, found, step
+    return view_of(config.objective, net.to(device).eval().requires_grad_(False)), config, found, step
 
 
 def _with_vae(data: DataConfig, pipeline: Path) -> DataConfig:

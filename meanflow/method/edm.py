@@ -7,15 +7,16 @@ Levels are drawn and subtracted in float64 (B,): neighbours of a fine grid diffe
 
 from collections.abc import Callable, Sequence
 from math import erf, log, sqrt
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..objective_options import Denoising, Form
 
 LEAST = 1e-10
 """The least level that a network is told; at 0 its output is multiplied by 0."""
 
-Form = Literal["boundary", "plain", "diffusers"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """D(x_sigma, sigma): (B, channels, height, width) and (B,) -> like x_sigma."""
 
@@ -72,33 +73,20 @@ def denoise(call: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, factors
     return scale(factors.skip, x) + scale(factors.out, out)
 
 
-class AsVelocity(nn.Module):
-    """A denoiser as the average velocity u(z, r, t | y) that sampling takes, z = (1 - t) x + t e: to r = 0 it is exact.
+def denoiser(denoising: Denoising, net: Any, y: Tensor) -> Denoiser:
+    """D(x_sigma, sigma) of a network for labels y (B,), to draw by `sample_by_renoising`.
 
-        u = (z - D(x_sigma, sigma)) / t,  sigma = t / (1 - t),  x_sigma = sigma / t z
-
-    Args:
-        net: the network. denoiser: (net, y) -> D. sigma_max: the level at t = 1, and the highest.
+    In these coordinates f of TrigFlow (sCM) is D of the plain form.
     """
 
-    def __init__(self, net: Any, denoiser: Callable[[nn.Module, Tensor], Denoiser], sigma_max: float):
-        super().__init__()
-        self.net, self.denoiser, self.sigma_max = net, denoiser, sigma_max
+    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+        data = denoising.sigma_data
+        factors = scalings(sigma, data, denoising.sigma_min, denoising.form)
+        if denoising.time_input == "angle":
+            factors = factors._replace(noise=(sigma / data).atan())
+        return denoise(lambda z, r, t: net(z, r, t, y), x, factors)
 
-    @property
-    def in_channels(self) -> int:
-        """See the network."""
-        return self.net.in_channels
-
-    @property
-    def input_size(self) -> int:
-        """See the network."""
-        return self.net.input_size
-
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """z (B, channels, height, width), r, t (B,), y (B,) -> u, like z."""
-        sigma = (t / (1 - t)).clamp(max=self.sigma_max)
-        return scale(1 / t, z - self.denoiser(self.net, y)(scale(sigma / t, z), sigma))
+    return denoised
 
 
 @torch.no_grad()

@@ -107,19 +107,6 @@ def sample(
     return Sampler(net)(noise, y, times, guidance)
 
 
-class Euler(nn.Module):
-    """A network sampled by Euler's steps along its velocity u(z, t, t), as flow matching is: z - (t - r) u(z, t, t)."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-        self.in_channels, self.input_size, self.num_classes = net.in_channels, net.input_size, net.num_classes
-
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """The velocity at t, whatever r; conditions: the label and what follows it."""
-        return self.net(z, t, t, *conditions)
-
-
 def sample_anew(
     sampler: Sampler, noise: Tensor, y: Tensor, times: Sequence[float] = (1.0, 0.0), renoise: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -140,19 +127,3 @@ def sample_anew(
     for t, e in zip(others, renoise, strict=True):
         x = sampler((1 - t) * x + t * e, y, (t, 0.0))
     return x
-
-
-class Guided(nn.Module):
-    """A network under guidance of a scale, u_null + scale (u - u_null), by one call of twice the samples."""
-
-    def __init__(self, net: nn.Module, scale: float):
-        super().__init__()
-        self.net, self.scale = net, scale
-
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As the network is called."""
-        null = torch.full_like(y, self.net.num_classes)
-        if self.scale == 0:
-            return self.net(z, r, t, null)
-        u, u_null = self.net(*(torch.cat([a, a]) for a in (z, r, t)), torch.cat([y, null])).chunk(2)
-        return u_null + self.scale * (u - u_null)

@@ -2,11 +2,21 @@
 
 from ..config import ObjectiveConfig, RunConfig
 from ..method.contract import Objective
-from .ict import Ict, IctConfig
+from ..recipes.consistency import IctConfig, ScmConfig
+from ..recipes.flow import ShortcutConfig, SoFlowConfig
+from .ict import Ict
 from .meanflow import MeanFlow
-from .scm import Scm, ScmConfig
+from .scm import Scm
+from .shortcut import Shortcut
+from .soflow import SoFlow
 
-OBJECTIVES: dict[type, type[Objective]] = {ObjectiveConfig: MeanFlow, IctConfig: Ict, ScmConfig: Scm}
+OBJECTIVES: dict[type, type[Objective]] = {
+    ObjectiveConfig: MeanFlow,
+    IctConfig: Ict,
+    ScmConfig: Scm,
+    ShortcutConfig: Shortcut,
+    SoFlowConfig: SoFlow,
+}
 """By the class of their options."""
 
 

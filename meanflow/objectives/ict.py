@@ -9,20 +9,18 @@
 k is the step, D the elements of a sample. The grid grows finer in the course of a run; shapes do not change.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import floor, log2, sqrt
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..draws import Draws, Purpose
-from ..errors import require, require_finite
 from ..method import edm
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
-from ..objective_options import ObjectiveOptions
+from ..recipes.consistency import IctConfig
 
 ECT_K, ECT_B = 8.0, 1.0
 """Of ECT's map t -> r, official."""
@@ -30,65 +28,6 @@ ECT_GAP = 1e-6
 """The least t - r of it."""
 ECT_MOST = 0.999
 """The largest r / t of its last stages, where t is large."""
-
-
-@dataclass(frozen=True)
-class IctConfig(ObjectiveOptions, kind="ict"):
-    """Options of consistency training. Defaults are iCT's."""
-
-    sigma_data: float = 0.5
-    """Standard deviation of the data as it is trained on."""
-    sigma_min: float = 0.002
-    """The lowest level."""
-    sigma_max: float = 80.0
-    """The highest level."""
-    p_mean: float = -1.1
-    """Mean of ln(sigma), of which the levels' probabilities are made."""
-    p_std: float = 2.0
-    """Its standard deviation."""
-    pairs: Literal["grid", "ect"] = "grid"
-    """Neighbours of a grid (iCT), or any t with ECT's r(t)."""
-    rho: float = 7.0
-    """The grid's levels are evenly spaced in their rho-th root."""
-    s0: int = 10
-    """The grid has so many steps at the beginning, doubled at even distances in the run."""
-    s1: int = 1280
-    """And at most so many."""
-    ect_q: float = 2.0
-    """r / t is about 1 - q^-(stage + 1)."""
-    ect_stage_steps: int = 25_000
-    """Training steps of one stage (on CIFAR-10 250 x 12,800 images in batches of 128)."""
-    scalings: edm.Form = "boundary"
-    """c_skip and c_out are 1 and 0 at sigma_min; plain: at 0 (ECT); or as diffusers' training script has them."""
-    distance: Literal["huber", "huber_mean", "l2", "l1"] = "huber"
-    """d of a sample: pseudo-Huber of its norm, or the mean over its elements of their pseudo-Huber (diffusers' script),
-    squares or magnitudes (the original consistency training)."""
-    huber_c: float = 0.00054
-    """c of the pseudo-Huber distance, times the root of a sample's elements; 0 is the norm itself (ECT)."""
-    weighting: Literal["gap", "c_out", "snr", "none"] = "gap"
-    """Weight of d: 1 / (sigma - sigma'), or 1 / c_out^2 (ECT on ImageNet), or sigma^-2 + sigma_data^-2, or 1 (both the
-    original consistency training)."""
-    target_weights: Literal["current", "ema"] = "current"
-    """Weights of the target: the ones in training, or their average (the original consistency training)."""
-
-    def __post_init__(self):
-        require_finite(self, "objective")
-        for name in ("sigma_data", "p_std", "rho"):
-            value = getattr(self, name)
-            require(value > 0, f"objective.{name}", value, "a positive number", "change it")
-        low, high, hint = self.sigma_min, self.sigma_max, "official is 0.002 to 80"
-        require(low > 0 or (low == 0 and self.pairs == "ect"), "objective.sigma_min", low, "a positive number", hint)
-        require(high > low, "objective.sigma_max", high, f"more than sigma_min = {low}", hint)
-        require(self.s0 >= 1, "objective.s0", self.s0, "a positive whole number", "official is 10")
-        require(self.s1 >= self.s0, "objective.s1", self.s1, f"at least s0 = {self.s0}", "official is 1280")
-        require(self.ect_q > 1, "objective.ect_q", self.ect_q, "a number above 1", "official is 2, or 256")
-        steps = self.ect_stage_steps
-        require(steps >= 1, "objective.ect_stage_steps", steps, "a positive whole number", "change it")
-        require(self.huber_c >= 0, "objective.huber_c", self.huber_c, "zero or more", "official is 0.00054")
-
-    def velocity(self, net: nn.Module) -> nn.Module:
-        """See the base."""
-        return edm.AsVelocity(net, partial(denoiser, self), self.sigma_max)
 
 
 class Drawn(NamedTuple):
@@ -177,16 +116,6 @@ def weight(config: IctConfig, drawn: Drawn, c_out: Tensor) -> Tensor:
     if config.weighting == "c_out":
         return c_out**-2
     return drawn.sigma**-2 + config.sigma_data**-2 if config.weighting == "snr" else torch.ones_like(c_out)
-
-
-def denoiser(config: IctConfig, net: nn.Module, y: Tensor) -> edm.Denoiser:
-    """D(x, sigma) of a network for labels y (B,): the sample itself, to draw by `edm.sample_by_renoising`."""
-
-    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
-        factors = edm.scalings(sigma, config.sigma_data, config.sigma_min, config.scalings)
-        return edm.denoise(lambda z, r, t: net(z, r, t, y), x, factors)
-
-    return denoised
 
 
 class Ict(Objective):

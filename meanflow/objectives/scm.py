@@ -10,63 +10,16 @@ w(t) is a learned log-variance, W = 1 / sigma, D the elements of a sample; rho r
 mean square of g for its norm, and divides the squared error by D twice.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..draws import Draws, Purpose
-from ..errors import require, require_finite
 from ..method import edm
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
-from ..objective_options import ObjectiveOptions
-
-
-@dataclass(frozen=True)
-class ScmConfig(ObjectiveOptions, kind="scm"):
-    """Options of sCM. Defaults are FastGen's, which are the paper's for CIFAR-10 but for the loss's scale."""
-
-    sigma_data: float = 0.5
-    """Standard deviation of the data as it is trained on."""
-    sigma_min: float = 0.002
-    """The lowest level sigma = sigma_data tan(t)."""
-    sigma_max: float = 80.0
-    """The highest level."""
-    p_mean: float = -1.0
-    """Mean of ln(sigma)."""
-    p_std: float = 1.4
-    """Its standard deviation."""
-    warmup_steps: int = 10_000
-    """Training steps over which rho, the share of the derivative, rises from 0 to 1; 0: it is always 1."""
-    norm_c: float = 0.1
-    """Constant c of the tangent's normalisation."""
-    norm: Literal["rms", "l2"] = "rms"
-    """Norm of the tangent: root mean square (FastGen), or root of the sum of squares (paper)."""
-    prior_weight: bool = True
-    """Whether the loss is weighted by 1 / sigma."""
-    divide_twice: bool = True
-    """Whether the mean square of a sample is divided by its number of elements again (FastGen)."""
-    log_variance: bool = True
-    """Whether the network has a learned log-variance w (model.log_variance); else it is 0."""
-    time_input: Literal["log_sigma", "angle"] = "log_sigma"
-    """What the network is told of the time: ln(sigma) / 4 (FastGen, EDM's networks), or t itself (paper)."""
-
-    def __post_init__(self):
-        require_finite(self, "objective")
-        for name in ("sigma_data", "sigma_min", "p_std", "norm_c"):
-            value = getattr(self, name)
-            require(value > 0, f"objective.{name}", value, "a positive number", "change it")
-        low, high = self.sigma_min, self.sigma_max
-        require(high > low, "objective.sigma_max", high, f"more than sigma_min = {low}", "official is 80")
-        steps = self.warmup_steps
-        require(steps >= 0, "objective.warmup_steps", steps, "zero or more", "official is 10000")
-
-    def velocity(self, net: nn.Module) -> nn.Module:
-        """See the base."""
-        return edm.AsVelocity(net, partial(denoiser, self), self.sigma_max)
+from ..recipes.consistency import ScmConfig
 
 
 class Drawn(NamedTuple):
@@ -103,21 +56,6 @@ class ScmTerms(NamedTuple):
     """cos(t) sin(t) dF/dt."""
     tangent: Tensor
     """g, normalised."""
-
-
-def denoiser(config: ScmConfig, net: nn.Module, y: Tensor) -> edm.Denoiser:
-    """f of a network for labels y (B,), as a function of (x + sigma e, sigma): draw by `edm.sample_by_renoising`.
-
-    In these coordinates TrigFlow's f is EDM's denoiser.
-    """
-
-    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
-        factors = edm.scalings(sigma, config.sigma_data)
-        if config.time_input == "angle":
-            factors = factors._replace(noise=(sigma / config.sigma_data).atan())
-        return edm.denoise(lambda z, r, t: net(z, r, t, y), x, factors)
-
-    return denoised
 
 
 class Scm(Objective):

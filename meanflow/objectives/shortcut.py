@@ -12,69 +12,16 @@ u' has the average of the weights. The official code's time is 1 - t and its vel
 the time embedding "tau,level". x is data, e noise. Tensors are (B, channels, height, width), times and losses (B,).
 """
 
-from dataclasses import dataclass
-from math import log2
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..draws import Draws, Purpose
-from ..errors import require, require_finite
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
 from ..method.times import column
-
-
-@dataclass(frozen=True)
-class ShortcutConfig:
-    """Shortcut models' training target. Defaults are the official code's; each of its peculiarities is an option."""
-
-    timesteps: int = 128
-    """Steps of the finest level, a power of two; their times are on its grid."""
-    bootstrap_every: int = 8
-    """One of so many samples is a bootstrap sample, the first ones of a device's batch."""
-    level_bias: bool = False
-    """Whether half of the bootstrap samples learn the two coarsest levels."""
-    reuse_images: bool = True
-    """Whether velocity samples take the batch's images from its first one on, as bootstrap samples do (official), and
-    its last images are left out; or those behind the bootstrap samples'."""
-    bootstrap_weights: Literal["average", "online"] = "average"
-    """Weights that make the half steps."""
-    guide: bool = True
-    """Whether bootstrap samples of the finest level, whose half steps are velocities, are guided; so coarser levels
-    learn it. (ImageNet's recipe; the official flag is off by default.)"""
-    omega: float = 1.5
-    """Scale of guidance u_null + omega (u_cond - u_null) in the half steps; 0 trains on the null class alone."""
-    label_drop: float = 0.1
-    """Probability of training a velocity sample on the null class; a bootstrap sample keeps its label."""
-    clip: float = 4.0
-    """Bound of a bootstrap sample's half way point and of its target."""
-    path_eps: float = 1e-5
-    """Share of noise that is left at t = 0."""
-
-    def __post_init__(self):
-        require_finite(self, "objective")
-        steps = self.timesteps
-        fits = steps >= 2 and steps & (steps - 1) == 0
-        require(fits, "objective.timesteps", steps, "a power of two from 2 on", "officially 128")
-        every = self.bootstrap_every
-        require(every >= 2, "objective.bootstrap_every", every, "a whole number from 2 on", "officially 8")
-        require(self.omega >= 0, "objective.omega", self.omega, "zero or more", "1 is no guidance")
-        drop, eps = self.label_drop, self.path_eps
-        require(0 <= drop <= 1, "objective.label_drop", drop, "a number in [0, 1]", "change it")
-        require(0 <= eps < 1, "objective.path_eps", eps, "a number in [0, 1)", "officially 1e-5")
-        require(self.clip > 0, "objective.clip", self.clip, "a positive number", "officially 4")
-
-    @property
-    def finest(self) -> int:
-        """Level of the velocity."""
-        return int(log2(self.timesteps))
-
-    @property
-    def dropped(self) -> float:
-        """Probability of dropping a velocity sample's label."""
-        return self.label_drop if self.omega > 0 else 1.0
+from ..recipes.flow import ShortcutConfig
 
 
 def bootstrap_levels(config: ShortcutConfig, count: int) -> tuple[Tensor, int]:

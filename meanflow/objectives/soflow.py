@@ -15,94 +15,21 @@ Means are over a sample's elements. Tensors are (B, channels, height, width), ti
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..draws import Draws, Purpose
-from ..errors import require, require_finite
 from ..method.contract import Objective, Sizes
 from ..method.passes import Pass, Passes
 from ..method.times import column
+from ..recipes.flow import SoFlowConfig
 
 MOST_REMAINING = 1 - 1e-6
 """Where guidance begins to decay it has not yet: officially, what remains of the time is at most this."""
 SIZES_PER_BATCH = 16
 """The prediction's rows grow in steps of a sixteenth of the batch: padding costs a fortieth of a forward pass."""
-
-
-@dataclass(frozen=True)
-class SoFlowConfig:
-    """SoFlow's training target. Defaults are the official code's; each of its peculiarities is an option."""
-
-    velocity_share: float = 0.75
-    """Share of samples that learn the velocity, the first int(batch share) of a device's batch."""
-    velocity_time: tuple[float, float] = (-0.2, 1.0)
-    """Mean and standard deviation of the logit of a velocity sample's time."""
-    start_time: tuple[float, float] = (0.2, 0.8)
-    """The same of a consistency sample's t."""
-    end_time: tuple[float, float] = (-1.0, 0.8)
-    """The same of its s."""
-    least_gap: float = 1e-4
-    """Least t, t - s and t - l of a consistency sample."""
-    ratio_schedule: Literal["exponent", "linear", "cosine", "const"] = "exponent"
-    """How (t - l) / (t - s) goes from its first value to its last one over the run; const: it is the last always."""
-    ratio_first: float = 0.1
-    """See ratio_schedule."""
-    ratio_last: float = 0.002
-    """See ratio_schedule."""
-    norm_p: float = 1.0
-    """Power p of the adaptive weight 1 / (raw + c)^p."""
-    norm_c: float = 0.01
-    """Its constant c. raw is a mean over a sample's elements, not a sum as MeanFlow's."""
-    omega: float = 3.0
-    """Scale of guidance. At 1 or less, guidance, mixing and officially the dropping of labels are switched off."""
-    guidance_end: float = 0.8
-    """Guidance decays smoothly from this time on, to none at t = 1."""
-    guidance_decay: float = 0.025
-    """Its rate: kappa(t) = 1 - exp(-rate q / (1 - q)), where q is the share of the time that remains."""
-    mix: float = 0.25
-    """Share m of the guided velocity in the mixed one; the network's own prediction has the rest."""
-    label_drop: float = 0.1
-    """Probability of training a sample on the null class, and on the plain velocity."""
-    drop_unguided: bool = False
-    """Whether labels are dropped without guidance too."""
-
-    def __post_init__(self):
-        require_finite(self, "objective")
-        for name in ("velocity_share", "guidance_end", "mix", "label_drop"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"objective.{name}", value, "a number in [0, 1]", "change it")
-        for name in ("velocity_time", "start_time", "end_time"):
-            value = getattr(self, name)
-            fits = len(value) == 2 and value[1] > 0
-            require(fits, f"objective.{name}", value, "a mean and a positive standard deviation", "change it")
-        for name in ("ratio_first", "ratio_last"):
-            value = getattr(self, name)
-            require(0 < value <= 1, f"objective.{name}", value, "a number in (0, 1]", "change it")
-        gap, wanted = self.least_gap, "a number in (0, 1)"
-        require(0 < gap < 1, "objective.least_gap", gap, wanted, "officially 1e-4: a consistency sample divides by it")
-        require(self.norm_c > 0, "objective.norm_c", self.norm_c, "a positive number", "change it")
-        require(self.norm_p >= 0, "objective.norm_p", self.norm_p, "zero or more", "0 is the plain squared error")
-        decay = self.guidance_decay
-        require(decay > 0, "objective.guidance_decay", decay, "a positive number", "officially 0.025")
-
-    @property
-    def guided(self) -> bool:
-        """Whether samples with a label are guided."""
-        return self.omega > 1
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the mixed velocity takes the network's own prediction."""
-        return self.guided and self.mix < 1
-
-    @property
-    def dropped(self) -> float:
-        """Probability of dropping a label."""
-        return self.label_drop if self.guided or self.drop_unguided else 0.0
 
 
 class Drawn(NamedTuple):

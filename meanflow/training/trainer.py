@@ -25,6 +25,7 @@ from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
 from ..method.guidance import sampling_guidance
 from ..method.sampling import sample
+from ..method.views import view_of
 from ..objectives.build import make_objective
 from ..owner import owned
 from ..storage import checkpoint as ckpt
@@ -271,7 +272,7 @@ class Trainer:
 
     def _sampled(self) -> nn.Module:
         """The averaged weights as sampling takes them (a collective call where they are sharded)."""
-        return self.config.objective.velocity(runnable(self.ema))
+        return view_of(self.config.objective, runnable(self.ema))
 
     @cache  # noqa: B019, a trainer lives as long as its process
     def _decoder(self) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import fresh
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,6 +12,7 @@ from meanflow.config import ModelConfig
 from meanflow.config_json import from_dict, to_dict
 from meanflow.errors import UserError
 from meanflow.model.build import build_net
+from meanflow.objectives.build import OBJECTIVES
 from meanflow.presets import PRESETS, preset
 from meanflow.training.optim import learning_rate
 
@@ -206,6 +208,17 @@ def test_ablations_are_the_papers(name, row):
 def test_configurations_survive_json(name):
     config = preset(name)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_objective_is_known_wherever_a_configuration_is_read():
+    program = """
+from meanflow.config_json import from_dict
+from meanflow.objective_options import KINDS
+print(*sorted(KINDS))
+"""
+    done = fresh.run_bare(program)
+    wanted = sorted(options.kind for options in OBJECTIVES)
+    assert done.stdout.split(" ") == [*wanted[:-1], wanted[-1] + "\n"], done.stderr
 
 
 def test_foreign_configurations_are_refused():

@@ -15,11 +15,10 @@ from meanflow.config_json import from_dict, to_dict
 from meanflow.errors import UserError
 from meanflow.interop.weights import load_ema
 from meanflow.method.contract import ObjectiveLoss
-from meanflow.method.edm import sample_by_renoising
+from meanflow.method.edm import denoiser, sample_by_renoising
 from meanflow.method.passes import Passes, func_jvp
 from meanflow.method.sampling import sample
 from meanflow.model.build import build_net
-from meanflow.objectives import ict, scm
 from meanflow.objectives.ict import Drawn as Pair
 from meanflow.objectives.ict import Ict, IctConfig
 from meanflow.objectives.scm import Drawn as Level
@@ -299,7 +298,7 @@ def test_runs_train_resume_and_sample(name, tmp_path):
     assert all(row["raw"] > 0 for row in runs.curve(tmp_path / "whole"))
     net, config, *_ = load_ema(tmp_path / "whole", torch.device("cpu"))
     noise, y = torch.randn(4, net.in_channels, net.input_size, net.input_size), torch.arange(4)
-    f = (ict if name == "ict" else scm).denoiser(config.objective, net.net, y)
+    f = denoiser(config.objective.denoising, net.net, y)
     wanted = sample_by_renoising(f, noise, [80.0])
     torch.testing.assert_close(sample(net, noise, y), wanted, rtol=1e-6, atol=1e-6)
     with pytest.raises(UserError, match="log_variance"):

@@ -12,7 +12,6 @@ from meanflow.objectives.ict import (
     Ict,
     IctConfig,
     Plan,
-    denoiser,
     grid_of,
     level_count,
     noise_levels,
@@ -167,7 +166,7 @@ def test_samples(name, mode):
         # at the last of these indices nothing is added, or denoised again
         falling = grid[(case["ts"] or [0, -1])[:-1]].tolist()
     net = TinyNet(DATA, dtype, lambda r, t: (t,))
-    f = denoiser(config, net, tensor(DATA["sample/labels"]))
+    f = edm.denoiser(config.denoising, net, tensor(DATA["sample/labels"]))
     noise, *renoise = (tensor(each, dtype) for each in (DATA["sample/noise"], *DATA["sample/renoise"]))
     sampled = edm.sample_by_renoising(f, noise, falling, renoise, **bounds)
     assert_close(sampled, DATA[f"sample/{name}/{mode}/samples"], mode, name)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from oracle_family import MODES, TinyNet, assert_close, assert_gradients, group, load, settings, tensor
 
-from meanflow.method.edm import sample_by_renoising
+from meanflow.method.edm import denoiser, sample_by_renoising
 from meanflow.method.passes import Passes, func_jvp
-from meanflow.objectives.scm import Plan, Scm, ScmConfig, denoiser, noise_levels
+from meanflow.objectives.scm import Plan, Scm, ScmConfig, noise_levels
 
 DATA = load("scm")
 CONFIG, CASES, SAMPLES = (settings(DATA, name) for name in ("config", "cases", "sample/cases"))
@@ -59,7 +59,7 @@ def test_cases(name, mode):
         "F_theta_jvp": terms.j,
         "x_t_hat": x_t,
         "dxt_dt": config.sigma_data * cos * e - sin * x,
-        "x0_pred": denoiser(config, net, y)(x_t / cos, drawn.sigma.to(dtype)),
+        "x0_pred": denoiser(config.denoising, net, y)(x_t / cos, drawn.sigma.to(dtype)),
         "grad_norm": torch.stack([p.grad.double().norm() for p in net.parameters()]).norm(),
     }
     official = {key: value for key, value in group(data, f"{mode}/").items() if not key.startswith("grad/")}
@@ -79,7 +79,7 @@ def test_cases(name, mode):
 def test_samples(name, mode):
     dtype = MODES[mode]
     config, net = ScmConfig(sigma_data=CONFIG["sigma_data"]), WithLogVariance(DATA, dtype, lambda r, t: (t,))
-    f = denoiser(config, net, tensor(DATA["sample/labels"]))
+    f = denoiser(config.denoising, net, tensor(DATA["sample/labels"]))
     noise, *renoise = (tensor(each, dtype) for each in (DATA["sample/noise"], *DATA["sample/renoise"]))
     sampled = sample_by_renoising(f, noise, SAMPLES[name]["t_list"][:-1], renoise)
     assert_close(sampled, DATA[f"sample/{name}/{mode}/samples"], mode, name)

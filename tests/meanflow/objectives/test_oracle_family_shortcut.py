@@ -11,7 +11,8 @@ from meanflow.config import ModelConfig, OptimConfig
 from meanflow.draws import Draws, Purpose
 from meanflow.errors import UserError
 from meanflow.method.contract import ObjectiveLoss
-from meanflow.method.sampling import Guided, even_times, sample
+from meanflow.method.sampling import even_times, sample
+from meanflow.method.views import Guided
 from meanflow.objectives.shortcut import Drawn, Shortcut, ShortcutConfig, arrange_times, bootstrap_levels
 from meanflow.training.optim import make_optimizer
 

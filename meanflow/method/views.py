@@ -1,0 +1,101 @@
+"""Networks as sampling takes them: an average velocity u(z, r, t | y), whatever their objective has made of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..objective_options import Denoising, ObjectiveOptions
+from . import edm
+
+
+class View(nn.Module):
+    """A network to sample from, as it is called.
+
+    Args:
+        net: u(z, r, t | y), or what a subclass makes one of.
+        renoises: whether several steps go to the data each time and add new noise, instead of from z_t to z_r.
+    """
+
+    def __init__(self, net: Any, renoises: bool = False):
+        super().__init__()
+        self.net, self.renoises = net, renoises
+
+    @property
+    def in_channels(self) -> int:
+        """See the network."""
+        return self.net.in_channels
+
+    @property
+    def input_size(self) -> int:
+        """See the network."""
+        return self.net.input_size
+
+    @property
+    def num_classes(self) -> int:
+        """See the network."""
+        return self.net.num_classes
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """See the network, where it is set too."""
+        return self.net.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.net.compute_dtype = dtype
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """z (B, channels, height, width), r, t (B,) -> u, like z; conditions: the label and what follows it."""
+        return self.net(z, r, t, *conditions)
+
+
+class Euler(View):
+    """A network sampled by Euler's steps along its velocity u(z, t, t), as flow matching is: z - (t - r) u(z, t, t)."""
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """The velocity at t, whatever r."""
+        return self.net(z, t, t, *conditions)
+
+
+class AsVelocity(View):
+    """A denoiser as the average velocity u(z, r, t | y), z = (1 - t) x + t e: to r = 0 it is exact.
+
+        u = (z - D(x_sigma, sigma)) / t,  sigma = t / (1 - t),  x_sigma = sigma / t z
+
+    Args:
+        net: the network. denoising: says what D makes of it. renoises: see `View`.
+    """
+
+    def __init__(self, net: Any, denoising: Denoising, renoises: bool = True):
+        super().__init__(net, renoises)
+        self.denoising = denoising
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """See the base."""
+        sigma = (t / (1 - t)).clamp(max=self.denoising.sigma_max)
+        denoised = edm.denoiser(self.denoising, self.net, y)(edm.scale(sigma / t, z), sigma)
+        return edm.scale(1 / t, z - denoised)
+
+
+class Guided(View):
+    """A network under guidance of a scale, u_null + scale (u - u_null), by one call of twice the samples."""
+
+    def __init__(self, net: Any, scale: float):
+        super().__init__(net)
+        self.scale = scale
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """See the base."""
+        null = torch.full_like(y, self.net.num_classes)
+        if self.scale == 0:
+            return self.net(z, r, t, null)
+        u, u_null = self.net(*(torch.cat([a, a]) for a in (z, r, t)), torch.cat([y, null])).chunk(2)
+        return u_null + self.scale * (u - u_null)
+
+
+def view_of(options: ObjectiveOptions, net: Any) -> Any:
+    """A network of an objective as sampling takes it: itself where it is an average velocity that leads on from z_r."""
+    if options.denoising is not None:
+        return AsVelocity(net, options.denoising, options.renoises)
+    return View(net, renoises=True) if options.renoises else net

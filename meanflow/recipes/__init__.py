@@ -1,0 +1,1 @@
+"""What is trained beside MeanFlow: the options of the other objectives, and their presets."""

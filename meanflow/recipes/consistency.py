@@ -1,0 +1,117 @@
+"""Options of consistency training, in steps (iCT, arXiv 2310.14189; ECT, arXiv 2406.14548) and continuous (sCM, arXiv
+2410.11081)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..errors import require, require_finite
+from ..objective_options import Denoising, Form, ObjectiveOptions, TimeInput
+
+
+@dataclass(frozen=True)
+class IctConfig(ObjectiveOptions, kind="ict"):
+    """Options of consistency training. Defaults are iCT's."""
+
+    renoises: ClassVar[bool] = True
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data as it is trained on."""
+    sigma_min: float = 0.002
+    """The lowest level."""
+    sigma_max: float = 80.0
+    """The highest level."""
+    p_mean: float = -1.1
+    """Mean of ln(sigma), of which the levels' probabilities are made."""
+    p_std: float = 2.0
+    """Its standard deviation."""
+    pairs: Literal["grid", "ect"] = "grid"
+    """Neighbours of a grid (iCT), or any t with ECT's r(t)."""
+    rho: float = 7.0
+    """The grid's levels are evenly spaced in their rho-th root."""
+    s0: int = 10
+    """The grid has so many steps at the beginning, doubled at even distances in the run."""
+    s1: int = 1280
+    """And at most so many."""
+    ect_q: float = 2.0
+    """r / t is about 1 - q^-(stage + 1)."""
+    ect_stage_steps: int = 25_000
+    """Training steps of one stage (on CIFAR-10 250 x 12,800 images in batches of 128)."""
+    scalings: Form = "boundary"
+    """c_skip and c_out are 1 and 0 at sigma_min; plain: at 0 (ECT); or as diffusers' training script has them."""
+    distance: Literal["huber", "huber_mean", "l2", "l1"] = "huber"
+    """d of a sample: pseudo-Huber of its norm, or the mean over its elements of their pseudo-Huber (diffusers' script),
+    squares or magnitudes (the original consistency training)."""
+    huber_c: float = 0.00054
+    """c of the pseudo-Huber distance, times the root of a sample's elements; 0 is the norm itself (ECT)."""
+    weighting: Literal["gap", "c_out", "snr", "none"] = "gap"
+    """Weight of d: 1 / (sigma - sigma'), or 1 / c_out^2 (ECT on ImageNet), or sigma^-2 + sigma_data^-2, or 1 (both the
+    original consistency training)."""
+    target_weights: Literal["current", "ema"] = "current"
+    """Weights of the target: the ones in training, or their average (the original consistency training)."""
+
+    def __post_init__(self):
+        require_finite(self, "objective")
+        for name in ("sigma_data", "p_std", "rho"):
+            value = getattr(self, name)
+            require(value > 0, f"objective.{name}", value, "a positive number", "change it")
+        low, high, hint = self.sigma_min, self.sigma_max, "official is 0.002 to 80"
+        require(low > 0 or (low == 0 and self.pairs == "ect"), "objective.sigma_min", low, "a positive number", hint)
+        require(high > low, "objective.sigma_max", high, f"more than sigma_min = {low}", hint)
+        require(self.s0 >= 1, "objective.s0", self.s0, "a positive whole number", "official is 10")
+        require(self.s1 >= self.s0, "objective.s1", self.s1, f"at least s0 = {self.s0}", "official is 1280")
+        require(self.ect_q > 1, "objective.ect_q", self.ect_q, "a number above 1", "official is 2, or 256")
+        steps = self.ect_stage_steps
+        require(steps >= 1, "objective.ect_stage_steps", steps, "a positive whole number", "change it")
+        require(self.huber_c >= 0, "objective.huber_c", self.huber_c, "zero or more", "official is 0.00054")
+
+    @property
+    def denoising(self) -> Denoising:
+        """See the base."""
+        return Denoising(self.sigma_data, self.sigma_max, self.sigma_min, self.scalings)
+
+
+@dataclass(frozen=True)
+class ScmConfig(ObjectiveOptions, kind="scm"):
+    """Options of sCM. Defaults are FastGen's, which are the paper's for CIFAR-10 but for the loss's scale."""
+
+    renoises: ClassVar[bool] = True
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data as it is trained on."""
+    sigma_min: float = 0.002
+    """The lowest level sigma = sigma_data tan(t)."""
+    sigma_max: float = 80.0
+    """The highest level."""
+    p_mean: float = -1.0
+    """Mean of ln(sigma)."""
+    p_std: float = 1.4
+    """Its standard deviation."""
+    warmup_steps: int = 10_000
+    """Training steps over which rho, the share of the derivative, rises from 0 to 1; 0: it is always 1."""
+    norm_c: float = 0.1
+    """Constant c of the tangent's normalisation."""
+    norm: Literal["rms", "l2"] = "rms"
+    """Norm of the tangent: root mean square (FastGen), or root of the sum of squares (paper)."""
+    prior_weight: bool = True
+    """Whether the loss is weighted by 1 / sigma."""
+    divide_twice: bool = True
+    """Whether the mean square of a sample is divided by its number of elements again (FastGen)."""
+    log_variance: bool = True
+    """Whether the network has a learned log-variance w (model.log_variance); else it is 0."""
+    time_input: TimeInput = "log_sigma"
+    """What the network is told of the time: ln(sigma) / 4 (FastGen, EDM's networks), or t itself (paper)."""
+
+    def __post_init__(self):
+        require_finite(self, "objective")
+        for name in ("sigma_data", "sigma_min", "p_std", "norm_c"):
+            value = getattr(self, name)
+            require(value > 0, f"objective.{name}", value, "a positive number", "change it")
+        low, high = self.sigma_min, self.sigma_max
+        require(high > low, "objective.sigma_max", high, f"more than sigma_min = {low}", "official is 80")
+        steps = self.warmup_steps
+        require(steps >= 0, "objective.warmup_steps", steps, "zero or more", "official is 10000")
+
+    @property
+    def denoising(self) -> Denoising:
+        """See the base."""
+        return Denoising(self.sigma_data, self.sigma_max, time_input=self.time_input)
