@@ -55,7 +55,10 @@ class Entry:
 ENTRIES: dict[str, dict[str, Entry]] = {
     "digits": {
         "meanflow": Entry("digits", "MeanFlow", 6.17, "B/2, 240 epochs, MeanFlow's paper"),
-        "imf": Entry("digits-imf", "improved MeanFlow", 3.82, "B/2, 240 epochs, iMF's paper"),
+        "imf": Entry("digits-imf-adaln", "improved MeanFlow", 3.82, "B/2, 240 epochs, iMF's paper"),
+        "imf-tokens": Entry(
+            "digits-imf", "improved MeanFlow, conditions as tokens", 3.82, "B/2, 240 epochs, iMF's paper"
+        ),
         "flow-matching": Entry("digits-flow-matching", "flow matching", 328.91, "B/4, 80 epochs, MeanFlow's paper"),
     }
 }
@@ -67,7 +70,7 @@ class Options:
     data: Literal["digits"] = "digits"
     """What to train on."""
     entries: tuple[str, ...] = tuple(ENTRIES["digits"])
-    """Which to compare: meanflow, imf, flow-matching."""
+    """Which to compare: meanflow, imf, imf-tokens, flow-matching."""
     budget_flops: float | None = None
     """Operations of each training, matrix products alone (default: those of the preset digits, 6.2e12)."""
     steps: int | None = None

@@ -186,7 +186,7 @@ def test_a_run_of_the_first_improved_networks_loads():
 
 
 def test_every_preset_is_compared():
-    mine = {"digits", "digits-flow-matching", "digits-imf", "fashion", "fashion-flow-matching"}
+    mine = {"digits", "digits-flow-matching", "digits-imf", "digits-imf-adaln", "fashion", "fashion-flow-matching"}
     assert set(PRESETS) - mine == {*TABLE_4, *TABLES_1_AND_5, *IMPROVED, *LADDER, "ladder-modern"}
     assert {name: PRESETS[f"imagenet-{name}"].fid for name in FIDS} == FIDS
 

@@ -46,7 +46,12 @@ def test_the_flops_of_a_step():
 
 def test_figures_are_those_of_the_presets():
     published = {entry.preset: entry.published for entry in compare.ENTRIES["digits"].values()}
-    of = {"digits": "imagenet-b2", "digits-imf": "ladder-modern", "digits-flow-matching": "table1a-0"}
+    of = {
+        "digits": "imagenet-b2",
+        "digits-imf": "ladder-modern",
+        "digits-imf-adaln": "ladder-modern",
+        "digits-flow-matching": "table1a-0",
+    }
     assert published == {name: PRESETS[other].fid for name, other in of.items()}
 
 
@@ -84,7 +89,7 @@ def test_a_signal_stops_a_comparison(command, quick, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args, message", {
-    "--entries meanflow sit": "entries: got 'sit', wanted some of meanflow imf flow-matching",
+    "--entries meanflow sit": "entries: got 'sit', wanted some of meanflow imf imf-tokens flow-matching",
     "--budget-flops 1e3": "budget_flops: got 1000.0, wanted enough for a step of each entry",
     "--budget-flops 1e12 --steps 3": "steps: got 3, wanted steps or budget_flops, not both",
 }.items())  # fmt: skip
