@@ -145,25 +145,15 @@ COMPILE = """
 import json, sys
 from benchmarks import static_report
 from benchmarks.tuning import subjects as tune_subjects
-work = tune_subjects.compile_cases(int(sys.argv[1]))
-step = max(1, len(work) // int(sys.argv[2]))
-print(json.dumps(static_report.report(work[::step], int(sys.argv[3]))))
+print(json.dumps(static_report.report(tune_subjects.compile_cases(90), int(sys.argv[1]))))
 """
-
-
-def _broken_candidates(arch: int, count: int, jobs: int) -> list[str]:
-    command = [sys.executable, "-c", COMPILE, *map(str, (arch, count, jobs))]
-    run = subprocess.run(command, cwd=ROOT, env=fresh.environment(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
-    assert len(rows) >= min(count, 10)
-    return [f"{row['op']} {row['config']} {row['problems']}" for row in rows if row["problems"]]
-
-
-def test_some_candidates_keep_the_rules_of_shipped_configs():
-    assert _broken_candidates(90, count=4, jobs=2) == []
 
 
 @pytest.mark.slow
 def test_all_candidates_keep_the_rules_of_shipped_configs():
-    assert _broken_candidates(90, count=10**6, jobs=os.cpu_count()) == []
+    command = [sys.executable, "-c", COMPILE, str(os.cpu_count())]
+    run = subprocess.run(command, cwd=ROOT, env=fresh.environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert len(rows) >= 10
+    assert [f"{row['op']} {row['config']} {row['problems']}" for row in rows if row["problems"]] == []

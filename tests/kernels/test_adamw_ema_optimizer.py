@@ -124,8 +124,8 @@ def test_state_of_another_algorithm_is_refused():
         AdamWEMA(net.parameters(), emas={0.9: [torch.zeros(1)]})
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_optimizer_keeps_averages_and_copies(compiled):
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=str)
+def test_optimizer_keeps_averages_and_copies(backend):
     """Groups with their own settings, a parameter without a gradient, a closure, a learning rate in a tensor."""
     net, twin = network(), network()
     emas = {0.9: copy.deepcopy(net), 0.5: copy.deepcopy(net)}
@@ -139,7 +139,7 @@ def test_optimizer_keeps_averages_and_copies(compiled):
     ours = AdamWEMA(groups(net), lr=2e-2, emas={d: e.parameters() for d, e in emas.items()}, copies=copies)
     plain = torch.optim.AdamW(groups(twin), lr=2e-2, fused=True)
     averages = {d: copy.deepcopy(twin) for d in emas}
-    step = torch.compile(lambda: ours.step(), fullgraph=True) if compiled else ours.step
+    step = torch.compile(lambda: ours.step(), fullgraph=True, backend=backend) if backend else ours.step
     for k in range(4):
         x = torch.randn(8, 5)
         for n in (net, twin):

@@ -1,8 +1,6 @@
 """FLOPs and bytes: what torch's counter finds on each operator equals the formulas, on real, fake and meta tensors."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -138,20 +136,6 @@ def test_every_registered_operator_has_a_formula():
     sources = "".join(path.read_text() for path in Path(meanflow_kernels.__file__).parent.glob("*/op.py"))
     ours = set(re.findall(r'(?:custom|kernel)_op\("(meanflow_kernels::\w+)"', sources))
     assert ours and ours == {str(op).replace(".", "::") for op in flop_registry if "meanflow_kernels" in str(op)}
-
-
-def test_importing_the_package_is_enough():
-    code = """
-import torch, meanflow_kernels as mk
-from meanflow_kernels.routing import Route, force_route
-from torch.utils.flop_counter import FlopCounterMode
-q = torch.empty(2, 8, 2, 16, device="meta")
-with force_route(Route.TRITON), FlopCounterMode(display=False) as counter:
-    mk.attention_jvp((q, q, q), (q, q, q))
-print(counter.get_total_flops())
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == str(12 * 2 * 2 * 8 * 8 * 16), run.stderr
 
 
 def test_bytes_count_a_view_by_its_elements():

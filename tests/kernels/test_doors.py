@@ -63,10 +63,10 @@ def _forward_ad(network, x, x_dot):
     ("step", "backend", "depth"),
     [
         (_step, None, 2),
-        (_step, "aot_eager", 2),
+        (_step, "aot_eager", 1),
         pytest.param(_step, "inductor", 1, marks=pytest.mark.slow),
         (_forward_ad, None, 2),
-        (_forward_ad, "aot_eager", 2),
+        (_forward_ad, "aot_eager", 1),
     ],
 )
 def test_a_users_transformer_equals_plain_torch(each_route, step, backend, depth, device):
@@ -128,7 +128,9 @@ class Transformer(nn.Module):
         return x + ops.linear(ops.swiglu(ops.linear(h, w["up"])), w["w2"])
 
 
-@pytest.mark.parametrize("backend", (None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "backend", (None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")))
+)
 def test_a_users_transformer_of_all_operators_equals_plain_torch(each_route, backend, device):
     ours, plain = Transformer(meanflow_kernels).to(device), Transformer(PLAIN_OPS).to(device)
     ours.load_state_dict(plain.state_dict())
@@ -356,15 +358,3 @@ print("triton imported:", "triton" in sys.modules)
         and "Triton is not installed" in output
         and "triton imported: False" in output
     ), output
-
-
-def test_cpu_tensors_without_the_interpreter_raise_a_clear_error():
-    code = """
-import torch
-from meanflow_kernels import attention
-from meanflow_kernels.routing import Route, force_route
-x = torch.randn(1, 5, 2, 16)
-with force_route(Route.TRITON):
-    attention(x, x, x)
-"""
-    assert "set TRITON_INTERPRET=1 before the first import of triton" in _python(code)

@@ -1,5 +1,6 @@
 """Kernels, step, benches and GPU tests run where the package's other dependencies and the peers are not installed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,27 @@ from fresh import run_bare
 
 ROOT = Path(__file__).parents[2]
 
-OPERATORS = """
-import torch
-import meanflow_kernels as mk
+COUNT = """
+import torch, meanflow_kernels as mk
+from meanflow_kernels.routing import Route, force_route
+from torch.utils.flop_counter import FlopCounterMode
 
+q = torch.empty(2, 8, 2, 16, device="meta")
+with force_route(Route.TRITON), FlopCounterMode(display=False) as counter:
+    mk.attention_jvp((q, q, q), (q, q, q))
+print("FLOPs:", counter.get_total_flops())
+"""
+
+REFUSAL = """
+x = torch.randn(1, 5, 2, 16)
+try:
+    with force_route(Route.TRITON):
+        mk.attention(x, x, x)
+except Exception as error:
+    print("refused:", error)
+"""
+
+OPERATORS = """
 def pair(*size):
     return torch.randn(2, *size)
 
@@ -59,7 +77,7 @@ assert all(p.isfinite().all() for p in net.parameters())
 """
 
 BENCH = """
-from benchmarks import optimizer, step
+from benchmarks import optimizer, report, step, suite
 from meanflow import recipe
 
 # two narrow blocks in the place of S's twelve
@@ -74,8 +92,21 @@ def test_the_block_blocks(name):
     assert f"No module named {name.partition('.')[0]!r}" in run_bare(f"import {name}").stderr
 
 
-def test_code_runs():
-    run = run_bare(OPERATORS + STEP + BENCH)
+@pytest.fixture(scope="module")
+def run():
+    """All in one fresh process, where each begins with what those before have imported."""
+    return run_bare(COUNT + REFUSAL + OPERATORS + STEP + BENCH)
+
+
+def test_importing_the_package_is_enough_to_count(run):
+    assert f"FLOPs: {12 * 2 * 2 * 8 * 8 * 16}\n" in run.stdout, run.stderr
+
+
+def test_cpu_tensors_without_the_interpreter_raise_a_clear_error(run):
+    assert re.search("refused: .*set TRITON_INTERPRET=1 before the first import of triton", run.stdout), run.stderr
+
+
+def test_code_runs(run):
     assert run.returncode == 0, run.stderr
 
 

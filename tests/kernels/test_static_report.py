@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import fresh
@@ -27,15 +26,19 @@ def _python(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+ARCHS = ["sm_80", "sm_90", pytest.param("sm_120", marks=pytest.mark.slow)]
+
+
 @pytest.fixture(scope="module")
-def broken() -> dict:
+def broken(request) -> dict:
     """Rows of configs that break a rule each, by (config, architecture)."""
-    run = _python("tests/kernels/broken_configs.py", "80", "90", "120")
+    archs = ("80", "90", *("120",) * request.config.getoption("--full"))
+    run = _python("tests/kernels/broken_configs.py", *archs)
     assert run.returncode == 0, run.stderr
     return {(row["config"], row["arch"]): row for row in json.loads(run.stdout)}
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -56,7 +59,7 @@ def test_missing_wgmma_is_found_on_hopper_only(broken):
     assert broken["no wgmma", "sm_80"]["problems"] == []
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_sound_config_has_no_problem(broken, arch):
     row = broken["sound", arch]
     assert row["problems"] == []
@@ -179,21 +182,27 @@ def _report(tmp_path: Path, *arguments: str, program: tuple = ("-m", "benchmarks
 
 
 HEAD_DIMS = {32, 64, 72, 96, 128}
-XL2 = {64, 72, 1152, 4608, 256}
-"""Head dims of all DiT, and widths of XL/2, the largest: the blocks, their MLPs, the times' embedding."""
-REPORT_OF_XL2 = f"""
+WIDTHS = {72: {1152, 4608, 256}, 64: set()}
+"""Head dims of all DiT. That of XL/2, the largest, with its widths: the blocks, their MLPs, the times' embedding."""
+REPORT_OF_WIDTHS = """
 import sys
 from benchmarks import static_report
 cases = static_report.cases
-static_report.cases = lambda *args, **options: [row for row in cases(*args, **options) if row[2].width in {XL2}]
+static_report.cases = lambda *args, **options: [row for row in cases(*args, **options) if row[2].width in {}]
 sys.exit(static_report.main(sys.argv[1:]))
 """
 
 
+@pytest.fixture(scope="module", params=[72, pytest.param(64, marks=pytest.mark.slow)], ids="head dim {}".format)
+def head_dim(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory) -> list[dict]:
-    """Rows of XL/2's launch configs on the architecture that most of them are tuned for."""
-    return _report(tmp_path_factory.mktemp("report"), "--arch", "sm_90", program=("-c", REPORT_OF_XL2))
+def shipped(head_dim, tmp_path_factory) -> list[dict]:
+    """Rows of a head dim's launch configs on the architecture that most of them are tuned for."""
+    program = ("-c", REPORT_OF_WIDTHS.format(WIDTHS[head_dim] | {head_dim}))
+    return _report(tmp_path_factory.mktemp("report"), "--arch", "sm_90", program=program)
 
 
 def _broken(rows: list[dict]) -> list[str]:
@@ -213,10 +222,11 @@ CHOSEN_NEVERTHELESS = {
 }
 
 
-def test_chosen_attention_hides_its_copies_or_is_excused(shipped):
+def test_chosen_attention_hides_its_copies_or_is_excused(shipped, head_dim):
     assert EXCUSED.keys() == CHOSEN_NEVERTHELESS
     # none that breaks no rule any more, or is gone
-    assert {row["excused"].partition(":")[0] for row in shipped} - {""} == {f"{a} {b} {c}" for a, b, c in EXCUSED}
+    excused = {row["excused"].partition(":")[0] for row in shipped} - {""}
+    assert excused == {f"{a} {b} {c}" for a, b, c in EXCUSED if b == head_dim}
     forward = [row for row in shipped if row["op"] in ("attention", "attention_jvp")]
     # the persistent kernel loads in other warps than multiply
     assert {row["config"].split()[0] for row in forward if not row["loop_loads"]} == {"persistent"}
@@ -266,13 +276,13 @@ def test_report_covers_every_head_dim(arch):
     assert {case.width for _, _, case in cases(["attention"], [arch], full=False)} >= HEAD_DIMS
 
 
-def test_persistent_kernel_overlaps_its_products(shipped):
+def test_persistent_kernel_overlaps_its_products(shipped, head_dim):
     rows = [x for x in shipped if x["config"].startswith("persistent")]
     found = {(x["op"], x["head_dim"], x["config"].endswith("ragged")) for x in rows}
-    assert len(rows) == 4 and found == {("attention_jvp", *x) for x in product((64, 72), (False, True))}
+    assert len(rows) == 2 and found == {("attention_jvp", head_dim, ragged) for ragged in (False, True)}
     for row in rows:
         # no product waits for another but where it needs its result
-        assert row["loop_wgmma_waits"] == 3 and row["loop_wgmma"] == {64: 24, 72: 39}[row["head_dim"]]
+        assert row["loop_wgmma_waits"] == 3 and row["loop_wgmma"] == {64: 24, 72: 39}[head_dim]
         # twelve warps of the 64 that a multiprocessor has room for
         assert row["occupancy"] == 12 / 64 and row["narrowest_global_load_bytes"] == 16
 
@@ -281,15 +291,15 @@ def test_persistent_kernel_overlaps_its_products(shipped):
 NARROW = {("attention", 72), ("attention_bwd_dq", 72)}
 
 
-def _assert_attention_loads_sixteen_bytes(rows: list[dict]) -> None:
+def _assert_attention_loads_sixteen_bytes(rows: list[dict], head_dims: set[int]) -> None:
     half = [row for row in rows if row["folder"] == "attention" and row["dtype"] in ("bfloat16", "float16")]
-    narrow = [row for row in half if row["head_dim"] in (64, 72) and row["narrowest_global_load_bytes"] < 16]
-    assert half and {(row["op"], row["head_dim"]) for row in narrow} == NARROW
+    narrow = [row for row in half if row["head_dim"] in head_dims and row["narrowest_global_load_bytes"] < 16]
+    assert half and {(row["op"], row["head_dim"]) for row in narrow} == {x for x in NARROW if x[1] in head_dims}
     assert all(row["narrowest_global_load_bytes"] == 8 for row in narrow)
 
 
-def test_attention_loads_sixteen_bytes(shipped):
-    _assert_attention_loads_sixteen_bytes(shipped)
+def test_attention_loads_sixteen_bytes(shipped, head_dim):
+    _assert_attention_loads_sixteen_bytes(shipped, {head_dim})
 
 
 def test_rows_have_the_columns(shipped):
@@ -303,6 +313,6 @@ def test_shared_configs_keep_the_rules_on_every_architecture(tmp_path):
     rows = _report(tmp_path, "--full")
     assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in LIMITS}
     assert _broken(rows) == []
-    _assert_attention_loads_sixteen_bytes([row for row in rows if row["arch"] == "sm_90"])
+    _assert_attention_loads_sixteen_bytes([row for row in rows if row["arch"] == "sm_90"], {64, 72})
     # architectures without configs of their own share those that fit 99 KB
     assert all(row["shared_bytes"] <= 99 * KB for row in rows if row["arch"] not in ("sm_80", "sm_90"))

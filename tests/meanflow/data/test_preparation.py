@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import caches
 import fid_inputs
@@ -228,7 +229,27 @@ def test_resume_after_kill_9_is_bit_equal(made, images, options, tmp_path, nth):
     assert caches.contents(out) == caches.contents(made)
 
 
-def test_two_ranks_write_what_one_writes(made, images, options, tmp_path):
+def share(rank, images, out, options) -> int:
+    """Prepare, as one of several processes: how many images this one encodes."""
+    encoded, original = [], preparation.Encoder.__call__
+
+    def encode(self, x):
+        encoded.append(len(x))
+        return original(self, x)
+
+    with mock.patch.object(preparation.Encoder, "__call__", encode):
+        prepare(str(images), out, options)
+    return sum(encoded)
+
+
+def test_two_ranks_write_what_one_writes(ranks, made, images, options, tmp_path):
+    # rank 0 has shards 0 and 2
+    assert ranks(share, images, tmp_path / "latents", options) == [13, 7]
+    assert caches.contents(tmp_path / "latents") == caches.contents(made)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_command_write_what_one_writes(made, images, options, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = run(*torchrun, *COMMAND, *arguments(images, tmp_path / "latents", options))
     assert done.returncode == 0, done.stderr

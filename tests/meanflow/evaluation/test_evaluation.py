@@ -4,8 +4,6 @@ The feature network is a small one of the tests' own: what is tested is what is 
 """
 
 import json
-import os
-import socket
 
 import numpy as np
 import pytest
@@ -313,10 +311,7 @@ def test_own_statistics_are_a_reference(sources, tmp_path):
 # --- processes ---
 
 
-def share_work(rank, port, sources, out):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def share_work(rank, sources, out):
     with World("cpu") as world:
         net = Net()
         schedules = ((1.0, 0.0), (1.0, 0.5, 0.0))
@@ -324,8 +319,7 @@ def share_work(rank, port, sources, out):
         assert (report is None) == (rank == 1)
         half = len(net.asked)
         assert half > 0
-        scores = [in_training(sources, world, count) for count in (COUNT, ODD)]
-        (out / f"rank{rank}.json").write_text(json.dumps({"batches": half, "scores": scores}))
+        return {"batches": half, "scores": [in_training(sources, world, count) for count in (COUNT, ODD)]}
 
 
 def in_training(sources, world, count):
@@ -335,31 +329,26 @@ def in_training(sources, world, count):
     return evaluator.score(Net(), count)
 
 
-def test_ranks_of_an_evaluation_equal_one(sources, tmp_path):
+def test_ranks_of_an_evaluation_equal_one(ranks, sources, tmp_path):
     schedules = ((1.0, 0.0), (1.0, 0.5, 0.0))
     net = Net()
     wanted = evaluate(
         sampler(net), Features(), plan(schedules=schedules), sources, tmp_path / "one", {"weights": "a"}, World("cpu")
     )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     out = tmp_path / "two"
-    out.mkdir()
-    torch.multiprocessing.spawn(share_work, (port, sources, out), nprocs=2)
+    shares = ranks(share_work, sources, out)
     got = json.loads((out / "report.json").read_text())
     for ours, theirs in zip(got["results"], wanted["results"], strict=True):
         for score in ("fid", "sfid", "inception_score", "precision", "recall"):
             # the reference's images are measured by both, which add in another order
             assert ours[score]["value"] == pytest.approx(theirs[score]["value"], rel=1e-12)
-    ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert sum(rank["batches"] for rank in ranks) == len(net.asked)
-    assert min(rank["batches"] for rank in ranks) >= 0.4 * len(net.asked)
-    assert ranks[0]["scores"] == ranks[1]["scores"]
-    for count, shared in zip((COUNT, ODD), ranks[0]["scores"], strict=True):
+    assert sum(share["batches"] for share in shares) == len(net.asked)
+    assert min(share["batches"] for share in shares) >= 0.4 * len(net.asked)
+    assert shares[0]["scores"] == shares[1]["scores"]
+    for count, shared in zip((COUNT, ODD), shares[0]["scores"], strict=True):
         assert shared == pytest.approx(in_training(sources, World("cpu"), count), rel=1e-12)
     official = wanted["results"][0]
-    assert ranks[0]["scores"][0] == pytest.approx({k: official[k]["value"] for k in ("fid", "sfid")}, rel=1e-9)
+    assert shares[0]["scores"][0] == pytest.approx({k: official[k]["value"] for k in ("fid", "sfid")}, rel=1e-9)
     # the files are the same, bit for bit
     for path in (tmp_path / "one" / "features").rglob("*.safetensors"):
         assert path.read_bytes() == (out / path.relative_to(tmp_path / "one")).read_bytes()

@@ -1,7 +1,6 @@
 """The sampler's ways: compiled and captured ones draw what the plain one does, for every number of steps."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import runs
@@ -16,7 +15,7 @@ SCHEDULES = ((1.0, 0.0), (1.0, 0.5, 0.0), (1.0, 0.7, 0.4, 0.1))
 
 @pytest.fixture(scope="module")
 def net():
-    net = build_net(replace(runs.tiny().model, depth=2))
+    net = build_net(runs.tiny().model)
     generator = torch.Generator().manual_seed(0)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=generator)
@@ -48,7 +47,7 @@ def test_a_compiled_sampler_draws_the_same(net, monkeypatch, backend):
 
 def test_a_network_in_bf16_keeps_latents_in_fp32(net):
     noise, y = inputs(4)
-    low = build_net(replace(runs.tiny().model, depth=2))
+    low = build_net(runs.tiny().model)
     low.load_state_dict(net.state_dict())
     latents = Sampler(low.to(torch.bfloat16))(noise, y, even_times(4))
     wanted = sample(net, noise, y, even_times(4))
@@ -64,7 +63,7 @@ def test_a_graph_needs_a_gpu(net):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_a_captured_sampler_draws_the_same(net, compile):
-    on_gpu = build_net(replace(runs.tiny().model, depth=2)).cuda()
+    on_gpu = build_net(runs.tiny().model).cuda()
     on_gpu.load_state_dict(net.state_dict())
     captured, plain = Sampler(on_gpu, compile=compile, cuda_graph=True), Sampler(on_gpu, compile=compile)
     kept = [

@@ -24,17 +24,19 @@ from meanflow.method.times import draw_times, drop_mask, equal_prefix
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.trainer import Trainer, train
 
-TWENTY = {"steps": 20, "batch": 16, "log_every": 1, "save_every": 20, "sample_every": 99, "groups": 2}
+
+def guided_steps(count: int) -> dict:
+    return {"steps": count, "batch": 16, "log_every": 1, "save_every": count, "sample_every": 99, "groups": 2}
 
 
 @pytest.fixture(scope="module")
-def twenty(tmp_path_factory):
-    """Twenty steps of one process, by the preset's name."""
+def one_process(tmp_path_factory):
+    """So many steps of one process, by the preset's name."""
 
     @cache
-    def run(name: str) -> Path:
-        out = tmp_path_factory.mktemp(f"twenty-{name}")
-        assert train(runs.guided(name=name, **TWENTY), out) == 0
+    def run(name: str, steps: int) -> Path:
+        out = tmp_path_factory.mktemp(f"{steps}-{name}")
+        assert train(runs.guided(name=name, **guided_steps(steps)), out) == 0
         return out
 
     return run
@@ -77,10 +79,11 @@ ENGINES = {
 }
 
 
+@pytest.mark.parametrize("steps", (6, pytest.param(20, marks=SLOW)))
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
-def test_twenty_steps_are_those_of_one_process(ranks, engine, twenty, tmp_path):
-    assert ranks(train_guided, str(tmp_path), TWENTY | engine) == [0, 0]
-    one = twenty(engine.get("name", "digits"))
+def test_steps_are_those_of_one_process(ranks, engine, steps, one_process, tmp_path):
+    assert ranks(train_guided, str(tmp_path), guided_steps(steps) | engine) == [0, 0]
+    one = one_process(engine.get("name", "digits"), steps)
     runs.assert_same_curve(tmp_path, one)
     # what the guard watches is of all processes
     for name in ("guard.means", "guard.good"):

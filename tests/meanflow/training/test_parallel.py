@@ -170,8 +170,8 @@ def test_gradients_are_those_of_one_process(ranks, name, checkpoint_blocks):
 @pytest.mark.parametrize(
     "name, checkpoint_blocks",
     [
-        ("ddp", False),
         ("fsdp", False),
+        pytest.param("ddp", False, marks=pytest.mark.slow),
         pytest.param("zero1", False, marks=pytest.mark.slow),
         pytest.param("zero1", True, marks=pytest.mark.slow),
         pytest.param("ddp", True, marks=pytest.mark.slow),

@@ -33,7 +33,7 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 
 
 BITS = {
-    "fp32": {},
+    "fp32": pytest.param({}, marks=SLOW),
     "bf16": pytest.param({"precision": "bf16"}, marks=SLOW),
     "bf16, guided by the average": {"precision": "bf16", "guidance_weights": "ema"},
     "bf16, torch's optimizer": pytest.param({"precision": "bf16", "implementation": "torch"}, marks=SLOW),

@@ -1,4 +1,4 @@
-"""Shared by the tests of training."""
+"""Shared by the rooms' tests."""
 
 import pytest
 from ranks import Ranks
