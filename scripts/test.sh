@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests, on any machine: sets up .venv first.
-#   bash scripts/test.sh            the ordinary tests, 5 to 6 minutes on 2 quiet cores
+#   bash scripts/test.sh            the ordinary tests, about 6 minutes on 2 quiet cores
 #   bash scripts/test.sh --full     the long ones too
 #   bash scripts/test.sh ARGS       goes on to pytest
 set -euo pipefail

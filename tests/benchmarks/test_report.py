@@ -302,7 +302,7 @@ def test_flush_is_said(tmp_path):
     assert "flushed by writing" in text
 
 
-@pytest.mark.parametrize("name", ["cpu", "h200"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("h200", marks=pytest.mark.slow)])
 def test_committed_rows_make_a_report(tmp_path, name):
     folder = rows.Path(report.__file__).parent / "results" / name
     assert report.main([str(folder), "--out", str(tmp_path)]) == 0

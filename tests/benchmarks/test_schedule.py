@@ -116,7 +116,7 @@ def test_stopped_time_counts_nowhere(tmp_path):
     assert run.ended["slow"].seconds < run.seconds - 2
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_who_ends_in_his_turn_wakes_the_others(tmp_path, how):
     options = {"dies": True} if how == "dies" else {"time": 60}
     run = Run(tmp_path, [part("bad", limit=2, sections=1, **options), part("one", compile=1), part("two", compile=1)])

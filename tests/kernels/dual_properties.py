@@ -225,6 +225,8 @@ class DualProperties:
             for x, x_dot in ((tensors(by_func[0])[i], tensors(by_func[1])[i]), by_level[i]):
                 assert relative_error(x, y) < 1e-6 and relative_error(x_dot, y_dot) < 1e-6
 
+    # the networks' tests compile the references of all operators
+    @pytest.mark.parametrize("each_route", [pytest.param("reference", marks=pytest.mark.slow), "triton"], indirect=True)
     def test_compiled(self, each_route, device):
         primals, tangents = self.case.make(device)
 
@@ -255,19 +257,23 @@ class DualProperties:
         for found, expected in zip(compiled(primals), step(primals), strict=True):
             assert relative_error(found, expected) < 2e-6
 
+    def _squared_tangent(self, primals, tangents):
+        _, out_dot = self._pair(primals, tangents)
+        return sum(y_dot.square().sum() for y_dot in out_dot)
+
     @pytest.mark.parametrize("tracked", ("primal", "tangent"))
     def test_a_gradient_through_the_tangent_raises(self, each_route, device, tracked):
         primals, tangents = self.case.make(device)
         (primals if tracked == "primal" else tangents)[0].requires_grad_()
-
-        def differentiate(primals, tangents):
-            _, out_dot = self._pair(primals, tangents)
-            return sum(y_dot.square().sum() for y_dot in out_dot)
-
         with pytest.raises(TangentGradientError, match="Detach the tangent"):
-            differentiate(primals, tangents).backward()
+            self._squared_tangent(primals, tangents).backward()
+
+    @pytest.mark.parametrize("tracked", ("primal", pytest.param("tangent", marks=pytest.mark.slow)))
+    def test_a_compiled_gradient_through_the_tangent_raises(self, each_route, device, tracked):
+        primals, tangents = self.case.make(device)
+        (primals if tracked == "primal" else tangents)[0].requires_grad_()
         with pytest.raises(Exception, match="a gradient was asked for through a tangent.*Detach the tangent"):
-            torch.compile(differentiate, fullgraph=True, backend="aot_eager")(primals, tangents)
+            torch.compile(self._squared_tangent, fullgraph=True, backend="aot_eager")(primals, tangents)
 
     def test_tangents_are_not_saved(self, each_route, device):
         primals, tangents = self.case.make(device)

@@ -11,7 +11,7 @@ import fid_inputs
 import numpy as np
 import pytest
 import torch
-from fresh import ROOT, environment
+from fresh import ROOT, environment, run_forked
 from image_entries import tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -195,15 +195,8 @@ def arguments(images, out, options):
     return [str(images), "--out", str(out), *values, "--flipped"]
 
 
-def run(*command, prelude=None):
-    program = ["-c", prelude] if prelude else []
-    return subprocess.run(
-        [sys.executable, *program, *command], capture_output=True, text=True, env=environment(), timeout=300
-    )
-
-
-def killed(nth):
-    """A process that runs the command and is killed by SIGKILL when it is to rename its nth file."""
+def killed(nth, command):
+    """A program that runs the command and is killed by SIGKILL when it is to rename its nth file."""
     return f"""
 import os, runpy, signal, sys
 count, rename = iter(range(10 ** 6)), os.replace
@@ -212,7 +205,7 @@ def replace(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*args)
 os.replace = replace
-sys.argv = sys.argv[1:]
+sys.argv = {command!r}
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -222,7 +215,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("nth", [pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 3, 6, 10)] + [5])
 def test_resume_after_kill_9_is_bit_equal(made, images, options, tmp_path, nth):
     out = tmp_path / "latents"
-    first = run(*COMMAND, *arguments(images, out, options), prelude=killed(nth))
+    first = run_forked(killed(nth, [*COMMAND, *arguments(images, out, options)]))
     assert first.returncode == -9, first.stderr
     assert list(out.glob("*.partial")) and not (out / "manifest.json").exists()
     prepare(str(images), out, options)
@@ -250,8 +243,9 @@ def test_two_ranks_write_what_one_writes(ranks, made, images, options, tmp_path)
 
 @pytest.mark.slow
 def test_two_ranks_of_the_command_write_what_one_writes(made, images, options, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run(*torchrun, *COMMAND, *arguments(images, tmp_path / "latents", options))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, *COMMAND, *arguments(images, tmp_path / "latents", options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert "process 1 of 2: 13 images" in done.stdout + done.stderr  # rank 0 has shards 0 and 2
     assert caches.contents(tmp_path / "latents") == caches.contents(made)
