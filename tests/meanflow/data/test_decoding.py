@@ -350,3 +350,23 @@ def test_the_manifest_says_the_rules(tmp_path):
     assert (means[0] != means[1]).any() and (means[0] == means[2]).all()
     with pytest.raises(UserError, match="alpha: got 'black', wanted 'drop' as .* was begun with"):
         prepare(str(folder.parent), tmp_path / "0", Options(**options, alpha="black"))
+
+
+def test_crop_of_the_right_size_is_the_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == pixels).all()
+
+
+def test_crop_takes_the_middle():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 21, 3), np.uint8)
+    assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == pixels[:, 2:18]).all()
+
+
+def test_crop_halves_by_boxes():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    wanted = pixels
+    for _ in range(2):  # Pillow rounds after the rows and after the columns
+        n = len(wanted) // 2
+        wanted = np.floor(wanted.reshape(2 * n, n, 2, 3).mean(2) + 0.5)
+        wanted = np.floor(wanted.reshape(n, 2, n, 3).mean(1) + 0.5)
+    assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == wanted).all()

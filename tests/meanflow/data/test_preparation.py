@@ -110,26 +110,6 @@ def test_latents_of_another_size(images, options, tmp_path):
     assert Cache(tmp_path / "wide").labels.tolist() == [0, 0, 1, 2]
 
 
-def test_crop_of_the_right_size_is_the_image():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == pixels).all()
-
-
-def test_crop_takes_the_middle():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 21, 3), np.uint8)
-    assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == pixels[:, 2:18]).all()
-
-
-def test_crop_halves_by_boxes():
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    wanted = pixels
-    for _ in range(2):  # Pillow rounds after the rows and after the columns
-        n = len(wanted) // 2
-        wanted = np.floor(wanted.reshape(2 * n, n, 2, 3).mean(2) + 0.5)
-        wanted = np.floor(wanted.reshape(n, 2, n, 3).mean(1) + 0.5)
-    assert (np.asarray(centre_crop(Image.fromarray(pixels), 16)) == wanted).all()
-
-
 def test_reference_statistics_of_the_same_crops(images, options, tmp_path):
     weights = tmp_path / "inception.safetensors"
     save_file(fid_inputs.weights({name: tuple(x.shape) for name, x in Inception().state_dict().items()}), weights)
