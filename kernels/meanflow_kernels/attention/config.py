@@ -197,6 +197,9 @@ _BWD_DKDV_FP32: Rows = (
     (32, 0, AttentionConfig(16, 32, 8, 2)),
     (48, 0, AttentionConfig(16, 16, 4, 2)),
     (64, 0, AttentionConfig(16, 32, 8, 2)),
+    (72, 0, AttentionConfig(16, 16, 4, 2)),
+    # four warps spill 20 bytes on sm_80
+    (80, 0, AttentionConfig(16, 16, 8, 2)),
     (88, 0, AttentionConfig(16, 16, 4, 2)),
     (96, 0, AttentionConfig(16, 16, 8, 2)),
     (128, 0, AttentionConfig(16, 16, 4, 2)),
