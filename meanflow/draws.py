@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     GUIDANCE_START = 10
     GUIDANCE_END = 11
     NOISE_LEVEL = 12
+    RENOISE = 13
 
 
 def philox(
@@ -60,11 +61,12 @@ class Draws:
     def __init__(self, seed: int, step: int, samples: Tensor):
         self.seed, self.step, self.samples = seed, step, samples
 
-    def _words(self, purpose: Purpose, count: int) -> Tensor:
+    def _words(self, purpose: Purpose, count: int, index: int = 0) -> Tensor:
         blocks = -(-count // 4)
         sample = self.samples[:, None].expand(-1, blocks)
         # the mask changes nothing, but keeps Inductor from multiplying an index in 32 bits
-        block = (torch.arange(blocks, device=self.samples.device) & _MASK).expand_as(sample)
+        places = torch.arange(index * blocks, (index + 1) * blocks, device=self.samples.device)
+        block = (places & _MASK).expand_as(sample)
         constant = torch.zeros_like(sample)
         counter = (block, sample, constant + self.step, constant + int(purpose))
         words = philox(counter, (self.seed & _MASK, self.seed >> 32))
@@ -75,10 +77,10 @@ class Draws:
         count = prod(shape)
         return ((self._words(purpose, count)[:, :count] >> 8) * 2.0**-24).float().reshape(-1, *shape)
 
-    def normal(self, purpose: Purpose, shape: tuple[int, ...] = ()) -> Tensor:
-        """(B, *shape) fp32, standard normal (Box & Muller, 1958)."""
+    def normal(self, purpose: Purpose, shape: tuple[int, ...] = (), index: int = 0) -> Tensor:
+        """(B, *shape) fp32, standard normal (Box & Muller, 1958); index: which of several draws of this shape."""
         count = prod(shape)
-        words = self._words(purpose, count + count % 2).float()
+        words = self._words(purpose, count + count % 2, index).float()
         radius = ((words[:, 0::2] + 0.5) * 2.0**-32).log().mul(-2).clamp(min=0).sqrt()
         angle = words[:, 1::2] * (tau * 2.0**-32)
         return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count].reshape(-1, *shape)

@@ -14,12 +14,12 @@ from tyro.conf import Positional
 from .. import cli
 from ..data.decoder import make_decoder
 from ..data.images import captioned, save_png, to_uint8
-from ..draws import Draws, Purpose
+from ..draws import Draws
 from ..errors import UserError, require
 from ..interop.formats import home, known_names, read_names
 from ..interop.weights import load_ema
 from ..method.guidance import sampling_guidance
-from ..method.sampling import check_times, even_times, sample
+from ..method.sampling import check_times, even_times, generate
 from ..world import choose_device
 
 
@@ -95,8 +95,8 @@ def main(args: list[str]) -> None:
     decode, images = make_decoder(config.data, device), []
     bar = tqdm(total=options.count, unit="img", desc=out.name, delay=1.0, dynamic_ncols=True)
     for part in torch.arange(options.count).split(options.batch):
-        noise = Draws(options.seed, 0, part.to(device)).normal(Purpose.NOISE, (net.in_channels, *[net.input_size] * 2))
-        images.append(to_uint8(decode(sample(net, noise, labels[part].to(device), times, guidance))).cpu())
+        draws, shape = Draws(options.seed, 0, part.to(device)), (net.in_channels, *[net.input_size] * 2)
+        images.append(to_uint8(decode(generate(net, draws, shape, labels[part].to(device), times, guidance))).cpu())
         bar.update(len(part))
     bar.close()
     pixels = torch.cat(images)

@@ -18,7 +18,7 @@ from ..config import DataConfig
 from ..data.dataset import Pictures, open_pictures
 from ..data.images import grid, to_uint8
 from ..draws import Draws, Purpose
-from ..method.sampling import sample
+from ..method.sampling import generate
 from ..startup import cache_folder
 from .frechet import Moments, frechet_distance
 
@@ -27,8 +27,13 @@ CLASSIFIER_EPOCHS, CLASSIFIER_BATCH = {"digits": 20, "fashion": 3}, 64
 CLASSIFIER_NOISE, CLASSIFIER_DROPOUT = {"digits": 0.2, "fashion": 0.05}, {"digits": 0.5, "fashion": 0.0}
 FLOOR_DRAWS = 20
 ROWS, CLASSES = 8, 10
-PART = 2000
-"""Images that a network or the classifier is given at a time."""
+PIXELS = 256_000
+"""Pixels that a network or the classifier is given at a time: more do not fit a CPU's caches."""
+
+
+def part_size(size: int) -> int:
+    """Images of a height and width that are computed at a time."""
+    return PIXELS // size**2
 
 
 def within_class_variance(images: Tensor, labels: Tensor) -> float:
@@ -134,7 +139,7 @@ class ClassifierJudge:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        return torch.cat([self.classifier.features(part) for part in images.split(PART)])
+        return torch.cat([self.classifier.features(part) for part in images.split(part_size(images.shape[-1]))])
 
     def _accuracy(self, features: Tensor, labels: Tensor) -> float:
         return float((self.classifier.out(features).argmax(1) == labels).double().mean())
@@ -168,11 +173,12 @@ class ClassifierJudge:
 
     def score_net(self, net: nn.Module, device: torch.device, times=(1.0, 0.0), guidance=()) -> Scores:
         """Score a network by as many samples as there are real images to compare with, of the same classes."""
-        draws = Draws(self.seed, 1, torch.arange(len(self.real), device=device))
-        labels = self.real.labels.to(device)
-        noise = draws.normal(Purpose.NOISE, self.real.shape)
-        parts = zip(noise.split(PART), labels.split(PART), strict=True)
-        return self.score(torch.cat([sample(net, z, y, times, guidance) for z, y in parts]), labels)
+        labels, shape = self.real.labels, self.real.shape
+        parts = [
+            generate(net, Draws(self.seed, 1, part), shape, labels.to(device)[part], times, guidance)
+            for part in torch.arange(len(labels), device=device).split(part_size(shape[-1]))
+        ]
+        return self.score(torch.cat(parts), labels)
 
 
 def _keep(net: nn.Module, path: Path) -> None:
@@ -203,8 +209,8 @@ def grid_of(
 ) -> Tensor:
     """Samples of a network, uint8, one column per class."""
     indices = torch.arange(ROWS * CLASSES, device=device)
-    noise = Draws(seed, 0, indices).normal(Purpose.NOISE, (net.in_channels, net.input_size, net.input_size))
-    return to_uint8(sample(net, noise, indices % CLASSES, times, guidance)).cpu()
+    shape = (net.in_channels, net.input_size, net.input_size)
+    return to_uint8(generate(net, Draws(seed, 0, indices), shape, indices % CLASSES, times, guidance)).cpu()
 
 
 def draw_grids(all_axes, images: dict[str, Tensor]) -> None:

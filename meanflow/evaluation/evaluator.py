@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.images import grid, save_png
-from ..draws import Draws, Purpose
+from ..draws import Draws
 from ..errors import UserError, require
-from ..method.sampling import even_times, sample
+from ..method.sampling import even_times, generate
 from ..storage.record import environment, write_atomically
 from ..world import World
 from .features import Extractor, exact
@@ -69,8 +69,8 @@ class Sampler:
             UserError: if they are not finite.
         """
         draws = Draws(self.seed, 0, indices.to(self.device))
-        noise, classes = draws.normal(Purpose.NOISE, self.shape), labels_of(labels, draws, self.num_classes)
-        images = self.decode(sample(self.net, noise, classes, times, self.guidance))
+        classes = labels_of(labels, draws, self.num_classes)
+        images = self.decode(generate(self.net, draws, self.shape, classes, times, self.guidance))
         finite, hint = bool(images.isfinite().all()), "did the run diverge, or is the precision too low?"
         require(finite, "samples", "values that are not finite", "finite images", hint)
         return images

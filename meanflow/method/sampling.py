@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..draws import Draws, Purpose
 from ..errors import require
 from .graph import Graph
+from .views import View
 
 
 def even_times(num_steps: int) -> tuple[float, ...]:
@@ -127,3 +129,39 @@ def sample_anew(
     for t, e in zip(others, renoise, strict=True):
         x = sampler((1 - t) * x + t * e, y, (t, 0.0))
     return x
+
+
+def generate(
+    net: nn.Module,
+    draws: Draws,
+    shape: tuple[int, ...],
+    y: Tensor,
+    times: Sequence[float] = (1.0, 0.0),
+    guidance: Sequence[Tensor | float] = (),
+) -> Tensor:
+    """Draw latents (B, *shape) for labels y (B,) as the network's objective samples, all noise by the draws.
+
+    Args:
+        net: see `meanflow.method.views.view_of`. times, guidance: as :func:`sample`.
+
+    Raises:
+        UserError: for steps of lengths that the network does not know.
+    """
+    noise = draws.normal(Purpose.NOISE, shape)
+    if not isinstance(net, View):
+        return sample(net, noise, y, times, guidance)
+    check_levels(times, net.finest_level)
+    if not net.renoises:
+        return sample(net, noise, y, times, guidance)
+    renoise = [draws.normal(Purpose.RENOISE, shape, i) for i in range(len(times) - 2)]
+    return sample_anew(Sampler(net), noise, y, times, renoise)
+
+
+def check_levels(times: Sequence[float], finest: int | None) -> None:
+    """Raise UserError unless all steps have lengths 2^-k, k from 0 to finest; None: any will do."""
+    if finest is None:
+        return
+    known = {2.0**-level for level in range(finest + 1)}
+    steps = [t - r for t, r in zip(times, times[1:], strict=False)]
+    wanted = f"steps of the lengths 1, 1/2 ... 1/{2**finest} that this network has learned"
+    require(known.issuperset(steps), "times", tuple(times), wanted, f"take 1, 2, 4 ... {2**finest} even steps")

@@ -15,11 +15,12 @@ class View(nn.Module):
     Args:
         net: u(z, r, t | y), or what a subclass makes one of.
         renoises: whether several steps go to the data each time and add new noise, instead of from z_t to z_r.
+        finest_level: it takes steps of the lengths 2^-k for k up to this level; None: of any length.
     """
 
-    def __init__(self, net: Any, renoises: bool = False):
+    def __init__(self, net: Any, renoises: bool = False, finest_level: int | None = None):
         super().__init__()
-        self.net, self.renoises = net, renoises
+        self.net, self.renoises, self.finest_level = net, renoises, finest_level
 
     @property
     def in_channels(self) -> int:
@@ -95,7 +96,9 @@ class Guided(View):
 
 
 def view_of(options: ObjectiveOptions, net: Any) -> Any:
-    """A network of an objective as sampling takes it: itself where it is an average velocity that leads on from z_r."""
+    """A network of an objective as sampling takes it: itself where it is an average velocity over any step."""
     if options.denoising is not None:
         return AsVelocity(net, options.denoising, options.renoises)
-    return View(net, renoises=True) if options.renoises else net
+    if options.renoises or options.finest_level is not None:
+        return View(net, options.renoises, options.finest_level)
+    return net

@@ -19,12 +19,12 @@ from ..config_json import from_dict, to_dict
 from ..data.dataset import Dataset, Order, open_dataset
 from ..data.decoder import make_decoder
 from ..data.images import to_uint8
-from ..draws import Draws, Purpose
+from ..draws import Draws
 from ..errors import TrainingStopped, UserError
 from ..evaluation.judge import make_judge
 from ..interop.weights import load_checkpoint
 from ..method.guidance import sampling_guidance
-from ..method.sampling import sample
+from ..method.sampling import generate
 from ..method.views import view_of
 from ..objectives.build import make_objective
 from ..owner import owned
@@ -262,9 +262,8 @@ class Trainer:
             return
         count = GRID_CLASSES * GRID_ROWS
         draws = Draws(self.config.train.seed, 0, torch.arange(count, device=self.device))
-        noise = draws.normal(Purpose.NOISE, self.dataset.shape)
         labels = torch.arange(count, device=self.device) % min(GRID_CLASSES, self.config.model.num_classes)
-        latents = sample(self._sampled(), noise, labels, guidance=self.guidance)
+        latents = generate(self._sampled(), draws, self.dataset.shape, labels, guidance=self.guidance)
         if self.world.is_main:
             names = self.dataset.classes
             captions = [names[i] if names else str(i) for i in labels.tolist()]
