@@ -29,6 +29,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     ema_decay: float = 0.9999
     """Decay of the moving average, which starts as a copy of the weights at step 0."""
+    algorithm: Literal["adamw", "radam"] = "adamw"
+    """Adam, or RAdam (arXiv 1908.03265), which needs no warm-up; both with decoupled weight decay."""
     implementation: Literal["native", "torch", "apex"] = "native"
     """The step in one pass over memory with the average (csrc), torch's fused AdamW, or NVIDIA apex's FusedAdam."""
 
@@ -42,6 +44,8 @@ class OptimConfig:
             value = getattr(self, name)
             require(value >= 0, f"optim.{name}", value, "zero or more", "change it")
         require(self.eps > 0, "optim.eps", self.eps, "a positive number", "change it")
+        only = self.algorithm == "adamw" or self.implementation == "torch"
+        require(only, "optim.implementation", self.implementation, "torch", f"no other has {self.algorithm}")
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,17 @@ class RunConfig:
     def __post_init__(self):
         known, wanted = len(self.data.latent_mean), f"a number for each of {self.model.in_channels} channels, or none"
         require(known in (0, self.model.in_channels), "data.latent_mean", self.data.latent_mean, wanted, "give both")
-        learned, fits = self.model.log_variance, self.model.log_variance == self.objective.log_variance
-        require(fits, "model.log_variance", learned, f"{not learned} with this objective", "change one of them")
+        model, objective, hint = self.model, self.objective, "change one of them"
+        learned, fits = model.log_variance, model.log_variance == objective.log_variance
+        require(fits, "model.log_variance", learned, f"{not learned} with this objective", hint)
+        embedded, fitting = model.time_embedding, objective.time_embeddings
+        wanted = f"one of {' '.join(fitting)} with this objective"
+        require(embedded in fitting, "model.time_embedding", embedded, wanted, hint)
+        told, embedded = objective.guidance_input, model.guidance_input
+        # improved MeanFlow's own network embeds all, whatever it is told
+        fits = told == embedded or (model.network == "imf" and embedded == "interval")
+        wanted = "what model.guidance_input embeds"
+        require(fits, "objective.guidance_input", told, wanted, f"{hint}, the network's is {embedded}")
+        heads, wanted = model.head_depth, "1 or more with objective.direction v_head, else 0"
+        require(objective.v_head == (heads > 0), "model.head_depth", heads, wanted, hint)
         self.objective.check(self)

@@ -33,8 +33,12 @@ class ObjectiveOptions:
 
     kind: ClassVar[str] = ""
     """Its name in config.json; MeanFlow's is "", which is not written."""
+    time_embeddings: ClassVar[tuple[str, ...]] = ("t,h", "t,r", "t,r,h", "h", "t")
+    """What the network may be told of its times (model.time_embedding); a level is that of a step h > 0."""
     guidance_input: ClassVar[str] = "none"
     """What the network is told of its guidance."""
+    v_head: ClassVar[bool] = False
+    """Whether the network has a head for v."""
     log_variance: ClassVar[bool] = False
     """Whether the network learns the log-variance of its error."""
     renoises: ClassVar[bool] = False
@@ -45,11 +49,18 @@ class ObjectiveOptions:
         KINDS[kind], cls.kind = cls, kind
 
     def check(self, run: Any) -> None:
-        """Raise UserError where the options do not fit the rest of a run's configuration."""
+        """Raise UserError where the options do not fit the rest of a run's configuration; `RunConfig` compares what
+        stands above with the network.
+        """
 
     @property
     def denoising(self) -> Denoising | None:
         """How a network of this objective denoises; None for an average velocity u(z, r, t, y)."""
+        return None
+
+    @property
+    def finest_level(self) -> int | None:
+        """Sampling steps are of the lengths 2^-k for k up to this level; None: of any length."""
         return None
 
 

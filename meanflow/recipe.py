@@ -221,15 +221,7 @@ class ObjectiveConfig(ObjectiveOptions):
         require(self.omega_max > 1, "objective.omega_max", self.omega_max, "a number above 1", "official is 8")
 
     def check(self, run: Any) -> None:
-        """Raise UserError where the options do not fit the network or the batch of a run's configuration."""
-        direction, told, heads = self.direction, self.guidance_input, run.model.head_depth
-        embedded, wanted = run.model.guidance_input, "what model.guidance_input embeds"
-        # improved MeanFlow's own network embeds all, whatever it is told
-        fits = told == embedded or (run.model.network == "imf" and embedded == "interval")
-        hint = f"change one of them, the network's is {embedded}"
-        require(fits, "objective.guidance_input", told, wanted, hint)
-        wanted = f"1 or more with objective.direction v_head, else 0, not with {direction}"
-        require((direction == "v_head") == (heads > 0), "model.head_depth", heads, wanted, "change one of them")
+        """Raise UserError where the options do not fit the batch of a run's configuration."""
         groups = run.train.groups or 1
         if self.equal_placement == "first" and run.train.batch % groups == 0:
             batch, share = run.train.batch // groups, self.share_equal
@@ -238,6 +230,11 @@ class ObjectiveConfig(ObjectiveOptions):
             nearest = groups * next(b for b in itertools.count(batch) if _divides(b, share))
             hint = f"take {nearest} samples, or objective.equal_placement bernoulli"
             require(_divides(batch, share), "train.batch", run.train.batch, wanted, hint)
+
+    @property
+    def v_head(self) -> bool:
+        """See the base."""
+        return self.direction == "v_head"
 
     @property
     def guided(self) -> bool:

@@ -29,7 +29,7 @@ def bootstrap_levels(config: ShortcutConfig, count: int) -> tuple[Tensor, int]:
 
     Each level gets as many samples; what is left over, which may be all, gets level 0.
     """
-    levels, finest = torch.zeros(count, dtype=torch.long), config.finest
+    levels, finest = torch.zeros(count, dtype=torch.long), config.finest_level
     each = (count // 2 if config.level_bias else count) // finest
     dealt = torch.arange(finest - 1, 1 if config.level_bias else -1, -1).repeat_interleave(each)
     if config.level_bias:
@@ -118,7 +118,7 @@ class Shortcut(Objective):
     def draw(self, draws: Draws) -> Drawn:
         """Draw times on the levels' grids, and dropped labels."""
         sample, count = torch.arange(len(draws.samples)), len(self._levels)
-        levels = torch.full_like(sample, self.config.finest)
+        levels = torch.full_like(sample, self.config.finest_level)
         levels[:count] = self._levels
         index = (draws.uniform(Purpose.TIME_A).double() * 2.0**levels).long()
         drop = (draws.uniform(Purpose.LABEL_DROP) < self.config.dropped) & (sample >= count)

@@ -13,6 +13,7 @@ class IctConfig(ObjectiveOptions, kind="ict"):
     """Options of consistency training. Defaults are iCT's."""
 
     renoises: ClassVar[bool] = True
+    time_embeddings: ClassVar[tuple[str, ...]] = ("t",)
 
     sigma_data: float = 0.5
     """Standard deviation of the data as it is trained on."""
@@ -75,6 +76,7 @@ class ScmConfig(ObjectiveOptions, kind="scm"):
     """Options of sCM. Defaults are FastGen's, which are the paper's for CIFAR-10 but for the loss's scale."""
 
     renoises: ClassVar[bool] = True
+    time_embeddings: ClassVar[tuple[str, ...]] = ("t",)
 
     sigma_data: float = 0.5
     """Standard deviation of the data as it is trained on."""

@@ -3,10 +3,13 @@ models (arXiv 2410.12557)."""
 
 from dataclasses import dataclass
 from math import log2
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import require, require_finite
 from ..objective_options import ObjectiveOptions
+
+TWO_TIMES = ("t,h", "t,r", "t,r,h", "h")
+"""What tells a network of both its times."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class SoFlowConfig(ObjectiveOptions, kind="soflow"):
     """SoFlow's training target. Defaults are the official code's; each of its peculiarities is an option."""
 
     renoises: ClassVar[bool] = True
+    time_embeddings: ClassVar[tuple[str, ...]] = TWO_TIMES
 
     velocity_share: float = 0.75
     """Share of samples that learn the velocity, the first int(batch share) of a device's batch."""
@@ -87,6 +91,8 @@ class SoFlowConfig(ObjectiveOptions, kind="soflow"):
 class ShortcutConfig(ObjectiveOptions, kind="shortcut"):
     """Shortcut models' training target. Defaults are the official code's; each of its peculiarities is an option."""
 
+    time_embeddings: ClassVar[tuple[str, ...]] = ("tau,level", *TWO_TIMES)
+
     timesteps: int = 128
     """Steps of the finest level, a power of two; their times are on its grid."""
     bootstrap_every: int = 8
@@ -123,8 +129,14 @@ class ShortcutConfig(ObjectiveOptions, kind="shortcut"):
         require(0 <= eps < 1, "objective.path_eps", eps, "a number in [0, 1)", "officially 1e-5")
         require(self.clip > 0, "objective.clip", self.clip, "a positive number", "officially 4")
 
+    def check(self, run: Any) -> None:
+        """See the base."""
+        batch, groups = run.train.batch, run.train.groups or 1
+        wanted, hint = f"one bootstrap sample or more in each of {groups} groups", "take more samples, or fewer groups"
+        require(batch // groups >= self.bootstrap_every, "train.batch", batch, wanted, hint)
+
     @property
-    def finest(self) -> int:
+    def finest_level(self) -> int:
         """Level of the velocity."""
         return int(log2(self.timesteps))
 

@@ -28,7 +28,7 @@ def make_optimizer(
     products: bool = False,
     captured: bool = False,
 ) -> torch.optim.Optimizer:
-    """Make Adam with decoupled weight decay, as the official code does; its step() updates the moving average too.
+    """Make Adam, or RAdam, with decoupled weight decay; its step() updates the moving average too.
 
     Args:
         config: says which implementation; all compute the same.
@@ -73,7 +73,9 @@ def optimizer_of(
     if config.implementation == "native":
         emas = {config.ema_decay: averages} if averages else None
         return AdamWEMA(params, **options, emas=emas, copies=copies)
-    if config.implementation == "apex":
+    if config.algorithm == "radam":
+        optimizer = torch.optim.RAdam(params, **options, decoupled_weight_decay=True, capturable=captured)
+    elif config.implementation == "apex":
         optimizer = _apex(params, options, captured)
     else:
         optimizer = torch.optim.AdamW(params, **options, fused=True, capturable=captured)
@@ -189,4 +191,4 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors
 
 def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
     # apex counts the steps of a group's parameters together
-    return isinstance(optimizer, torch.optim.AdamW)
+    return isinstance(optimizer, (torch.optim.AdamW, torch.optim.RAdam))

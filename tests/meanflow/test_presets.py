@@ -185,9 +185,46 @@ def test_a_run_of_the_first_improved_networks_loads():
     assert from_dict(values).model == config.model
 
 
+# the other objectives': network, what it is told, steps, batch, rate, betas, weight decay, average, FID in one step
+FAMILY = {
+    "imagenet-shortcut-b2": ("B/2", "tau,level", 800_000, 256, 1e-4, (0.9, 0.999), 0.1, 0.999, 40.3),
+    "imagenet-shortcut-xl2": ("XL/2", "tau,level", 800_000, 256, 1e-4, (0.9, 0.999), 0.1, 0.999, 10.6),
+    "imagenet-soflow-b4": ("B/4", "t,h", 400_320, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 11.59),
+    "imagenet-soflow-b4-unguided": ("B/4", "t,h", 400_320, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 58.56),
+    "imagenet-soflow-b2": ("B/2", "t,h", 1_200_960, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 4.85),
+    "imagenet-soflow-m2": ("M/2", "t,h", 1_200_960, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 3.73),
+    "imagenet-soflow-l2": ("L/2", "t,h", 1_200_960, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 3.20),
+    "imagenet-soflow-xl2": ("XL/2", "t,h", 1_200_960, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 2.96),
+    "imagenet-ict-xl2": ("XL/2", "t", 800_000, 4096, 1e-4, (0.9, 0.999), 0.0, 0.99993, 34.24),
+}
+OF_PICTURES = {f"{data}-{name}" for data in ("digits", "fashion") for name in ("soflow", "shortcut", "ict", "scm")}
+
+
+@pytest.mark.parametrize("name, row", FAMILY.items(), ids=FAMILY)
+def test_recipes_of_the_other_objectives_are_their_papers(name, row):
+    size, told, steps, batch, lr, betas, decay, average, fid = row
+    config, o = preset(name), preset(name).optim
+    scale = 1000.0 if "ict" in name else 1.0
+    assert config.model == ModelConfig.official(size, time_embedding=told, time_scale=scale)
+    assert (config.train.steps, config.train.batch) == (steps, batch) and PRESETS[name].fid == fid
+    assert (o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay) == (lr, betas, decay, average)
+    assert o.algorithm == ("radam" if "ict" in name else "adamw") and o.warmup_steps == 0
+    assert "shortcut" not in name or (config.train.groups, config.data.flip) == (1, True)
+    assert config.objective == type(config.objective)(**({"omega": 1.0} if "unguided" in name else {}))
+
+
+def test_small_runs_of_all_objectives_differ_in_the_objective_alone():
+    for name in OF_PICTURES:
+        config, base = preset(name), preset(name.partition("-")[0])
+        told = {key: getattr(base.model, key) for key in ("time_embedding", "log_variance")}
+        groups = replace(config.train, groups=base.train.groups)
+        like = replace(config, objective=base.objective, model=replace(config.model, **told), train=groups)
+        assert like == base, name
+
+
 def test_every_preset_is_compared():
-    mine = {"digits", "digits-flow-matching", "digits-imf", "digits-imf-adaln", "fashion", "fashion-flow-matching"}
-    assert set(PRESETS) - mine == {*TABLE_4, *TABLES_1_AND_5, *IMPROVED, *LADDER, "ladder-modern"}
+    mine = {"digits", "digits-flow-matching", "digits-imf", "digits-imf-adaln", "fashion", "fashion-flow-matching"} | OF_PICTURES
+    assert set(PRESETS) - mine == {*TABLE_4, *TABLES_1_AND_5, *IMPROVED, *LADDER, "ladder-modern", *FAMILY}
     assert {name: PRESETS[f"imagenet-{name}"].fid for name in FIDS} == FIDS
 
 

@@ -54,7 +54,7 @@ def given(prefix: str, case: dict, dtype: torch.dtype) -> tuple:
 
     e = both(*(oracle.tensor(d[key], dtype) for key in ("e_boot", "e_flow")))
     levels, guided = bootstrap_levels(config, count)
-    levels = both(levels, torch.full((size,), config.finest))
+    levels = both(levels, torch.full((size,), config.finest_level))
     index = both(*(oracle.tensor(d[key]) for key in ("t_int_boot", "t_int_flow")))
     row = torch.arange(size)
     drop = both(torch.zeros(count, dtype=torch.bool), oracle.tensor(d["drop_u"]) < config.dropped)
