@@ -1,79 +1,19 @@
 """MeanFlow's recipes and ablations (arXiv 2505.13447, Tables 1, 4 and 5), improved MeanFlow's, digits and fashion."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from .config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
 from .errors import nearest, require
 from .recipe import IMF_HEAD_DEPTH, IMF_OPTIONS
-
-IMAGENET_TRAIN_IMAGES = 1_281_167
-BATCH = 256
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A recipe and what the paper reports for it."""
-
-    config: Callable[[], RunConfig]
-    summary: str
-    fid: float | None = None
-    """FID of 50,000 one-step samples, ImageNet 256x256."""
-    fid_unguided: float | None = None
-    """The same of a network that is told not to guide, where it is published too."""
+from .recipes.base import LATENTS, Preset, digits, epochs, fashion, on_imagenet
+from .recipes.family import FAMILY
 
 
-def _imagenet(model: str, epochs: int, *, time_embedding: str = "t,h", **objective) -> RunConfig:
+def _imagenet(model: str, count: int, *, time_embedding: str = "t,h", **objective) -> RunConfig:
     network = ModelConfig.official(model, time_embedding=time_embedding)
-    return _on_imagenet(network, ObjectiveConfig(**objective), epochs, BATCH)
-
-
-def _on_imagenet(
-    model: ModelConfig,
-    objective: ObjectiveConfig,
-    epochs: int,
-    batch: int,
-    warmup_epochs: int = 0,
-    data: DataConfig = DataConfig(name="latents"),
-) -> RunConfig:
-    epoch = IMAGENET_TRAIN_IMAGES // batch
-    return RunConfig(
-        model=model,
-        objective=objective,
-        optim=OptimConfig(warmup_steps=warmup_epochs * epoch, warmup_from_zero=warmup_epochs > 0),
-        data=data,
-        train=TrainConfig(
-            steps=epochs * epoch,
-            batch=batch,
-            # the official program leaves fp32 products to the accelerator's default, one bf16 pass
-            matmul="medium",
-            compile=True,
-        ),
-    )
-
-
-def _digits() -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            depth=4, hidden_size=96, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=10
-        ),
-        objective=ObjectiveConfig(share_equal=0.5, label_drop=0.0),
-        optim=OptimConfig(lr=4e-3, warmup_steps=100, ema_decay=0.99),
-        data=DataConfig(name="digits"),
-        train=TrainConfig(steps=1800, batch=64, log_every=25, sample_every=300, save_every=300),
-    )
-
-
-def _fashion() -> RunConfig:
-    config = _digits()
-    return replace(
-        config,
-        model=replace(config.model, patch_size=4, input_size=32),
-        data=DataConfig(name="fashion"),
-        train=replace(config.train, steps=2400),
-    )
+    return on_imagenet(network, ObjectiveConfig(**objective), epochs(count))
 
 
 FLOW_MATCHING: dict[str, Any] = {"share_equal": 1.0}
@@ -88,18 +28,10 @@ IMPROVED = ObjectiveConfig(share_equal=0.5, guidance_input="interval", direction
 """The objective of improved MeanFlow (arXiv 2512.02012)."""
 
 
-LATENTS = DataConfig(
-    name="latents",
-    scale=1.0,
-    latent_mean=(0.86488, -0.27787343, 0.21616915, 0.3738409),
-    latent_std=(4.85503674, 5.31922414, 3.93725398, 3.9870003),
-)
-"""Its latents have statistics instead of a scale."""
-
-
-def _improved(size: str, epochs: int) -> RunConfig:
-    model = ModelConfig.official(f"imf-{size}/2")
-    return _on_imagenet(model, IMPROVED, epochs, batch=1024, warmup_epochs=10, data=LATENTS)
+def _improved(size: str, count: int) -> RunConfig:
+    model, batch = ModelConfig.official(f"imf-{size}/2"), 1024
+    optim = OptimConfig(warmup_steps=epochs(10, batch), warmup_from_zero=True)
+    return on_imagenet(model, IMPROVED, epochs(count, batch), batch, optim, LATENTS)
 
 
 def _improved_recipes() -> dict[str, Preset]:
@@ -135,7 +67,7 @@ RUNGS: dict[str, tuple[dict, dict, str, float | None, float]] = {
 
 
 def _rung(model: dict, objective: dict) -> RunConfig:
-    return _on_imagenet(ModelConfig.official("B/2", **model), ObjectiveConfig(**objective), 240, BATCH)
+    return on_imagenet(ModelConfig.official("B/2", **model), ObjectiveConfig(**objective), epochs(240))
 
 
 def _ladder() -> dict[str, Preset]:
@@ -158,7 +90,7 @@ def _ladder() -> dict[str, Preset]:
 
 
 def _digits_improved(conditioning: str) -> RunConfig:
-    config = _digits()
+    config = digits()
     # as tokens, the conditions are 20 before 16 of patches: at this width a forward costs what the DiT's does
     width = {"in_context": 64, "adaln": 96}[conditioning]
     options = IMF_OPTIONS | {"conditioning": conditioning, "hidden_size": width, "head_depth": 1}
@@ -180,14 +112,14 @@ def _recipes() -> dict[str, Preset]:
     }
     return {
         f"imagenet-{name}": Preset(
-            lambda model=model, epochs=epochs, omega=omega, kappa=kappa, interval=interval: _imagenet(
-                model, epochs, omega=omega, kappa=kappa, guidance_start=interval[0], guidance_end=interval[1]
+            lambda model=model, count=count, omega=omega, kappa=kappa, interval=interval: _imagenet(
+                model, count, omega=omega, kappa=kappa, guidance_start=interval[0], guidance_end=interval[1]
             ),
-            f"Table 4, {model}, {epochs} epochs, omega {omega:g}, kappa {kappa:g}, "
+            f"Table 4, {model}, {count} epochs, omega {omega:g}, kappa {kappa:g}, "
             f"t in [{interval[0]:g}, {interval[1]:g}]",
             fid,
         )
-        for name, (model, epochs, omega, kappa, interval, fid) in columns.items()
+        for name, (model, count, omega, kappa, interval, fid) in columns.items()
     }
 
 
@@ -255,20 +187,21 @@ def _ablations() -> dict[str, Preset]:
 
 
 PRESETS: dict[str, Preset] = {
-    "digits": Preset(_digits, "scikit-learn's handwritten digits, minutes on a CPU"),
-    "digits-flow-matching": Preset(lambda: _flow_matching(_digits()), "the same with r = t always"),
+    "digits": Preset(digits, "scikit-learn's handwritten digits, minutes on a CPU"),
+    "digits-flow-matching": Preset(lambda: _flow_matching(digits()), "the same with r = t always"),
     "digits-imf": Preset(
         lambda: _digits_improved("in_context"), "digits by improved MeanFlow, told its guidance when it samples"
     ),
     "digits-imf-adaln": Preset(
         lambda: _digits_improved("adaln"), "the same with conditions that modulate, not tokens: better at this size"
     ),
-    "fashion": Preset(_fashion, "Fashion-MNIST, 60,000 images of 28x28"),
-    "fashion-flow-matching": Preset(lambda: _flow_matching(_fashion()), "the same with r = t always"),
+    "fashion": Preset(fashion, "Fashion-MNIST, 60,000 images of 28x28"),
+    "fashion-flow-matching": Preset(lambda: _flow_matching(fashion()), "the same with r = t always"),
     **_recipes(),
     **_improved_recipes(),
     **_ladder(),
     **_ablations(),
+    **FAMILY,
 }
 
 

@@ -1,0 +1,107 @@
+"""Presets of the objectives beside MeanFlow: ImageNet's by their papers, those of digits and fashion by MeanFlow's.
+
+ImageNet's are recipes for MeanFlow's DiT, which differs from their networks in details.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from ..config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from ..objective_options import ObjectiveOptions
+from .base import LATENTS, Preset, digits, epochs, fashion, on_imagenet
+from .consistency import IctConfig, ScmConfig
+from .flow import ShortcutConfig, SoFlowConfig
+
+# --- ImageNet 256x256 ---
+
+
+def _shortcut(size: str) -> RunConfig:
+    """Shortcut models' official recipe; its levels are dealt over a whole batch."""
+    model = ModelConfig.official(size, time_embedding="tau,level")
+    optim = OptimConfig(lr=1e-4, beta2=0.999, weight_decay=0.1, ema_decay=0.999)
+    data = DataConfig(name="latents", flip=True)
+    run = on_imagenet(model, ShortcutConfig(), 800_000, optim=optim, data=data)
+    return replace(run, train=replace(run.train, groups=1, precision="bf16"))
+
+
+def _soflow(size: str, count: int, **objective) -> RunConfig:
+    """SoFlow's official recipe, of which B/4's alone has a published scale of guidance."""
+    optim = OptimConfig(lr=1e-4, beta2=0.99, ema_decay=0.9999)
+    run = on_imagenet(ModelConfig.official(size), SoFlowConfig(**objective), epochs(count), optim=optim)
+    return replace(run, train=replace(run.train, matmul="high"))
+
+
+def _ict() -> RunConfig:
+    """iCT's recipe for ImageNet 64x64, on latents of the standard deviation that it takes data to have."""
+    model = ModelConfig.official("XL/2", time_embedding="t", time_scale=1000.0)
+    optim = OptimConfig(lr=1e-4, beta2=0.999, ema_decay=0.99993, algorithm="radam", implementation="torch")
+    data = replace(LATENTS, scale=0.5, vae="stabilityai/sd-vae-ft-ema")
+    return on_imagenet(model, IctConfig(), 800_000, 4096, optim, data)
+
+
+def _on_imagenet() -> dict[str, Preset]:
+    shortcut = {"B/2": 40.3, "XL/2": 10.6}
+    soflow = {"B/2": 4.85, "M/2": 3.73, "L/2": 3.20, "XL/2": 2.96}
+    presets = {
+        f"shortcut-{_short(size)}": Preset(partial(_shortcut, size), f"shortcut model, {size}, 800,000 steps", fid)
+        for size, fid in shortcut.items()
+    }
+    presets |= {
+        "soflow-b4": Preset(partial(_soflow, "B/4", 80), "SoFlow, B/4, 80 epochs, omega 3", 11.59),
+        "soflow-b4-unguided": Preset(partial(_soflow, "B/4", 80, omega=1.0), "the same without guidance", 58.56),
+    }
+    presets |= {
+        f"soflow-{_short(size)}": Preset(
+            partial(_soflow, size, 240),
+            f"SoFlow, {size}, 240 epochs, omega of B/4, for theirs is unknown",
+            fid,
+        )
+        for size, fid in soflow.items()
+    }
+    words = "iCT, XL/2, as its paper trains ImageNet 64x64; FID of IMM's paper, whose run is not published"
+    presets["ict-xl2"] = Preset(_ict, words, 34.24)
+    return {f"imagenet-{name}": each for name, each in presets.items()}
+
+
+def _short(size: str) -> str:
+    return size.lower().replace("/", "")
+
+
+# --- digits and fashion, by MeanFlow's network and optimizer ---
+
+
+def _on_pictures(
+    base: Callable[[], RunConfig], objective: ObjectiveOptions, train: dict | None = None, **model
+) -> RunConfig:
+    run = base()
+    return replace(
+        run, objective=objective, model=replace(run.model, **model), train=replace(run.train, **(train or {}))
+    )
+
+
+def _of_pictures(base: Callable[[], RunConfig], data: str, sigma_data: float) -> dict[str, Preset]:
+    """The four on one data set. sigma_data: standard deviation of its pixels."""
+    runs = {
+        # as MeanFlow's on these data, without guidance
+        "soflow": partial(_on_pictures, base, SoFlowConfig(omega=1.0)),
+        "shortcut": partial(
+            _on_pictures,
+            base,
+            ShortcutConfig(guide=False, label_drop=0.0),
+            {"groups": 1},
+            time_embedding="tau,level",
+        ),
+        "ict": partial(_on_pictures, base, IctConfig(sigma_data=sigma_data), time_embedding="t"),
+        "scm": partial(_on_pictures, base, ScmConfig(sigma_data=sigma_data), time_embedding="t", log_variance=True),
+    }
+    words = {"soflow": "SoFlow", "shortcut": "shortcut models", "ict": "iCT", "scm": "sCM"}
+    return {f"{data}-{name}": Preset(run, f"{data} by {words[name]}") for name, run in runs.items()}
+
+
+FAMILY: dict[str, Preset] = {
+    **_of_pictures(digits, "digits", 0.75),
+    **_of_pictures(fashion, "fashion", 0.7),
+    **_on_imagenet(),
+}
+"""By name."""
