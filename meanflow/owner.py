@@ -21,8 +21,10 @@ BEAT, STALE = 30.0, 150.0
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Keep other commands from writing to the folder within a with block; the folder is made if need be.
+
+    patience: seconds to wait for another that has it.
 
     The lock is the kernel's (flock), which ends with its process, however that ends. The lock file names its owner, for
     the other's message. On a file system without locks the file alone counts: an owner that no longer runs on this
@@ -34,7 +36,7 @@ def owned(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _acquire(folder)
+        file = _acquire(folder, patience)
     except OSError as error:
         _remove_empty(made)
         raise UserError(
@@ -82,8 +84,8 @@ class _File:
         os.close(self.descriptor)
 
 
-def _acquire(folder: Path) -> _File:
-    path, end = folder / LOCK, time.monotonic() + PATIENCE
+def _acquire(folder: Path, patience: float) -> _File:
+    path, end = folder / LOCK, time.monotonic() + patience
     while True:
         try:
             file = _File(path)

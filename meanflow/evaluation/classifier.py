@@ -1,9 +1,11 @@
 """Scores of small pictures, by a small classifier: Fréchet distance, accuracy, within-class variance; and grids."""
 
 import hashlib
+import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from ..config import DataConfig
 from ..data.dataset import Pictures, open_pictures
 from ..data.images import grid, to_uint8
 from ..draws import Draws, Purpose
+from ..errors import UserError
 from ..method.sampling import generate
+from ..owner import owned
 from ..startup import cache_folder
 from .frechet import Moments, frechet_distance
 
@@ -113,11 +117,12 @@ class ClassifierJudge:
             torch.manual_seed(self.seed)
             net = Classifier(learned.shape[-1], learned.num_classes, dropout)
             kept = self._kept(f"{name} {epochs} {noise}", learned)
-            try:
-                net.load_state_dict(load_file(kept))
-            except (OSError, SafetensorError):  # none yet, or half of one
-                self._train(net, learned, epochs, noise)
-                _keep(net, kept)
+            if not _load(net, kept):
+                with _alone(kept.parent):
+                    # another process may have trained it in the meantime
+                    if not _load(net, kept):
+                        self._train(net, learned, epochs, noise)
+                        _keep(net, kept)
         return net.eval().requires_grad_(False)
 
     def _kept(self, recipe: str, learned: Pictures) -> Path:
@@ -179,6 +184,24 @@ class ClassifierJudge:
             for part in torch.arange(len(labels), device=device).split(part_size(shape[-1]))
         ]
         return self.score(torch.cat(parts), labels)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block; where there is no folder to write to, all are at once."""
+    with ExitStack() as stack:
+        with suppress(UserError):
+            stack.enter_context(owned(folder, patience=math.inf))
+        yield
+
+
+def _load(net: nn.Module, path: Path) -> bool:
+    """Load weights; false where there are none yet, or half of them."""
+    try:
+        net.load_state_dict(load_file(path))
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def _keep(net: nn.Module, path: Path) -> None:

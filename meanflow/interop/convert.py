@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config_json import from_dict, to_dict
 from ..errors import UserError, require
 from ..model.build import check_whole
+from ..objective_options import KINDS, ObjectiveOptions
 from ..presets import IMPROVED, preset
 from ..recipe import GuidanceInput, ModelConfig
 from ..storage.checkpoint import save_weights
@@ -190,12 +191,24 @@ def save_start(weights: Weights, out: Path) -> None:
     save_weights(out, weights.tensors, run_config(weights), weights.step)
 
 
+def _options_of(weights: Weights) -> type[ObjectiveOptions]:
+    """The class of the options of their objective; MeanFlow's where nothing else is known."""
+    return KINDS[weights.config.get("objective", {}).get("kind", "")]
+
+
+def _require_meanflow(weights: Weights) -> None:
+    kind = _options_of(weights).kind
+    hint = "take weights, which are trained on, sampled and evaluated here"
+    require(kind == "", "objective", kind, "MeanFlow's for this format", hint)
+
+
 def save_official(weights: Weights, out: Path) -> None:
     """Write a checkpoint (msgpack) of the official code, whose params and ema_params are these weights.
 
     Raises:
-        UserError: for networks that the official code does not have.
+        UserError: for networks and objectives that the official code does not have.
     """
+    _require_meanflow(weights)
     if weights.model.network == "imf":
         arrays = imf_weights.to_official(_with_both_heads(weights), weights.model.mlp_hidden)
     else:
@@ -209,8 +222,9 @@ def save_zhuyu(weights: Weights, out: Path) -> None:
     """Write a .pt file of zhuyu-cs's code, whose model and ema are these weights.
 
     Raises:
-        UserError: for networks that it does not have, or where it cannot be written.
+        UserError: for networks and objectives that it does not have, or where it cannot be written.
     """
+    _require_meanflow(weights)
     require_plain_dit(weights.model)
     state = to_zhuyu(weights.tensors, weights.model)
     _save_torch({"model": state, "ema": state, "steps": weights.step}, out)
@@ -220,8 +234,9 @@ def save_imf(weights: Weights, out: Path) -> None:
     """Write a .pth file of improved MeanFlow's official PyTorch code, which samples: without the blocks of v's head.
 
     Raises:
-        UserError: for networks that it does not have, or where it cannot be written.
+        UserError: for networks and objectives that it does not have, or where it cannot be written.
     """
+    _require_meanflow(weights)
     state = imf_weights.to_official_torch(_with_both_heads(weights), weights.model.mlp_hidden)
     _save_torch({name: x for name, x in state.items() if ".v_heads." not in name}, out)
 
@@ -253,8 +268,12 @@ def make_pipeline(
         scores: what was measured, for the model card.
 
     Raises:
-        UserError: where the autoencoder cannot be loaded or has other latents.
+        UserError: where the autoencoder cannot be loaded or has other latents, and for objectives whose networks the
+            pipeline's scheduler cannot sample.
     """
+    options, wanted = _options_of(weights), "one whose steps lead from z_t to z_r, as the scheduler's do"
+    hint = "scripts/sample.py and evaluate.py sample it, export.py has its weights"
+    require(not options.renoises, "objective", options.kind, wanted, hint)
     from ..data.vae import load_vae
     from .pipeline import MeanFlowPipeline
     from .scheduler import MeanFlowScheduler
