@@ -1,14 +1,18 @@
 """Compare objectives trained at equal FLOPs: table and picture beside the figures published for ImageNet.
 
-python scripts/compare.py --data digits                          MeanFlow, improved MeanFlow, flow matching
+python scripts/compare.py --data digits                                all of them, three seeds
 
-python scripts/compare.py --entries meanflow imf --steps 600     two of them, at equal steps
+python scripts/compare.py --objectives meanflow soflow --steps 600     two of them, at equal steps
 
-Each is trained by its preset, once a seed, and judged in 1, 2 and 4 steps. Where a network is told its guidance, the
-best of a few is found on the first seed's, after training. Repeating an interrupted command continues it.
+python scripts/compare.py --data fashion                               Fashion-MNIST, one seed
+
+Each is trained by its preset, once a seed, and judged in 1, 2 and 4 steps by its own sampler. Where a network is told
+its guidance, the best of a few is found on the first seed's, after training. Repeating an interrupted command continues
+it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch
 from torch import nn
 
 from .. import cli
-from ..config import OptimConfig, RunConfig
+from ..config import ObjectiveConfig, OptimConfig, RunConfig
 from ..errors import require
 from ..evaluation import search
 from ..evaluation.classifier import ClassifierJudge, draw_grids, grid_of, real_grid, spread
@@ -34,8 +38,9 @@ from ..training.runlog import cost_of
 from ..training.trainer import train_all
 from ..world import World
 
-SEEDS = (0, 1, 2)
 STEPS_OF_SAMPLES = (1, 2, 4)
+COLUMNS = 4
+"""Grids of samples beside each other."""
 OMEGAS, INTERVALS = (1.0, 1.25, 1.5, 2.0), ("0-1",)
 """The guidance that is tried on a network that is told it: digits want little."""
 
@@ -45,38 +50,55 @@ class Entry:
     """An objective in the comparison."""
 
     preset: str
+    """What stands behind the data's name."""
     label: str
-    published: float
+    published: float | None
     """FID of one-step samples on ImageNet 256x256."""
     whose: str
     """The network of that figure, and whose run it is."""
 
 
-ENTRIES: dict[str, dict[str, Entry]] = {
-    "digits": {
-        "meanflow": Entry("digits", "MeanFlow", 6.17, "B/2, 240 epochs, MeanFlow's paper"),
-        "imf": Entry("digits-imf-adaln", "improved MeanFlow", 3.82, "B/2, 240 epochs, iMF's paper"),
-        "imf-tokens": Entry(
-            "digits-imf", "improved MeanFlow, conditions as tokens", 3.82, "B/2, 240 epochs, iMF's paper"
-        ),
-        "flow-matching": Entry("digits-flow-matching", "flow matching", 328.91, "B/4, 80 epochs, MeanFlow's paper"),
-    }
+ENTRIES = {
+    "meanflow": Entry("", "MeanFlow", 6.17, "B/2, 240 epochs, MeanFlow's paper"),
+    "imf": Entry("-imf-adaln", "improved MeanFlow", 3.82, "B/2, 240 epochs, iMF's paper"),
+    "imf-tokens": Entry("-imf", "improved MeanFlow, conditions as tokens", 3.82, "B/2, 240 epochs, iMF's paper"),
+    "flow-matching": Entry("-flow-matching", "flow matching", 328.91, "B/4, 80 epochs, MeanFlow's paper"),
+    "soflow": Entry("-soflow", "SoFlow", 4.85, "B/2, 240 epochs, SoFlow's paper"),
+    "shortcut": Entry("-shortcut", "shortcut models", 40.3, "B/2, 800,000 steps, their paper"),
+    "ict": Entry("-ict", "iCT", 34.24, "XL/2, IMM's paper"),
+    "scm": Entry("-scm", "sCM", None, "none published"),
 }
-"""By the data, then by name."""
+"""By name."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on."""
+
+    real: str
+    """The real pictures, in words."""
+    seeds: tuple[int, ...]
+    """Of each training, unless others are asked for."""
+
+
+DATA = {"digits": Data("real digits", (0, 1, 2)), "fashion": Data("real Fashion-MNIST", (0,))}
+"""By the name of MeanFlow's preset."""
 
 
 @dataclass(frozen=True)
 class Options:
-    data: Literal["digits"] = "digits"
+    data: Literal["digits", "fashion"] = "digits"
     """What to train on."""
-    entries: tuple[str, ...] = tuple(ENTRIES["digits"])
-    """Which to compare: meanflow, imf, imf-tokens, flow-matching."""
+    path: str = ""
+    """Folder of Fashion-MNIST, as train.py's --data.path."""
+    objectives: tuple[str, ...] = tuple(ENTRIES)
+    """Which to compare: meanflow, imf, imf-tokens, flow-matching, soflow, shortcut, ict, scm."""
     budget_flops: float | None = None
-    """Operations of each training, matrix products alone (default: those of the preset digits, 6.2e12)."""
+    """Operations of each training, matrix products alone (default: those of the preset of the data; digits' 6.2e12)."""
     steps: int | None = None
     """Training steps of each instead, whatever they cost."""
-    seeds: tuple[int, ...] = SEEDS
-    """Seeds of each training."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of each training (default: 0 1 2 of digits, 0 of fashion)."""
     out: Path = Path("runs/compare")
     """Each comparison gets a folder in it. What is done is not repeated."""
 
@@ -87,28 +109,34 @@ def configs_of(options: Options) -> tuple[str, dict[str, RunConfig]]:
     Raises:
         UserError: for entries that are not there, and budgets that train nothing.
     """
-    known = ENTRIES[options.data]
-    unknown = next((name for name in options.entries if name not in known), None)
-    require(unknown is None, "entries", unknown, "some of " + " ".join(known), "see --help")
-    require(len(options.entries) > 0, "entries", options.entries, "at least one", "name some")
-    require(len(options.seeds) > 0, "seeds", options.seeds, "at least one", "name some")
+    asked = options.objectives
+    unknown = next((name for name in asked if name not in ENTRIES), None)
+    require(unknown is None, "objectives", unknown, "some of " + " ".join(ENTRIES), "see --help")
+    require(len(asked) > 0, "objectives", asked, "at least one", "name some")
+    require(options.seeds != (), "seeds", options.seeds, "at least one", "name some")
     both = options.steps is not None and options.budget_flops is not None
     require(not both, "steps", options.steps, "steps or budget_flops, not both", "leave one out")
-    configs = {name: preset(known[name].preset) for name in options.entries}
+    first = _preset(options)
+    configs = {name: _preset(options, name) for name in asked}
     if options.steps is not None:
         name, steps = f"{options.data}-{options.steps}steps", dict.fromkeys(configs, options.steps)
     else:
-        first = preset(options.data)
         budget = options.budget_flops
         budget = first.train.steps * flops_of_step(first) if budget is None else budget
         name = f"{options.data}-{budget:.3g}flops".replace("+", "")
         steps = {entry: round(budget / flops_of_step(config)) for entry, config in configs.items()}
-        least, wanted = min(steps.values()), "enough for a step of each entry"
-        require(least >= 1, "budget_flops", budget, wanted, "one of digits takes 3.4e9")
+        least, wanted = min(steps.values()), "enough for a step of each objective"
+        hint = f"one of {options.data} takes {flops_of_step(first):.1e}".replace("e+0", "e")
+        require(least >= 1, "budget_flops", budget, wanted, hint)
     return name, {
         entry: replace(config, train=replace(config.train, steps=steps[entry], sample_every=steps[entry]))
         for entry, config in configs.items()
     }
+
+
+def _preset(options: Options, name: str = "meanflow") -> RunConfig:
+    config = preset(options.data + ENTRIES[name].preset)
+    return replace(config, data=replace(config.data, path=options.path))
 
 
 def compare(options: Options) -> tuple[int, Path]:
@@ -118,28 +146,29 @@ def compare(options: Options) -> tuple[int, Path]:
         0, or the exit code of a training that a signal stopped; the folder.
     """
     name, configs = configs_of(options)
-    folder = options.out / name
-    runs = {(entry, seed): folder / f"{entry}-seed{seed}" for entry in configs for seed in options.seeds}
+    folder, data = options.out / name, DATA[options.data]
+    seeds = options.seeds or data.seeds
+    runs = {(entry, seed): folder / f"{entry}-seed{seed}" for entry in configs for seed in seeds}
     with owned(folder):
         code = train_all({path: _seeded(configs[entry], seed) for (entry, seed), path in runs.items()})
         if code:
             return code, folder
-        judge, entries = ClassifierJudge(preset(options.data).data), {}
-        images = {"real digits": real_grid(judge)}
+        judge, entries = ClassifierJudge(_preset(options).data), {}
+        images = {data.real: real_grid(judge)}
         with World("auto") as world:
             for entry, config in configs.items():
-                about = ENTRIES[options.data][entry]
-                paths = [runs[entry, seed] for seed in options.seeds]
+                about = ENTRIES[entry]
+                paths = [runs[entry, seed] for seed in seeds]
                 judged = judge_runs(judge, paths, config, world)
                 entries[entry] = {"label": about.label, "published": about.published, "whose": about.whose}
                 entries[entry] |= _accounts(config, paths) | {"samples": judged}
                 fewest = min(STEPS_OF_SAMPLES)
                 net, guidance = sampler_of(paths[0], world), judged[str(fewest)]["guidance"]
-                images[about.label] = grid_of(net, options.seeds[0], world.device, even_times(fewest), guidance)
+                images[about.label] = grid_of(net, seeds[0], world.device, even_times(fewest), guidance)
         result = {
             "data": options.data,
             "equal": "FLOPs" if options.steps is None else "steps",
-            "seeds": list(options.seeds),
+            "seeds": list(seeds),
             "floor": judge.floor(),
             "class_means": judge.class_means(),
             "entries": entries,
@@ -164,7 +193,8 @@ def _seeded(config: RunConfig, seed: int) -> RunConfig:
 def sampler_of(run: Path, world: World) -> nn.Module:
     """The averaged network of a run, as its objective samples."""
     net, config, *_ = load_ema(run, world.device)
-    return Euler(net) if config.objective.share_equal == 1 else net
+    is_flow_matching = isinstance(config.objective, ObjectiveConfig) and config.objective.share_equal == 1
+    return Euler(net) if is_flow_matching else net
 
 
 def judge_runs(judge: ClassifierJudge, runs: list[Path], config: RunConfig, world: World) -> dict[str, dict]:
@@ -212,26 +242,30 @@ def in_words(optim: OptimConfig) -> str:
 
 def table(result: dict) -> list[str]:
     """Format a comparison as two Markdown tables: mean ± standard deviation over the seeds."""
-    entries, seeds = result["entries"].values(), len(result["seeds"])
+    entries, seeds = list(result["entries"].values()), len(result["seeds"])
+    steps = list(entries[0]["samples"])
+    each = ", ".join(steps)
+    distances = [f"Fréchet distance in {n} step{'s' * (n != '1')}" for n in steps]
     lines = [
         (
-            f"{result['data'].capitalize()} at equal {result['equal']}, {seeds} seeds. The floor of the Fréchet "
-            f"distance is {result['floor']:.2f}; the classes' mean images, which have no variance, score "
+            f"{result['data'].capitalize()} at equal {result['equal']}, {seeds} seed{'s' * (seeds > 1)}. The floor of "
+            f"the Fréchet distance is {result['floor']:.2f}; the classes' mean images, which have no variance, score "
             f"{result['class_means']:.1f}."
         ),
         "",
-        "| | sampling steps | Fréchet distance | accuracy | within-class variance, of the real | told guidance |",
-        "| --- | --- | --- | --- | --- | --- |",
+        (
+            f"| | {' | '.join(distances)} | accuracy in {each} | within-class variance, of the real, in {each} | "
+            "told guidance |"
+        ),
+        "| --- " * (len(steps) + 4) + "|",
     ]
     for entry in entries:
-        for steps, judged in entry["samples"].items():
-            (frechet, d_frechet), (accuracy, _), (variance, _) = (
-                spread(judged["scores"], key) for key in ("frechet", "accuracy", "variance_ratio")
-            )
-            distance = f"{frechet:.1f} ± {d_frechet:.1f}" if seeds > 1 else f"{frechet:.1f}"
-            omega, *interval = judged["guidance"] or ("",)
-            guidance = f"{omega:g} in [{interval[0]:g}, {interval[1]:g}]" if interval else ""
-            lines.append(f"| {entry['label']} | {steps} | {distance} | {accuracy:.1%} | {variance:.2f} | {guidance} |")
+        judged = entry["samples"].values()
+        cells = [_distance(one["scores"]) for one in judged]
+        cells += [", ".join(f"{spread(one['scores'], 'accuracy')[0]:.1%}" for one in judged)]
+        cells += [", ".join(f"{spread(one['scores'], 'variance_ratio')[0]:.2f}" for one in judged)]
+        cells += [", ".join(filter(None, (_guidance(one["guidance"]) for one in judged)))]
+        lines.append(f"| {entry['label']} | {' | '.join(cells)} |")
     guided = [entry["label"] for entry in entries if any(judged["tried"] for judged in entry["samples"].values())]
     if guided:
         scales = ", ".join(f"{omega:g}" for omega in OMEGAS)
@@ -244,8 +278,8 @@ def table(result: dict) -> list[str]:
     for entry in entries:
         counted = f"{entry['flops'] / 1e12:.2f} | {entry['forwards_per_step']:.2f} | {entry['forward_flops'] / 1e6:.1f}"
         measured = f"{entry['images_per_second']:.0f} | {entry['cpu_seconds'] / 60:.1f}"
-        published = f"{entry['published']:.2f} | {entry['whose']}"
-        lines.append(f"| {entry['label']} | {entry['steps']} | {counted} | {measured} | {published} |")
+        fid = "" if entry["published"] is None else f"{entry['published']:.2f}"
+        lines.append(f"| {entry['label']} | {entry['steps']} | {counted} | {measured} | {fid} | {entry['whose']} |")
     minutes = sum(entry["cpu_seconds"] for entry in entries) * seeds / 60
     optimizers: dict[str, list[str]] = {}
     for entry in entries:
@@ -255,10 +289,23 @@ def table(result: dict) -> list[str]:
         *lines,
         "",
         (
-            f"F: one forward of the batch to u. CPU minutes: of one training; {minutes:.0f} for all of them. FID: of "
-            f"one-step samples, published. {'. '.join(told)}."
+            f"F: one forward of the batch to the network's output. CPU minutes: of one training; {minutes:.0f} for all "
+            "of them. FID: of one-step samples, published. The optimizer is the project's, not that of each paper. "
+            f"{'. '.join(told)}."
         ),
     ]
+
+
+def _distance(scores: list[dict]) -> str:
+    mean, deviation = spread(scores, "frechet")
+    return f"{mean:.1f} ± {deviation:.1f}" if len(scores) > 1 else f"{mean:.1f}"
+
+
+def _guidance(told: Sequence[float]) -> str:
+    if not told:
+        return ""
+    omega, *interval = told
+    return f"{omega:g} in [{interval[0]:g}, {interval[1]:g}]" if interval else f"{omega:g}"
 
 
 def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
@@ -266,11 +313,16 @@ def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
     from matplotlib.figure import Figure
 
     entries = list(result["entries"].values())
-    figure = Figure(figsize=(4.2 * len(images), 9), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+    columns = min(len(images), COLUMNS)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(4.2 * columns, 4.5 * (1 + rows)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     distance, quality, published = above.subplots(1, 3)
     below.suptitle(f"samples, sampling steps: {next(iter(entries[0]['samples']))}")
-    draw_grids(below.subplots(1, len(images)), images)
+    places = below.subplots(rows, columns, squeeze=False).flatten()
+    draw_grids(places[: len(images)], images)
+    for empty in places[len(images) :]:
+        empty.set_axis_off()
     colors = [f"C{i}" for i in range(len(entries))]
 
     for entry, color in zip(entries, colors, strict=True):
@@ -279,7 +331,7 @@ def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
             *(spread(judged["scores"], "frechet") for judged in entry["samples"].values()), strict=True
         )
         distance.errorbar(steps, means, spreads, color=color, marker="o", capsize=4, label=entry["label"])
-    distance.axhline(result["floor"], color="gray", linestyle=":", label="floor: real digits")
+    distance.axhline(result["floor"], color="gray", linestyle=":", label="floor: real ones")
     distance.set_xscale("log", base=2)
     distance.set_yscale("log")
     distance.set_xticks(steps, steps)
@@ -294,18 +346,18 @@ def draw(path: Path, result: dict, images: dict[str, torch.Tensor]) -> None:
             *(spread(next(iter(entry["samples"].values()))["scores"], key) for entry in entries), strict=True
         )
         bars = quality.bar([i + shift for i in place], means, 0.38, yerr=spreads, color=colors, alpha=alpha, capsize=4)
-        quality.bar_label(bars, [f"{words}\n{mean:.2f}" for mean in means])
-    quality.set_xticks(place, labels)
+        quality.bar_label(bars, [f"{words}\n{mean:.2f}" for mean in means], fontsize=6)
+    quality.set_xticks(place, labels, fontsize=7)
     quality.margins(y=0.2)
     quality.set_title("one step: accuracy, and variance within a class, of the real")
 
-    bars = published.bar(place, [entry["published"] for entry in entries], color=colors)
-    published.bar_label(
-        bars, [f"{entry['published']:.2f}\n{entry['whose'].replace(', ', chr(10))}" for entry in entries]
-    )
+    known = [i for i in place if entries[i]["published"] is not None]
+    bars = published.bar(known, [entries[i]["published"] for i in known], color=[colors[i] for i in known])
+    words = [f"{entries[i]['published']:.2f}\n{entries[i]['whose'].replace(', ', chr(10))}" for i in known]
+    published.bar_label(bars, words, fontsize=6)
     published.set_yscale("log")
-    published.set_ylim(1, 30 * max(entry["published"] for entry in entries))
-    published.set_xticks(place, labels)
+    published.set_ylim(1, 1e4)
+    published.set_xticks(place, labels, fontsize=7)
     published.set_title("published: FID of one step, ImageNet 256x256")
     figure.savefig(path, dpi=110)
 

@@ -45,18 +45,39 @@ def test_the_flops_of_a_step():
 
 
 def test_figures_are_those_of_the_presets():
-    published = {entry.preset: entry.published for entry in compare.ENTRIES["digits"].values()}
+    published = {name: entry.published for name, entry in compare.ENTRIES.items()}
     of = {
-        "digits": "imagenet-b2",
-        "digits-imf": "ladder-modern",
-        "digits-imf-adaln": "ladder-modern",
-        "digits-flow-matching": "table1a-0",
+        "meanflow": "imagenet-b2",
+        "imf": "ladder-modern",
+        "imf-tokens": "ladder-modern",
+        "flow-matching": "table1a-0",
     }
-    assert published == {name: PRESETS[other].fid for name, other in of.items()}
+    of |= {"soflow": "imagenet-soflow-b2", "shortcut": "imagenet-shortcut-b2", "ict": "imagenet-ict-xl2"}
+    assert published == {name: PRESETS[other].fid for name, other in of.items()} | {"scm": None}
+
+
+@pytest.mark.parametrize("data, seeds", {"digits": 3, "fashion": 1}.items())
+def test_all_objectives_are_compared_on_all_data(data, seeds):
+    name, configs = compare.configs_of(compare.Options(data, path="somewhere"))
+    assert list(configs) == list(compare.ENTRIES) and len(compare.DATA[data].seeds) == seeds and name.startswith(data)
+    assert {(config.data.name, config.data.path) for config in configs.values()} == {(data, "somewhere")}
+    # improved MeanFlow alone has another learning rate
+    assert len({compare.in_words(config.optim) for name, config in configs.items() if "imf" not in name}) == 1
+
+
+def test_costs_are_the_objectives_own():
+    """In forwards: 3 for the trained pass, the others by their share of the samples."""
+    forwards = {}
+    for name in ("soflow", "shortcut", "ict", "scm"):
+        config = preset(f"digits-{name}")
+        forwards[name] = compare.flops_of_step(config) / (64 * sample_flops(config.model).forward)
+    shortcut = preset("digits-shortcut").objective
+    wanted = {"soflow": 3.25, "shortcut": 3 + 2 / shortcut.bootstrap_every, "ict": 4, "scm": 4}
+    assert forwards == pytest.approx(wanted, rel=0.03)
 
 
 def test_a_killed_comparison_goes_on(command, quick, tmp_path, monkeypatch):
-    args = ["--entries", "meanflow", "imf", "--steps", 3, "--seeds", 0, 1, "--out", tmp_path]
+    args = ["--objectives", "meanflow", "imf", "--steps", 3, "--seeds", 0, 1, "--out", tmp_path]
     folder, trained = tmp_path / "digits-3steps", []
 
     def dies(config, out):
@@ -89,8 +110,8 @@ def test_a_signal_stops_a_comparison(command, quick, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args, message", {
-    "--entries meanflow sit": "entries: got 'sit', wanted some of meanflow imf imf-tokens flow-matching",
-    "--budget-flops 1e3": "budget_flops: got 1000.0, wanted enough for a step of each entry",
+    "--objectives meanflow sit": "objectives: got 'sit', wanted some of meanflow imf imf-tokens flow-matching soflow",
+    "--budget-flops 1e3": "budget_flops: got 1000.0, wanted enough for a step of each objective; one of digits",
     "--budget-flops 1e12 --steps 3": "steps: got 3, wanted steps or budget_flops, not both",
 }.items())  # fmt: skip
 def test_bad_input_to_compare(command, tmp_path, args, message):
