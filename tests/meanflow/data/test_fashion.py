@@ -1,6 +1,8 @@
 """Fashion-MNIST from its idx files, which are made here, small; nothing is downloaded."""
 
 import gzip
+import threading
+import time
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -151,6 +153,18 @@ def test_two_steps_are_trained_sampled_and_judged(command, folder, cache, tmp_pa
     code, _, err = command("evaluate", run)
     assert code == 2 and "data.path: got" in err and err.count("\n") == 1
     assert command("evaluate", run, "--data", tmp_path / "elsewhere")[1] == out
+
+
+def test_one_process_trains_the_classifier_and_the_others_wait(folder, cache, monkeypatch):
+    trained, data = [], DataConfig(name="fashion", path=str(folder))
+    monkeypatch.setattr(ClassifierJudge, "_train", lambda *args: (trained.append(1), time.sleep(0.5)))
+    # each thread opens the lock for itself, as a process does
+    makers = [threading.Thread(target=ClassifierJudge, args=(data,)) for _ in range(3)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert len(trained) == 1 and [path.suffix for path in cache.iterdir()] == [".safetensors"]
 
 
 def test_a_classifier_is_kept(folder, cache, monkeypatch):
