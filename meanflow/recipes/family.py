@@ -109,7 +109,7 @@ def _of_pictures(base: Callable[[], RunConfig], data: str, sigma_data: float) ->
 
 FAMILY: dict[str, Preset] = {
     **_of_pictures(digits, "digits", 0.75),
-    **_of_pictures(fashion, "fashion", 0.7),
+    **_of_pictures(fashion, "fashion", 0.66),
     **_on_imagenet(),
 }
 """By name."""
