@@ -186,7 +186,7 @@ def _ablations() -> dict[str, Preset]:
 PRESETS: dict[str, Preset] = {
     "digits": Preset(digits, "scikit-learn's handwritten digits, minutes on a CPU"),
     "digits-flow-matching": Preset(lambda: _flow_matching(digits()), "the same with r = t always"),
-    # as tokens, the conditions are 20 before those of patches: at these widths a forward costs about what the DiT's does
+    # as tokens, the conditions are 20 before the patches': at these widths a forward costs about what the DiT's does
     "digits-imf": Preset(
         lambda: _improved_on(digits(), "in_context", 64),
         "digits by improved MeanFlow, told its guidance when it samples",

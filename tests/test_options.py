@@ -70,7 +70,7 @@ TOGETHER = {
     "digits-ict --model.time-embedding t,h": "model.time_embedding: got 't,h', wanted one of t with this objective",
     "digits-scm --model.no-log-variance": "model.log_variance: got False, wanted True with this objective",
     "digits-soflow --model.guidance-input omega": "objective.guidance_input: got 'none', wanted what model.guidance",
-    "digits-shortcut --train.groups 16": "train.batch: got 64, wanted one bootstrap sample or more in each of 16",
+    "digits-shortcut --train.groups 32": "train.batch: got 64, wanted one bootstrap sample or more in each of 32",
     "digits-ict --optim.algorithm radam": "optim.implementation: got 'native', wanted torch; no other has radam",
     "digits --optim.warmup-steps 5000": "optim.warmup_steps: got 5000, wanted at most the 1800 train.steps",
     "imagenet-b4 --optim.warmup-steps 20 --train.steps 10": "optim.warmup_steps: got 20, wanted at most the 10",
