@@ -21,6 +21,8 @@ from .passes import Pass, Passes
 
 Sizes = tuple[int, ...]
 """The rows of each of an objective's groups, which decide a step's shapes."""
+Figures = dict[str, tuple[Tensor, Tensor | None]]
+"""What the log takes means of: terms (n,), and which of them count (n,) bool, or None for all."""
 
 
 class Plan(Protocol):
@@ -57,10 +59,12 @@ class Objective(ABC):
 
     set_size = 1
     """Samples that are dealt whole to a micro-batch, neighbours in the global batch."""
+    phased = False
+    """Whether what a step costs changes in the course of the run."""
     watched: dict[str, str] = {}
     """Terms (B,) whose means the guard watches, and what to call them; the first one stands beside the progress."""
     logged: tuple[str, ...] = ()
-    """Terms whose means are logged, each of any number of samples."""
+    """Names of the means that are logged, each of any number of samples: those of terms, or of `figures`."""
 
     def __init__(self, config: Any, batch: int, groups: int = 1, micro_batches: int = 1, steps: int = 1):
         self.config, self.steps = config, steps
@@ -171,11 +175,18 @@ class Objective(ABC):
         """
         return ("steps", "loss", *self.logged, *(f"{name}_samples" for name in self.logged), "grad_norm", "skipped")
 
+    def figures(self, terms: Any) -> Figures:
+        """What the log takes means of, by the names of `logged`: the terms of these names."""
+        return {name: (getattr(terms, name), None) for name in self.logged}
+
     def sums(self, terms: Any) -> dict[str, Tensor]:
         """The addends of a micro-batch, () each."""
-        figures = {name: getattr(terms, name) for name in self.logged}
-        counts = {f"{name}_samples": torch.full((), float(len(x)), device=x.device) for name, x in figures.items()}
-        return {name: x.sum().double() for name, x in figures.items()} | counts
+        sums, counts = {}, {}
+        for name, (x, who) in self.figures(terms).items():
+            sums[name] = (x if who is None else torch.where(who, x, 0)).sum().double()
+            count = torch.full((), float(len(x)), device=x.device) if who is None else who.sum().double()
+            counts[f"{name}_samples"] = count
+        return sums | counts
 
     def columns(self, sums: dict[str, float]) -> dict[str, float | None]:
         """The log's columns of an interval's sums; None where nothing was added up."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..draws import Draws, Purpose
-from ..method.contract import Objective, Sizes
+from ..method.contract import Figures, Objective, Sizes
 from ..method.passes import Pass, Passes
 from ..method.times import column
 from ..recipes.flow import ShortcutConfig
@@ -191,9 +191,7 @@ class Shortcut(Objective):
         raw = (u - u_tgt).square().flatten(1).mean(1)
         return Terms(raw.mean(), raw.detach(), drawn.bootstrap, z, u.detach(), u_tgt, u_first, u_second, z_half)
 
-    def sums(self, terms: Terms) -> dict[str, Tensor]:
-        """The addends of a micro-batch: of all samples, of those who learn the velocity, and of the others."""
+    def figures(self, terms: Terms) -> Figures:
+        """Of all samples, of those who learn the velocity, and of the others."""
         raw, of = terms.raw, terms.bootstrap
-        parts = {"raw": torch.ones_like(of), "raw_velocity": ~of, "raw_bootstrap": of}
-        counts = {f"{name}_samples": who.sum().double() for name, who in parts.items()}
-        return {name: torch.where(who, raw, 0).sum().double() for name, who in parts.items()} | counts
+        return {"raw": (raw, None), "raw_velocity": (raw, ~of), "raw_bootstrap": (raw, of)}

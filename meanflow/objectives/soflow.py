@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..draws import Draws, Purpose
-from ..method.contract import Objective, Sizes
+from ..method.contract import Figures, Objective, Sizes
 from ..method.passes import Pass, Passes
 from ..method.times import column
 from ..recipes.flow import SoFlowConfig
@@ -251,13 +251,11 @@ class SoFlow(Objective):
         loss = weight * of_each(error, surrogate)
         return Terms(loss.mean(), raw, weight, drawn.velocity, primal, v_g, v_m, z_l, u_l)
 
-    def sums(self, terms: Terms) -> dict[str, Tensor]:
-        """The addends of a micro-batch: of all samples, of those who learn the velocity, and of the others."""
-        raw, everyone, velocity = terms.raw, torch.ones_like(terms.velocity), terms.velocity
-        of = {"raw": (raw, everyone), "raw_velocity": (raw, velocity), "raw_consistency": (raw, ~velocity)}
-        of |= {"weight": (terms.weight, everyone)}
-        counts = {f"{name}_samples": who.sum().double() for name, (_, who) in of.items()}
-        return {name: torch.where(who, x, 0).sum().double() for name, (x, who) in of.items()} | counts
+    def figures(self, terms: Terms) -> Figures:
+        """Of all samples, of those who learn the velocity, and of the others."""
+        raw, velocity = terms.raw, terms.velocity
+        of_all = {"raw": (raw, None), "weight": (terms.weight, None)}
+        return {**of_all, "raw_velocity": (raw, velocity), "raw_consistency": (raw, ~velocity)}
 
 
 def _mean(a: Tensor) -> Tensor:
