@@ -32,7 +32,7 @@ from ..method.guidance import GuidanceInputs, told_to
 from ..method.passes import Jvp, Pass, Passes, pair_jvp
 from ..method.times import column
 from ..recipe import ObjectiveConfig
-from .meanflow_plan import Drawn, Plan, PlannedMeanFlow, whole_batch
+from .meanflow_plan import Drawn, Plan, PlannedMeanFlow, Predictions, whole_batch
 
 SUMS = (
     "steps", "samples", "unequal_samples", "loss", "raw", "raw_equal", "raw_unequal", "v_loss", "weight", "du_dt",
@@ -69,56 +69,6 @@ class MeanFlowTerms(NamedTuple):
     u_tgt: Tensor
     v_g: Tensor
     """The guided velocity."""
-
-
-class Predictions(NamedTuple):
-    """The network's own predictions of the velocity, at r = t, for those who need them before the derivative."""
-
-    config: ObjectiveConfig
-    plan: Plan
-    kappa: Tensor | float
-    """Of v_g = omega v_t + kappa v_c + (1 - omega - kappa) v_null, a number or (B,)."""
-    rows: Tensor
-    """(G, ...), a row for each row of the plan."""
-
-    @classmethod
-    def make(cls, config, passes: Passes, z: Tensor, t: Tensor, y: Tensor, inputs: GuidanceInputs | None, plan: Plan):
-        """One forward of all rows; none at all without rows."""
-        kappa, told, rows, null = config.kappa, None, plan.rows, plan.null
-        if inputs is not None:
-            omega = guided_scale(config, t, inputs)
-            kappa = 1 - 1 / omega
-            # guidance acts always in a prediction, with the scale 1 where it did not
-            always = torch.zeros_like(t[rows]), torch.ones_like(t[rows])
-            told = GuidanceInputs(torch.where(null, 1, omega[rows]), *always)
-        if not len(rows):
-            return cls(config, plan, kappa, z[:0])
-        t, y = t[rows], torch.where(null, passes.null_label, y[rows])
-        return cls(config, plan, kappa, passes("guidance", z[rows], t, t, y, *told_to(config, told)))
-
-    def conditional(self, samples: slice, primal: Tensor | None = None) -> Tensor:
-        """v_c of some samples. primal: of the same pass, where the plan takes that for a prediction."""
-        cond_row = self.plan.cond_row[samples]
-        v_c = self.rows[cond_row.clamp(min=0)]
-        return v_c if primal is None else torch.where(column(cond_row < 0, v_c), primal, v_c)
-
-    def guided(self, v: Tensor, samples: slice, primal: Tensor | None = None) -> Tensor:
-        """v_g of some samples, from the velocity v of all."""
-        plan, v, omega = self.plan, v[samples], self.config.omega
-        if not (self.config.guided and len(self.rows)):
-            return v
-        kappa = column(self.kappa[samples], v) if isinstance(self.kappa, Tensor) else self.kappa
-        v_g = omega * v + (1 - omega - kappa) * self.rows[plan.null_row[samples]]
-        if self.config.mixes_conditional:
-            v_g = v_g + kappa * self.conditional(samples, primal)
-        return torch.where(column(plan.guided[samples], v), v_g, v)
-
-
-def guided_scale(config: ObjectiveConfig, t: Tensor, inputs: GuidanceInputs) -> Tensor:
-    """omega' (B,): omega within the drawn interval, both ends included, else 1."""
-    if config.guidance_input != "interval":
-        return inputs.omega
-    return torch.where((inputs.start <= t) & (t <= inputs.end), inputs.omega, 1)
 
 
 def meanflow_passes(config: ObjectiveConfig, batch: int, sizes: Sizes) -> dict[str, Pass]:

@@ -1,4 +1,4 @@
-"""Draws and plans of MeanFlow's step: which samples of a batch need which pass of the network.
+"""Draws and plans of MeanFlow's step: which samples of a batch need which pass of the network. And the first pass.
 
 The official step runs every pass on every sample. Much of that is multiplied by zero or computed twice: where r = t
 the factor of the derivative is zero and u(z, t, t | y) is the primal pass itself; without a label, or outside the
@@ -17,8 +17,9 @@ from torch import Tensor
 from ..draws import Draws, Purpose
 from ..errors import require
 from ..method.contract import Objective, Sizes
-from ..method.guidance import GuidanceInputs, draw_guidance
-from ..method.times import draw_times, drop_mask, equal_prefix
+from ..method.guidance import GuidanceInputs, draw_guidance, told_to
+from ..method.passes import Passes
+from ..method.times import column, draw_times, drop_mask, equal_prefix
 from ..recipe import ObjectiveConfig
 
 SIZES_PER_BATCH = 8
@@ -230,3 +231,53 @@ def whole_batch(
         null_row=sample,
         cond_row=sample + nulls if conditional else torch.full_like(sample, -1),
     )
+
+
+class Predictions(NamedTuple):
+    """The network's own predictions of the velocity, at r = t, for those who need them before the derivative."""
+
+    config: ObjectiveConfig
+    plan: Plan
+    kappa: Tensor | float
+    """Of v_g = omega v_t + kappa v_c + (1 - omega - kappa) v_null, a number or (B,)."""
+    rows: Tensor
+    """(G, ...), a row for each row of the plan."""
+
+    @classmethod
+    def make(cls, config, passes: Passes, z: Tensor, t: Tensor, y: Tensor, inputs: GuidanceInputs | None, plan: Plan):
+        """One forward of all rows; none at all without rows."""
+        kappa, told, rows, null = config.kappa, None, plan.rows, plan.null
+        if inputs is not None:
+            omega = guided_scale(config, t, inputs)
+            kappa = 1 - 1 / omega
+            # guidance acts always in a prediction, with the scale 1 where it did not
+            always = torch.zeros_like(t[rows]), torch.ones_like(t[rows])
+            told = GuidanceInputs(torch.where(null, 1, omega[rows]), *always)
+        if not len(rows):
+            return cls(config, plan, kappa, z[:0])
+        t, y = t[rows], torch.where(null, passes.null_label, y[rows])
+        return cls(config, plan, kappa, passes("guidance", z[rows], t, t, y, *told_to(config, told)))
+
+    def conditional(self, samples: slice, primal: Tensor | None = None) -> Tensor:
+        """v_c of some samples. primal: of the same pass, where the plan takes that for a prediction."""
+        cond_row = self.plan.cond_row[samples]
+        v_c = self.rows[cond_row.clamp(min=0)]
+        return v_c if primal is None else torch.where(column(cond_row < 0, v_c), primal, v_c)
+
+    def guided(self, v: Tensor, samples: slice, primal: Tensor | None = None) -> Tensor:
+        """v_g of some samples, from the velocity v of all."""
+        plan, v, omega = self.plan, v[samples], self.config.omega
+        if not (self.config.guided and len(self.rows)):
+            return v
+        kappa = column(self.kappa[samples], v) if isinstance(self.kappa, Tensor) else self.kappa
+        v_g = omega * v + (1 - omega - kappa) * self.rows[plan.null_row[samples]]
+        if self.config.mixes_conditional:
+            v_g = v_g + kappa * self.conditional(samples, primal)
+        return torch.where(column(plan.guided[samples], v), v_g, v)
+
+
+def guided_scale(config: ObjectiveConfig, t: Tensor, inputs: GuidanceInputs) -> Tensor:
+    """omega' (B,): omega within the drawn interval, both ends included, else 1."""
+    if config.guidance_input != "interval":
+        return inputs.omega
+    return torch.where((inputs.start <= t) & (t <= inputs.end), inputs.omega, 1)

@@ -11,8 +11,8 @@ from meanflow.config import ObjectiveConfig
 from meanflow.method.passes import Pass, Passes, func_jvp, pair_jvp
 from meanflow.method.sampling import sample
 from meanflow.model.dit import DiT
-from meanflow.objectives.meanflow import Predictions, meanflow_terms
-from meanflow.objectives.meanflow_plan import whole_batch
+from meanflow.objectives.meanflow import meanflow_terms
+from meanflow.objectives.meanflow_plan import Predictions, whole_batch
 
 F64 = torch.float64
 

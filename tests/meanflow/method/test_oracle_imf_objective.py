@@ -12,8 +12,8 @@ from meanflow.interop.imf_weights import from_official, to_official
 from meanflow.method.guidance import arrange_guidance
 from meanflow.method.passes import func_jvp, pair_jvp
 from meanflow.method.times import drop_mask, equal_prefix
-from meanflow.objectives.meanflow import MeanFlow, guided_scale, meanflow_terms
-from meanflow.objectives.meanflow_plan import Drawn
+from meanflow.objectives.meanflow import MeanFlow, meanflow_terms
+from meanflow.objectives.meanflow_plan import Drawn, guided_scale
 from meanflow.training.optim import learning_rate, make_optimizer, set_learning_rate, update_ema
 
 JVPS = {"pairs": pair_jvp, "torch.func": func_jvp}
