@@ -25,6 +25,20 @@ class Denoising:
 
 
 @dataclass(frozen=True)
+class Pushing:
+    """How a network pushes samples from a time to an earlier one (`meanflow.method.pushforward`)."""
+
+    sigma_data: float
+    """Standard deviation of the data as it is trained on."""
+    t_min: float
+    """The time of data."""
+    t_max: float
+    """The time of noise."""
+    omega: float = 1.0
+    """Scale of guidance."""
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions:
     """Base of an objective's options, a frozen dataclass: ``class NameConfig(ObjectiveOptions, kind="name")``.
 
@@ -43,6 +57,8 @@ class ObjectiveOptions:
     """Whether the network learns the log-variance of its error."""
     renoises: ClassVar[bool] = False
     """Whether sampling in several steps goes to the data each time, and adds new noise, as consistency models do."""
+    pushes: ClassVar[bool] = False
+    """Whether sampling pushes through times of its own, as `pushing` says."""
 
     def __init_subclass__(cls, kind: str = "", **options: Any):
         super().__init_subclass__(**options)
@@ -61,6 +77,11 @@ class ObjectiveOptions:
     @property
     def finest_level(self) -> int | None:
         """Sampling steps are of the lengths 2^-k for k up to this level; None: of any length."""
+        return None
+
+    @property
+    def pushing(self) -> Pushing | None:
+        """How it pushes samples through its own times; None where it does not."""
         return None
 
 

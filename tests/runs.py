@@ -65,6 +65,7 @@ def assert_same_curve(out: Path, wanted: Path):
     got, rows = curve(out), curve(wanted)
     assert [row["step"] for row in got] == [row["step"] for row in rows]
     for a, b in zip(got, rows, strict=True):
+        assert a.keys() == b.keys()
         for name in {"raw", "raw_equal", "raw_unequal", "v_loss", "weight", "raw_v", "loss", "lr", "epoch"} & b.keys():
             assert a[name] == pytest.approx(b[name], rel=2e-5), (a["step"], name)
         for name in {"grad_norm", "ema_distance", "du_dt_rms"} & b.keys():

@@ -273,7 +273,7 @@ def make_pipeline(
     """
     options, wanted = _options_of(weights), "one whose steps lead from z_t to z_r, as the scheduler's do"
     hint = "scripts/sample.py and evaluate.py sample it, export.py has its weights"
-    require(not options.renoises, "objective", options.kind, wanted, hint)
+    require(not (options.renoises or options.pushes), "objective", options.kind, wanted, hint)
     from ..data.vae import load_vae
     from .pipeline import MeanFlowPipeline
     from .scheduler import MeanFlowScheduler

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objective_options import Denoising, ObjectiveOptions
+from ..objective_options import Denoising, ObjectiveOptions, Pushing
 from . import edm
+from .pushforward import push
 
 
 class View(nn.Module):
@@ -95,10 +96,40 @@ class Guided(View):
         return u_null + self.scale * (u - u_null)
 
 
+class Pushforward(View):
+    """The map of inductive moment matching as the average velocity: z - (t - r) u pushes z from t to r.
+
+    The sampler's times 1 to 0 are t_max to t_min, evenly, and its samples go from noise of standard deviation 1 to data
+    of sigma_data: those at its time t are 1 + t (sigma_data - 1) times smaller than the map's.
+
+    Args:
+        net: the network, guided or not. pushing: says what the map makes of it.
+    """
+
+    def __init__(self, net: Any, pushing: Pushing):
+        super().__init__(net)
+        self.pushing = pushing
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """See the base; r < t."""
+        low, high, data = self.pushing.t_min, self.pushing.t_max, self.pushing.sigma_data
+
+        def at(time: Tensor) -> tuple[Tensor, Tensor]:
+            """The map's time, and its samples over the sampler's."""
+            return low + time * (high - low), 1 + time * (data - 1)
+
+        (s, unit), (t_, unit_t) = at(r), at(t)
+        there = push(lambda z, s, t: self.net(z, s, t, y), edm.scale(unit_t, z), s, t_, data)
+        return edm.scale(1 / (t - r), z - edm.scale(1 / unit, there))
+
+
 def view_of(options: ObjectiveOptions, net: Any) -> Any:
     """A network of an objective as sampling takes it: itself where it is an average velocity over any step."""
     if options.denoising is not None:
         return AsVelocity(net, options.denoising, options.renoises)
+    if options.pushing is not None:
+        omega = options.pushing.omega
+        return Pushforward(net if omega == 1 else Guided(net, omega), options.pushing)
     if options.renoises or options.finest_level is not None:
         return View(net, options.renoises, options.finest_level)
     return net

@@ -2,9 +2,11 @@
 
 from ..config import ObjectiveConfig, RunConfig
 from ..method.contract import Objective
-from ..recipes.consistency import IctConfig, ScmConfig
-from ..recipes.flow import ShortcutConfig, SoFlowConfig
+from ..recipes.consistency import IctConfig, ImmConfig, ScmConfig
+from ..recipes.flow import AlphaFlowConfig, ShortcutConfig, SoFlowConfig
+from .alpha_flow import AlphaFlow
 from .ict import Ict
+from .imm import Imm
 from .meanflow import MeanFlow
 from .scm import Scm
 from .shortcut import Shortcut
@@ -16,6 +18,8 @@ OBJECTIVES: dict[type, type[Objective]] = {
     ScmConfig: Scm,
     ShortcutConfig: Shortcut,
     SoFlowConfig: SoFlow,
+    ImmConfig: Imm,
+    AlphaFlowConfig: AlphaFlow,
 }
 """By the class of their options."""
 

@@ -1,11 +1,11 @@
 """Options of consistency training, in steps (iCT, arXiv 2310.14189; ECT, arXiv 2406.14548) and continuous (sCM, arXiv
-2410.11081)."""
+2410.11081), and of inductive moment matching (IMM, arXiv 2503.07565)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import require, require_finite
-from ..objective_options import Denoising, Form, ObjectiveOptions, TimeInput
+from ..objective_options import Denoising, Form, ObjectiveOptions, Pushing, TimeInput
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,58 @@ class ScmConfig(ObjectiveOptions, kind="scm"):
     def denoising(self) -> Denoising:
         """See the base."""
         return Denoising(self.sigma_data, self.sigma_max, time_input=self.time_input)
+
+
+@dataclass(frozen=True)
+class ImmConfig(ObjectiveOptions, kind="imm"):
+    """Options of IMM. Defaults are the paper's for ImageNet 256x256."""
+
+    pushes: ClassVar[bool] = True
+    time_embeddings: ClassVar[tuple[str, ...]] = ("t,r", "t,h", "t,r,h")
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data as it is trained on; the noise has the same."""
+    set_size: int = 4
+    """Samples M that share their times, and whose moments are compared; a batch is dealt in whole sets."""
+    t_min: float = 0.0
+    """The least time, eps (0.006 on CIFAR-10)."""
+    t_max: float = 0.994
+    """The largest time, T, at which sampling begins."""
+    time_law: Literal["uniform", "log_normal"] = "uniform"
+    """Law of t: uniform on [t_min, t_max], or ln(t / (1 - t)) normal, kept within them. s is uniform on [t_min, t]."""
+    p_mean: float = -1.1
+    """Mean of that logarithm."""
+    p_std: float = 2.0
+    """Its standard deviation."""
+    gap_power: int = 12
+    """k: r is below t by a 2^-k-th of the range of t / (1 - t), or s where that is above (15 on CIFAR-10)."""
+    weight_a: float = 1.0
+    """Power a of 1 - t in the weight: 1 was best in one step, 2 in several."""
+    weight_b: float = 4.0
+    """Shift b of the log signal-to-noise ratio in the weight (5 on CIFAR-10)."""
+    label_drop: float = 0.1
+    """Probability of training a sample on the null class; its target keeps the label."""
+    omega: float = 1.5
+    """Scale of guidance when it samples, by two calls of the network; 1 is none, by one. Training does not know it."""
+
+    def __post_init__(self):
+        require_finite(self, "objective")
+        for name in ("sigma_data", "p_std"):
+            value = getattr(self, name)
+            require(value > 0, f"objective.{name}", value, "a positive number", "change it")
+        size, low, high = self.set_size, self.t_min, self.t_max
+        require(size >= 1, "objective.set_size", size, "a positive whole number", "officially 4")
+        require(0 <= low < 1, "objective.t_min", low, "a number in [0, 1)", "officially 0")
+        require(low < high < 1, "objective.t_max", high, f"a number between t_min = {low} and 1", "officially 0.994")
+        power, a, b = self.gap_power, self.weight_a, self.weight_b
+        require(0 <= power <= 40, "objective.gap_power", power, "a whole number from 0 to 40", "officially 12")
+        require(a >= 0, "objective.weight_a", a, "zero or more", "officially 1 or 2")
+        require(abs(b) <= 100, "objective.weight_b", b, "a number in [-100, 100]", "officially 4")
+        drop = self.label_drop
+        require(0 <= drop <= 1, "objective.label_drop", drop, "a number in [0, 1]", "change it")
+        require(self.omega >= 0, "objective.omega", self.omega, "zero or more", "officially 1.5")
+
+    @property
+    def pushing(self) -> Pushing:
+        """See the base."""
+        return Pushing(self.sigma_data, self.t_min, self.t_max, self.omega)

@@ -6,12 +6,13 @@ ImageNet's are recipes for MeanFlow's DiT, which differs from their networks in 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ..config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from ..objective_options import ObjectiveOptions
 from .base import LATENTS, Preset, digits, epochs, fashion, on_imagenet
-from .consistency import IctConfig, ScmConfig
-from .flow import ShortcutConfig, SoFlowConfig
+from .consistency import IctConfig, ImmConfig, ScmConfig
+from .flow import AlphaFlowConfig, ShortcutConfig, SoFlowConfig
 
 # --- ImageNet 256x256 ---
 
@@ -32,12 +33,36 @@ def _soflow(size: str, count: int, **objective) -> RunConfig:
     return replace(run, train=replace(run.train, matmul="high"))
 
 
+HALF = replace(LATENTS, scale=0.5, vae="stabilityai/sd-vae-ft-ema")
+"""Latents of standard deviation 0.5."""
+IDENTITY: dict[str, Any] = {"time_embedding": "t,r", "time_scale": 1000.0}
+"""What IMM's network is told of its times."""
+
+
+def _imm() -> RunConfig:
+    """IMM's recipe, of which neither the optimizer's betas nor the length are sure."""
+    optim = OptimConfig(lr=1e-4, beta2=0.999, ema_decay=0.9999)
+    return on_imagenet(ModelConfig.official("XL/2", **IDENTITY), ImmConfig(), 1_200_000, 4096, optim, HALF)
+
+
+def _alpha_flow(size: str, count: int, **objective) -> RunConfig:
+    """alpha-Flow's recipe, with MeanFlow's guidance."""
+    model, data = ModelConfig.official(size, time_embedding="t,r"), DataConfig(name="latents", vae=HALF.vae)
+    return on_imagenet(model, AlphaFlowConfig(**objective), epochs(count), data=data)
+
+
+ALPHA_FLOW: dict[str, tuple[int, dict[str, Any], float]] = {  # epochs, options, FID
+    "B/2": (240, {"anneal_start": 0.0, "anneal_end": 1.0, "share_equal": 0.25, "kappa": 0.5}, 5.40),
+    "XL/2": (240, {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75}, 2.95),
+    "XL/2+": (1000, {"kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.8}, 2.58),
+}
+
+
 def _ict() -> RunConfig:
     """iCT's recipe for ImageNet 64x64, on latents of the standard deviation that it takes data to have."""
     model = ModelConfig.official("XL/2", time_embedding="t", time_scale=1000.0)
     optim = OptimConfig(lr=1e-4, beta2=0.999, ema_decay=0.99993, algorithm="radam", implementation="torch")
-    data = replace(LATENTS, scale=0.5, vae="stabilityai/sd-vae-ft-ema")
-    return on_imagenet(model, IctConfig(), 800_000, 4096, optim, data)
+    return on_imagenet(model, IctConfig(), 800_000, 4096, optim, HALF)
 
 
 def _on_imagenet() -> dict[str, Preset]:
@@ -61,11 +86,17 @@ def _on_imagenet() -> dict[str, Preset]:
     }
     words = "iCT, XL/2, as its paper trains ImageNet 64x64; FID of IMM's paper, whose run is not published"
     presets["ict-xl2"] = Preset(_ict, words, 34.24)
+    presets["imm-xl2"] = Preset(_imm, "IMM, XL/2, batches of 4096, one step of two calls, for its guidance", 7.77)
+    for size, (count, options, fid) in ALPHA_FLOW.items():
+        words = f"alpha-Flow, {size}, {count} epochs, guidance as MeanFlow's"
+        words += ", and its length, for its own is unknown" if size.endswith("+") else ""
+        recipe = partial(_alpha_flow, size.rstrip("+"), count, **options)
+        presets[f"alpha-flow-{_short(size)}"] = Preset(recipe, words, fid)
     return {f"imagenet-{name}": each for name, each in presets.items()}
 
 
 def _short(size: str) -> str:
-    return size.lower().replace("/", "")
+    return size.lower().replace("/", "").replace("+", "-plus")
 
 
 # --- digits and fashion, by MeanFlow's network and optimizer ---
@@ -81,7 +112,7 @@ def _on_pictures(
 
 
 def _of_pictures(base: Callable[[], RunConfig], data: str, sigma_data: float) -> dict[str, Preset]:
-    """The four on one data set, without guidance, for runs as short as MeanFlow's there.
+    """The six on one data set, without guidance, for runs as short as MeanFlow's there.
 
     sigma_data: standard deviation of its pixels.
     """
@@ -92,6 +123,8 @@ def _of_pictures(base: Callable[[], RunConfig], data: str, sigma_data: float) ->
     ict = IctConfig(sigma_data=sigma_data, s1=80)
     # a ninth of digits' run
     scm = ScmConfig(sigma_data=sigma_data, warmup_steps=200)
+    imm = ImmConfig(sigma_data=sigma_data, label_drop=0.0, omega=1.0)
+    alpha_flow = AlphaFlowConfig(label_drop=0.0)
     runs: dict[str, tuple[str, Callable[[], RunConfig]]] = {
         "soflow": ("SoFlow", partial(_on_pictures, base, SoFlowConfig(omega=1.0))),
         "shortcut": (
@@ -103,6 +136,8 @@ def _of_pictures(base: Callable[[], RunConfig], data: str, sigma_data: float) ->
             "sCM, its derivative warmed up over 200 steps",
             partial(_on_pictures, base, scm, time_embedding="t", log_variance=True),
         ),
+        "imm": ("IMM", partial(_on_pictures, base, imm, **IDENTITY)),
+        "alpha-flow": ("alpha-Flow", partial(_on_pictures, base, alpha_flow, time_embedding="t,r")),
     }
     return {f"{data}-{name}": Preset(run, f"{data} by {words}") for name, (words, run) in runs.items()}
 

@@ -1,5 +1,5 @@
-"""Options of objectives that learn to jump along a flow without a derivative: SoFlow (arXiv 2512.15657), and shortcut
-models (arXiv 2410.12557)."""
+"""Options of objectives that learn to jump along a flow: SoFlow (arXiv 2512.15657), shortcut models (arXiv 2410.12557),
+both without a derivative, and alpha-Flow (arXiv 2510.20771)."""
 
 from dataclasses import dataclass
 from math import log2
@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import require, require_finite
 from ..objective_options import ObjectiveOptions
+from ..recipe import ObjectiveConfig
 
 TWO_TIMES = ("t,h", "t,r", "t,r,h", "h")
 """What tells a network of both its times."""
@@ -144,3 +145,56 @@ class ShortcutConfig(ObjectiveOptions, kind="shortcut"):
     def dropped(self) -> float:
         """Probability of dropping a velocity sample's label."""
         return self.label_drop if self.omega > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class AlphaFlowConfig(ObjectiveOptions, kind="alpha-flow"):
+    """Options of alpha-Flow. Defaults are the paper's for XL/2, without guidance."""
+
+    time_embeddings: ClassVar[tuple[str, ...]] = TWO_TIMES
+
+    anneal_start: float = 0.5
+    """Share of the run's steps after which alpha begins to fall from 1, trajectory flow matching, along a sigmoid."""
+    anneal_end: float = 5 / 6
+    """Share after which it has come to 0, MeanFlow. It is near to its ends, and set to them, for the first and the last
+    29 % of the steps between."""
+    share_equal: float = 0.5
+    """Share of samples with r = t, the first int(batch share) of a device's batch."""
+    time_mean: float = -0.4
+    """Mean of the logit of the two times that are drawn and sorted."""
+    time_std: float = 1.0
+    """Its standard deviation."""
+    clip: float = 4.0
+    """Bound of the target where alpha > 0 and r < t."""
+    norm_c: float = 1e-3
+    """Constant c of the adaptive weight 1 / (raw + c); raw is a mean over a sample's elements, not a sum."""
+    omega: float = 1.0
+    """Guidance: weight of the sample's own velocity."""
+    kappa: float = 0.0
+    """Guidance: weight of the class-conditional prediction. The effective scale is omega / (1 - kappa)."""
+    guidance_start: float = 0.0
+    """Guidance acts, and labels are dropped, where guidance_start < t < guidance_end."""
+    guidance_end: float = 1.0
+    """See guidance_start."""
+    label_drop: float = 0.1
+    """Probability of dropping a label there. Without it both predictions are those of the null class."""
+
+    def __post_init__(self):
+        require_finite(self, "objective")
+        start, end = self.anneal_start, self.anneal_end
+        wanted = "a number in [0, 1]"
+        require(0 <= start <= 1, "objective.anneal_start", start, wanted, "0 anneals from the first step on")
+        wanted = f"a number from anneal_start = {start:g} to 1"
+        require(start <= end <= 1, "objective.anneal_end", end, wanted, "equal ones switch at that step")
+        require(self.clip > 0, "objective.clip", self.clip, "a positive number", "officially 4")
+        # refuses what is out of range of the rest
+        self.meanflow()
+
+    def meanflow(self) -> ObjectiveConfig:
+        """MeanFlow's options of the same times and guidance."""
+        names = ("share_equal", "time_mean", "time_std", "norm_c", "omega", "kappa", "guidance_start", "guidance_end")
+        return ObjectiveConfig(**{name: getattr(self, name) for name in names}, label_drop=self.label_drop)
+
+    def check(self, run: Any) -> None:
+        """See the base."""
+        self.meanflow().check(run)

@@ -16,6 +16,8 @@ from ..model.build import build_net
 SAMPLES = 2
 DRAWN_STEPS = 50
 """Steps whose plans a mean is taken over."""
+PHASED_STEPS = 400
+"""The same of an objective with phases."""
 
 
 class SampleFlops(NamedTuple):
@@ -59,10 +61,14 @@ def sample_flops(config: ModelConfig) -> SampleFlops:
 
 
 def step_flops(model: ModelConfig, objective: Objective) -> float:
-    """Operations of a training step in one process: the mean over the first steps that a run of seed 0 draws."""
-    flops = sample_flops(model)
+    """Operations of a training step in one process: the mean over the first steps that a run of seed 0 draws, or over
+    steps of the whole run where they change.
+    """
+    flops, steps = sample_flops(model), range(DRAWN_STEPS)
+    if objective.phased:
+        steps = [i * objective.steps // PHASED_STEPS for i in range(PHASED_STEPS)]
 
     def of_step(step: int) -> float:
         return flops.of_passes(objective.passes(objective.sizes(objective.drawn(0, step, 0), exact=True)))
 
-    return sum(map(of_step, range(DRAWN_STEPS))) / DRAWN_STEPS
+    return sum(map(of_step, steps)) / len(steps)

@@ -1,4 +1,6 @@
-"""Runs of other objectives: levels of a batch's first samples, and levels of a schedule over the run, with RAdam."""
+"""Runs of other objectives: levels of a batch's first samples, sets of samples that are dealt whole,
+RAdam, levels and phases of a schedule over the run.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -11,14 +13,18 @@ import torch
 from meanflow.interop.weights import load_ema
 from meanflow.training.trainer import Trainer, train
 
-# small batches have both levels in each group, and short runs all grids of the schedule
+# small batches have both levels in each group, and short runs all grids and phases of the schedule
 OBJECTIVES = {
     "digits-shortcut": {"bootstrap_every": 2, "timesteps": 4, "guide": True, "label_drop": 0.3},
     "digits-ict": {"s0": 2, "s1": 16},
+    "digits-imm": {"label_drop": 0.3},
+    "digits-alpha-flow": {"anneal_start": 0.2, "anneal_end": 0.8, "label_drop": 0.3, "omega": 0.2, "kappa": 0.9},
 }
 TINY = runs.tiny
-BOTH = pytest.mark.parametrize("name", OBJECTIVES)
 SLOW = pytest.mark.slow
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name == "digits-alpha-flow" else ()) for name in OBJECTIVES]
+)
 
 
 def family(name: str, **train):
@@ -51,7 +57,7 @@ def whole(tmp_path_factory):
     return run
 
 
-@BOTH
+@EACH
 def test_killed_and_resumed(name, whole, tmp_path):
     prelude = """
 import test_family
@@ -75,14 +81,14 @@ ENGINES = {
 }
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_two_processes_make_the_run_of_one(ranks, name, engine, whole, tmp_path):
     assert ranks(train_family, str(tmp_path), {"name": name} | engine) == [0, 0]
     runs.assert_same_curve(tmp_path, whole(name))
 
 
-@BOTH
+@EACH
 def test_checkpoints_go_from_one_kind_to_another(ranks, name, whole, tmp_path):
     for kind, steps in {"ddp": 3, "fsdp": 5, "zero1": 8}.items():
         ranks(train_until, str(tmp_path), {"name": name, "parallel": kind}, steps)
