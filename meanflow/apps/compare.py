@@ -67,6 +67,8 @@ ENTRIES = {
     "shortcut": Entry("-shortcut", "shortcut models", 40.3, "B/2, 800,000 steps, their paper"),
     "ict": Entry("-ict", "iCT", 34.24, "XL/2, IMM's paper"),
     "scm": Entry("-scm", "sCM", None, "none published"),
+    "imm": Entry("-imm", "IMM", 7.77, "XL/2, IMM's paper, guided by a second call"),
+    "alpha-flow": Entry("-alpha-flow", "alpha-Flow", 5.40, "B/2, 240 epochs, alpha-Flow's paper"),
 }
 """By name."""
 
@@ -92,7 +94,7 @@ class Options:
     path: str = ""
     """Folder of Fashion-MNIST, as train.py's --data.path."""
     objectives: tuple[str, ...] = tuple(ENTRIES)
-    """Which to compare: meanflow, imf, imf-tokens, flow-matching, soflow, shortcut, ict, scm."""
+    """Which to compare: meanflow, imf, imf-tokens, flow-matching, soflow, shortcut, ict, scm, imm, alpha-flow."""
     budget_flops: float | None = None
     """Operations of each training, matrix products alone (default: those of the preset of the data; digits' 6.2e12)."""
     steps: int | None = None

@@ -196,27 +196,41 @@ FAMILY = {
     "imagenet-soflow-l2": ("L/2", "t,h", 1_200_960, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 3.20),
     "imagenet-soflow-xl2": ("XL/2", "t,h", 1_200_960, 256, 1e-4, (0.9, 0.99), 0.0, 0.9999, 2.96),
     "imagenet-ict-xl2": ("XL/2", "t", 800_000, 4096, 1e-4, (0.9, 0.999), 0.0, 0.99993, 34.24),
+    "imagenet-imm-xl2": ("XL/2", "t,r", 1_200_000, 4096, 1e-4, (0.9, 0.999), 0.0, 0.9999, 7.77),
+    "imagenet-alpha-flow-b2": ("B/2", "t,r", 1_200_960, 256, 1e-4, (0.9, 0.95), 0.0, 0.9999, 5.40),
+    "imagenet-alpha-flow-xl2": ("XL/2", "t,r", 1_200_960, 256, 1e-4, (0.9, 0.95), 0.0, 0.9999, 2.95),
+    "imagenet-alpha-flow-xl2-plus": ("XL/2", "t,r", 5_004_000, 256, 1e-4, (0.9, 0.95), 0.0, 0.9999, 2.58),
 }
-OF_PICTURES = {f"{data}-{name}" for data in ("digits", "fashion") for name in ("soflow", "shortcut", "ict", "scm")}
+OF_PICTURES = {
+    f"{data}-{name}"
+    for data in ("digits", "fashion")
+    for name in ("soflow", "shortcut", "ict", "scm", "imm", "alpha-flow")
+}
+OPTIONS = {  # where they are not the defaults
+    "imagenet-soflow-b4-unguided": {"omega": 1.0},
+    "imagenet-alpha-flow-b2": {"anneal_start": 0.0, "anneal_end": 1.0, "share_equal": 0.25, "kappa": 0.5},
+    "imagenet-alpha-flow-xl2": {"omega": 0.2, "kappa": 0.92, "guidance_end": 0.75},
+    "imagenet-alpha-flow-xl2-plus": {"kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.8},
+}
 
 
 @pytest.mark.parametrize("name, row", FAMILY.items(), ids=FAMILY)
 def test_recipes_of_the_other_objectives_are_their_papers(name, row):
     size, told, steps, batch, lr, betas, decay, average, fid = row
     config, o = preset(name), preset(name).optim
-    scale = 1000.0 if "ict" in name else 1.0
+    scale = 1000.0 if "ict" in name or "imm" in name else 1.0
     assert config.model == ModelConfig.official(size, time_embedding=told, time_scale=scale)
     assert (config.train.steps, config.train.batch) == (steps, batch) and PRESETS[name].fid == fid
     assert (o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay) == (lr, betas, decay, average)
     assert o.algorithm == ("radam" if "ict" in name else "adamw") and o.warmup_steps == 0
     assert "shortcut" not in name or (config.train.groups, config.data.flip) == (1, True)
-    assert config.objective == type(config.objective)(**({"omega": 1.0} if "unguided" in name else {}))
+    assert config.objective == type(config.objective)(**OPTIONS.get(name, {}))
 
 
 def test_small_runs_of_all_objectives_differ_in_the_objective_alone():
     for name in OF_PICTURES:
         config, base = preset(name), preset(name.partition("-")[0])
-        told = {key: getattr(base.model, key) for key in ("time_embedding", "log_variance")}
+        told = {key: getattr(base.model, key) for key in ("time_embedding", "time_scale", "log_variance")}
         groups = replace(config.train, groups=base.train.groups)
         like = replace(config, objective=base.objective, model=replace(config.model, **told), train=groups)
         assert like == base, name

@@ -53,6 +53,7 @@ def test_figures_are_those_of_the_presets():
         "flow-matching": "table1a-0",
     }
     of |= {"soflow": "imagenet-soflow-b2", "shortcut": "imagenet-shortcut-b2", "ict": "imagenet-ict-xl2"}
+    of |= {"imm": "imagenet-imm-xl2", "alpha-flow": "imagenet-alpha-flow-b2"}
     assert published == {name: PRESETS[other].fid for name, other in of.items()} | {"scm": None}
 
 
@@ -68,11 +69,13 @@ def test_all_objectives_are_compared_on_all_data(data, seeds):
 def test_costs_are_the_objectives_own():
     """In forwards: 3 for the trained pass, the others by their share of the samples."""
     forwards = {}
-    for name in ("soflow", "shortcut", "ict", "scm"):
+    for name in ("soflow", "shortcut", "ict", "scm", "imm", "alpha-flow"):
         config = preset(f"digits-{name}")
         forwards[name] = compare.flops_of_step(config) / (64 * sample_flops(config.model).forward)
     shortcut = preset("digits-shortcut").objective
-    wanted = {"soflow": 3.25, "shortcut": 3 + 2 / shortcut.bootstrap_every, "ict": 4, "scm": 4}
+    wanted = {"soflow": 3.25, "shortcut": 3 + 2 / shortcut.bootstrap_every, "ict": 4, "scm": 4, "imm": 4}
+    # half of the samples have another pass, or a derivative, from 60 % of the run on
+    wanted["alpha-flow"] = 3 + 0.4 * 0.5
     assert forwards == pytest.approx(wanted, rel=0.03)
 
 
