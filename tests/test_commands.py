@@ -15,6 +15,7 @@ from meanflow.apps.ablate import AXES
 from meanflow.config import EvaluationConfig
 from meanflow.data.cache import _checksum, _write_json, read_manifest
 from meanflow.data.images import CAPTION
+from meanflow.draws import Purpose
 from meanflow.evaluation.classifier import Scores
 from meanflow.interop.formats import known_names
 from meanflow.method.guidance import ELSEWHERE
@@ -32,7 +33,7 @@ def run_folder(tmp_path_factory):
 
 
 BAD_TRAINING = {
-    "digitz": "preset: got 'digitz', wanted a preset, of which 'digits' and 'digits-imf' are nearest",
+    "digitz": "preset: got 'digitz', wanted a preset, of which 'digits' and 'digits-scm' are nearest",
     "digits --train.stepss 3": "Unrecognized options: --train.stepss, 3; wanted --train.steps",
     "digits --train.steps many": "--train.steps",
     "digits --train.steps -5": "train.steps: got -5, wanted a positive whole number",
@@ -246,9 +247,13 @@ def test_evaluate_digits_at_several_steps(command, run_folder, monkeypatch):
 
 def test_a_network_is_told_its_guidance(command, tmp_path, monkeypatch):
     told, run = [], tmp_path / "run"
+
+    def remember(net, draws, shape, y, times=(1.0, 0.0), guidance=()):
+        told.append(guidance)
+        return draws.normal(Purpose.NOISE, shape)
+
     for module in ("apps.sample", "evaluation.classifier", "training.trainer"):
-        remember = lambda net, noise, y, times=(1.0, 0.0), guidance=(): told.append(guidance) or noise  # noqa: E731
-        monkeypatch.setattr(f"meanflow.{module}.sample", remember)
+        monkeypatch.setattr(f"meanflow.{module}.generate", remember)
     monkeypatch.setattr("meanflow.evaluation.classifier.CLASSIFIER_EPOCHS", {"digits": 0})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny, given, best = runs.tiny("digits-imf", steps=2, sample_every=2), (3.0, 0.2, 0.5), ELSEWHERE
