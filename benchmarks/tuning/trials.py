@@ -298,13 +298,16 @@ def sums(shape: Shape, half: torch.dtype, device: str, *, backward: Callable, co
     partial = second.args["partial_ptr"]
     if device != "meta":
         first.run()
-    outputs = tuple(x for x in (second.args[f"sum{i}_ptr"] for i in range(3)) if x is not None)
+    of_samples = [x for x in (second.args[f"sum{i}_ptr"] for i in range(3)) if x is not None]
+    whole = second.args["whole_ptr"]
+    outputs = (*of_samples, *([] if whole is None else [whole]))
 
     def add_up(exact: bool) -> list[Tensor]:
         x = partial.double() if exact else partial
-        return list(x.view(len(outputs), len(outputs[0]), -1, x.shape[-1]).sum(2))
+        each = x[: len(of_samples)].view(len(of_samples), len(of_samples[0]), -1, x.shape[-1]).sum(2)
+        return [*each, *x[len(of_samples) :].sum(1)]
 
-    return Trial(lambda config: (sum_partials(partial, list(outputs), config),), outputs, add_up, before=first)
+    return Trial(lambda config: (sum_partials(partial, of_samples, config, whole),), outputs, add_up, before=first)
 
 
 # --- attention ---
